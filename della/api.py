@@ -1,0 +1,65 @@
+"""The library's way in: `della.merge` and `della.plan`, from a recipe to a model on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from della.errors import RecipeError
+from della.plan import TILE, Plan, default_threads, make_plan
+from della.recipe import Recipe, read_recipe
+
+if TYPE_CHECKING:
+    from della.run import Progress, Result
+
+Source = str | Path | Mapping[str, Any] | Recipe
+
+
+def merge(
+    recipe: Source, out: str | Path, *, seed: int | None = None, threads: int | None = None, overwrite: bool = False,
+    overrides: Sequence[str] = (), compat: bool = False, fsync: bool = True, shard_bytes: int = 5_000_000_000,
+    tile: int = TILE, progress: Callable[[Progress], None] | None = None,
+) -> Result:  # fmt: skip
+    """Merge as ``recipe`` says and write the model to ``out``; until the last step ``out`` is what it was.
+
+    recipe: path of a YAML file, YAML text, the same as a mapping, or a Recipe.  out: a folder, or a single file where
+    the name ends in .safetensors.  seed: instead of the recipe's (default 42).  threads: default, all processors; the
+    bytes do not depend on it, nor on ``tile`` (elements worked on at a time).  overrides: ``KEY=VALUE`` changes to the
+    recipe.  compat: mergekit's rules.  shard_bytes: most bytes of weights in one file.  fsync=False does not wait for
+    the disk.  progress: called with a Progress after every piece, from worker threads, one at a time.
+
+    Returns a Result (out, manifest, seconds).  Raises RecipeError, CheckpointError or OutputError.
+    """
+    from della.run import run
+
+    threads = _positive(threads, "threads") or default_threads()
+    with make_plan(_read(recipe, seed, overrides, compat)) as made:
+        return run(
+            made, Path(out), threads=threads, overwrite=overwrite, fsync=fsync, shard_bytes=shard_bytes, tile=tile,
+            progress=progress,
+        )  # fmt: skip
+
+
+def plan(
+    recipe: Source, *, seed: int | None = None, overrides: Sequence[str] = (), compat: bool = False
+) -> Plan:
+    """What `merge` would do, from headers alone: a Plan (jobs, bytes, notes, departures); close it, or use it in a
+    with-block.  Arguments and errors as for `merge`."""
+    return make_plan(_read(recipe, seed, overrides, compat), weights=False)
+
+
+def _read(recipe: Source, seed: int | None, overrides: Sequence[str], compat: bool) -> Recipe:
+    read = recipe if isinstance(recipe, Recipe) else read_recipe(recipe, overrides=overrides)
+    if seed is not None:
+        if not 0 <= seed < 1 << 64:
+            raise RecipeError(f"seed {seed}: expected a whole number from 0 to 2^64 - 1")
+        read = replace(read, seed=seed)
+    return replace(read, compat=True) if compat else read
+
+
+def _positive(value: int | None, name: str) -> int | None:
+    if value is not None and value < 1:
+        raise RecipeError(f"{name} {value}: expected a whole number from 1 up")
+    return value

@@ -1,0 +1,212 @@
+"""Merging arrays in memory: NumPy arrays, ml_dtypes arrays, and torch CPU tensors (zero copy, torch never imported).
+
+Results are NumPy arrays; a torch caller wraps them with ``torch.from_numpy`` (for bfloat16: of a view as int16, viewed
+as bfloat16 again).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from della.dtypes import Array, of_array, round_to, widen
+from della.errors import CheckpointError, RecipeError, listing, nearest
+from della.merging import reference
+from della.merging.methods import METHODS, Choice, Expert, Method, check_settings, choice, expert
+from della.random import DEFAULT_SEED
+
+_TILE = 1 << 17
+
+
+def magprune(
+    delta: Any, density: float, epsilon: float = 0.15, *, seed: int = DEFAULT_SEED, name: str = "delta",
+    expert: str = "expert", rank_by: str = "row", ladder: str = "symmetric", rescale: str = "per_element",
+) -> Array:  # fmt: skip
+    """Drop by MAGPRUNE (arXiv 2406.11617, section 2.1): keep each delta with a probability that grows with the rank of
+    its magnitude in its row, from density - epsilon to density + epsilon, and divide survivors by it.
+
+    delta: a float array of any shape; a row is its last axis (all but the first axis of a convolution).  name and
+    expert key the random stream together with seed.  Returns float32 (float64 for float64) of the same shape.
+    Raises RecipeError for values out of range.
+    """
+    values = widen(_as_array(delta, "delta"))
+    shared = {"rank_by": rank_by, "ladder": ladder, "rescale": rescale}
+    own = {"weight": 1.0, "density": density, "epsilon": epsilon}
+    method = METHODS["della_linear"]
+    _check(method, shared, [own])
+    picked = replace(choice(method, shared), vote="none", fuse="sum")
+    return _merge(picked, np.zeros_like(values), [values], [_expert(expert, own)], seed, name)
+
+
+def merge_tensors(
+    base: Any, experts: Sequence[Any], *, method: str = "della", weights: Sequence[float] | float = 1.0,
+    density: Sequence[float] | float = 1.0, epsilon: Sequence[float] | float | None = None,
+    gamma: Sequence[float] | float | None = None, names: Sequence[str] | None = None, seed: int = DEFAULT_SEED,
+    name: str = "tensor", **parameters: Any,
+) -> Array:  # fmt: skip
+    """Merge one tensor: Drop, Elect, Fuse as in ``della merge``, with the same bytes as a merge of checkpoints.
+
+    base: a float array (None for method "linear"); experts: arrays of its shape.  weights, density, epsilon, gamma: one
+    value for all experts or one each.  names: the experts' identities, which key their random streams (default
+    "expert1", ...).  name: the tensor's name, which keys the stream too.  parameters: the recipe's shared parameters
+    (``lambda_``, ``rank_by``, ``rescale``, ``vote``, ``fuse``, ``normalize``, ...).
+
+    Returns an array of the base's dtype (the first expert's for "linear").  Raises RecipeError or CheckpointError.
+    """
+    row, shared = _method(method), _shared(_method(method), parameters)
+    models = [_as_array(e, f"expert {k}") for k, e in enumerate(experts, 1)]
+    if not models:
+        raise RecipeError("no experts: at least one is needed")
+    if base is None and row.needs_base:
+        raise RecipeError(f"{method} needs a base")
+    root = models[0] if base is None else _as_array(base, "base")
+    if row.drop == "top" and shared.get("scope") == "model":
+        raise RecipeError("scope: model needs the whole model; merge checkpoints instead, or use scope: tensor")
+    for k, model in enumerate(models, 1):
+        if model.shape != root.shape:
+            raise CheckpointError(f"expert {k} has shape {list(model.shape)}, expected {list(root.shape)}")
+    columns = {"weight": weights, "density": density, "epsilon": epsilon, "gamma": gamma}
+    own = [{k: _pick(k, v, t, len(models)) for k, v in columns.items()} for t in range(len(models))]
+    own = [{k: v for k, v in one.items() if v is not None} for one in own]
+    _check(row, shared, own)
+    identities = list(names) if names is not None else [f"expert{k}" for k in range(1, len(models) + 1)]
+    if len(identities) != len(models) or len(set(identities)) != len(models):
+        raise RecipeError(f"names: expected {len(models)} different names, found {identities}")
+    made = [_expert(i, o) for i, o in zip(identities, own, strict=True)]
+    merged = _merge(choice(row, shared), None if base is None else root, models, made, seed, name)
+    return round_to(merged, of_array(root))
+
+
+def merge_state_dicts(
+    base: Mapping[str, Any] | None, experts: Sequence[Mapping[str, Any]], **options: Any
+) -> dict[str, Array]:
+    """`merge_tensors` over whole models given as mappings from names to arrays; the options are its own, but ``name``.
+
+    Tensors that are not float are copied from the base.  Raises CheckpointError where an expert lacks a tensor.
+    """
+    root = experts[0] if base is None else base
+    lacking = [
+        f"expert {k} lacks {name}" for k, e in enumerate(experts, 1) for name in root if name not in e
+    ]
+    if lacking:
+        raise CheckpointError(listing(lacking))
+    merged = {}
+    for name, value in root.items():
+        array = _as_array(value, name, floats_only=False)
+        if not of_array(array).is_float:
+            merged[name] = array.copy()
+            continue
+        merged[name] = merge_tensors(
+            None if base is None else array, [e[name] for e in experts], name=name, **options
+        )
+    return merged
+
+
+def _merge(
+    picked: Choice, base: Array | None, models: Sequence[Array], experts: Sequence[Expert], seed: int, name: str
+) -> Array:
+    """The merge in arithmetic values: by the kernels, or by the reference where an input is float64."""
+    wide = [widen(np.ascontiguousarray(m)) for m in models]
+    root = None if base is None else widen(np.ascontiguousarray(base))
+    double = any(a.dtype == np.float64 for a in (*wide, *([] if root is None else [root])))
+    if root is None or double or root.size == 0:
+        real = np.float64 if double else np.float32
+        wide = [m.astype(real) for m in wide]
+        if root is None:
+            return reference.average(wide, experts, picked.fuse != "sum")
+        return reference.merge(picked, root.astype(real), wide, experts, seed, name)
+    return _fast(picked, root, wide, experts, seed, name)
+
+
+def _fast(
+    picked: Choice, base: Array, models: Sequence[Array], experts: Sequence[Expert], seed: int, name: str
+) -> Array:
+    from della.merging.tensor import TensorMerge, Tile, Workspace, cut
+
+    order = sorted(range(len(experts)), key=lambda t: experts[t].identity)
+    flat, out = base.reshape(-1), np.empty(base.size, np.float32)
+
+    def tiles() -> Iterator[Tile]:
+        for start, rows, n in cut(picked, name, base.shape, _TILE):
+            part = slice(start, start + rows * n)
+            deltas = np.stack([models[t].reshape(-1)[part] - flat[part] for t in order])
+            yield Tile(start, flat[part].reshape(rows, n), deltas.reshape(-1, rows, n))
+
+    merge, workspace = TensorMerge(name, base.size, picked, [experts[t] for t in order], seed), Workspace()
+    merge.prepare(tiles)
+    for tile in tiles():
+        merge.apply(tile, out[tile.start : tile.start + tile.base.size].reshape(tile.base.shape), workspace)
+    return out.reshape(base.shape)
+
+
+def _as_array(value: Any, what: str, *, floats_only: bool = True) -> Array:
+    """A view of an array or of a torch CPU tensor; RecipeError for anything that is neither."""
+    if type(value).__module__.partition(".")[0] == "torch":
+        value = _from_torch(value, what)
+    array = np.asarray(value)
+    try:
+        dtype = of_array(array)
+    except KeyError:
+        raise CheckpointError(f"{what}: dtype {array.dtype} is not one that models are stored in") from None
+    if floats_only and not dtype.is_float:
+        raise CheckpointError(f"{what}: dtype {array.dtype}; only floats are merged")
+    return array
+
+
+def _from_torch(tensor: Any, what: str) -> Array:
+    """Zero copy: torch's own NumPy view, or for types that NumPy lacks the view of their bits."""
+    if tensor.device.type != "cpu":
+        raise CheckpointError(f"{what}: on device {tensor.device}; move it to the CPU first: .cpu()")
+    tensor = tensor.detach()
+    name = str(tensor.dtype).removeprefix("torch.")
+    twin = getattr(ml_dtypes, name, None)
+    if twin is None:
+        return np.asarray(tensor.numpy())
+    integer = getattr(__import__("sys").modules["torch"], "int16" if np.dtype(twin).itemsize == 2 else "uint8")
+    return np.asarray(tensor.view(integer).numpy()).view(twin)
+
+
+def _method(name: str) -> Method:
+    if name not in METHODS:
+        raise RecipeError(f"unknown method {name!r}{nearest(name, METHODS)}")
+    return METHODS[name]
+
+
+def _shared(method: Method, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    shared = {key.removesuffix("_"): value for key, value in parameters.items()}
+    known = {k: p for k, p in method.parameters.items() if p.scope == "shared"}
+    for key, value in shared.items():
+        if key not in known:
+            raise RecipeError(f"{method.name} has no parameter {key!r}{nearest(key, known)}")
+        if known[key].choices and not isinstance(value, bool) and value not in known[key].choices:
+            raise RecipeError(f"{key}: {value!r} is not one of {', '.join(known[key].choices)}")
+    return shared
+
+
+def _pick(name: str, value: Sequence[float] | float | None, t: int, experts: int) -> float | None:
+    if value is None or isinstance(value, (int, float, np.number)):
+        return None if value is None else float(value)
+    if len(value) != experts:
+        raise RecipeError(f"{name}: {len(value)} values for {experts} experts")
+    return float(value[t])
+
+
+def _check(method: Method, shared: Mapping[str, Any], models: Sequence[Mapping[str, Any]]) -> None:
+    for own in models:
+        for key, value in own.items():
+            p = method.parameters.get(key)
+            if p and not (p.low if p.low is not None else -np.inf) <= value <= (
+                p.high if p.high is not None else np.inf
+            ):
+                raise RecipeError(f"{key} {value:g}: expected a value from {p.low:g} to {p.high:g}")
+    said = check_settings(method, shared, models)
+    if said:
+        raise RecipeError(said)
+
+
+def _expert(identity: str, own: Mapping[str, Any]) -> Expert:
+    return expert(identity, own)

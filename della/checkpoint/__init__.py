@@ -1,0 +1,1 @@
+"""Reading and writing checkpoints: safetensors files, folders of shards, models of the Hub."""

@@ -1,0 +1,300 @@
+"""A checkpoint as a read-only map from names to tensor handles, whatever it came from.
+
+A reference is a folder, a .safetensors file, or ``owner/name[@revision]`` on the Hub.  Opening reads headers
+and configuration only; weights are read by offset into the caller's buffers.  `fetch` alone uses the network.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from della.checkpoint.header import LENGTH_BYTES, header_length
+from della.checkpoint.layout import (
+    Layout,
+    RawHeader,
+    Tensor,
+    confined,
+    pickle_refusal,
+    read_folder,
+    read_single,
+    weight_files,
+)
+from della.dtypes import Array
+from della.errors import CheckpointError, nearest
+
+HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>\w[\w./-]*))?", re.ASCII)
+WINDOWS_PATH = re.compile(r"[A-Za-z]:[\\/]|\\\\|[^/]*\\")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+FIRST_READ = 1 << 17  # holds the whole header of most files, so most need one request
+
+# Everything a tokenizer or a generation set-up may consist of; never code.
+SIDE_FILES = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "image_processor_config.json",
+    "merges.txt",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "sentencepiece.bpe.model",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tekken.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer.model.v3",
+    "tokenizer_config.json",
+    "video_preprocessor_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+HUB_FILES = (*SIDE_FILES, "*.tiktoken", "config.json", "adapter_config.json", "*.safetensors.index.json")
+
+
+class Source:
+    """An opened checkpoint; safe to read from several threads.  Close it, or use it in a with-block.
+
+    ``place`` is the folder or file that was opened, ``folder`` the folder it is or lies in.  ``tensors`` run
+    file by file in the order of their data.  ``config`` is {} where there is no config.json.  ``revision`` is
+    the commit of a Hub snapshot, else None.
+    """
+
+    def __init__(self, reference: str, place: Path, layout: Layout) -> None:
+        self.reference = reference
+        self.place = place
+        self.folder = place if place.is_dir() else place.parent
+        self.tensors = layout.tensors
+        self.files = layout.files
+        self.config = layout.config
+        self.revision = _commit_of(self.folder)
+        self._sizes = {file.path: file.size for file in layout.files}
+        self._fds: dict[Path, int] = {}
+        self._lock = threading.Lock()
+
+    def read_into(self, tensor: Tensor, start_byte: int, buffer: memoryview) -> None:
+        """Fills ``buffer`` (writable, contiguous) with the bytes of ``tensor`` from ``start_byte`` on.
+
+        Raises CheckpointError when the file has changed or cannot be read.
+        """
+        rest = buffer.cast("B") if buffer.nbytes else memoryview(b"")  # a view of nothing cannot be cast
+        if start_byte < 0 or start_byte + len(rest) > tensor.nbytes:
+            raise ValueError(
+                f"bytes {start_byte} to {start_byte + len(rest)} of {tensor.name}: {tensor.nbytes}"
+            )
+        at = tensor.offset + start_byte
+        fd = self._open(tensor.file)
+        while rest:
+            try:
+                count = os.preadv(fd, [rest], at)
+            except OSError as error:
+                raise CheckpointError(f"{tensor.file}: cannot be read ({error.strerror})") from error
+            if count == 0:
+                raise CheckpointError(f"{tensor.file}: shrank while it was read; is something writing to it?")
+            rest = rest[count:]
+            at += count
+
+    def read(self, name: str) -> Array:
+        """The whole tensor ``name`` in its storage dtype.  Raises CheckpointError; KeyError for the name."""
+        tensor = self.tensors[name]
+        stored = np.empty(tensor.nbytes, np.uint8)
+        self.read_into(tensor, 0, stored.data)
+        return stored.view(tensor.dtype.numpy).reshape(tensor.shape)
+
+    def side_files(self) -> list[Path]:
+        """Files of the tokenizer, the chat template and the generation settings, sorted by name.
+
+        Raises CheckpointError for a link that leaves the folder.
+        """
+        names = [p.name for p in self.folder.iterdir() if p.name in SIDE_FILES or p.suffix == ".tiktoken"]
+        return [self.folder / name for name in sorted(names) if confined(self.folder, name).is_file()]
+
+    def close(self) -> None:
+        with self._lock:
+            while self._fds:
+                os.close(self._fds.popitem()[1])
+
+    def __enter__(self) -> Source:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _open(self, path: Path) -> int:
+        fd = self._fds.get(path)
+        if fd is not None:
+            return fd
+        with self._lock:
+            if path not in self._fds:
+                self._fds[path] = _open_unchanged(path, self._sizes[path])
+            return self._fds[path]
+
+
+def _open_unchanged(path: Path, size: int) -> int:
+    try:
+        fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path}: the weights are not here; they were not downloaded, or were moved"
+        ) from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be opened ({error.strerror})") from error
+    found = os.fstat(fd).st_size
+    if found != size:
+        os.close(fd)
+        raise CheckpointError(
+            f"{path}: changed since its header was read: expected {size:,} bytes, found {found:,}; "
+            "start again"
+        )
+    return fd
+
+
+def open_source(reference: str, *, base_dir: Path | None = None, weights: bool = True) -> Source:
+    """Opens a folder, a .safetensors file or a model of the Hub; reads headers and configuration.
+
+    Relative paths are looked for in ``base_dir``, then in the working directory.  With ``weights=False`` a
+    model of the Hub is opened by its headers alone: only small files are downloaded.  Raises CheckpointError.
+    """
+    tried = _candidates(reference, base_dir)
+    for path in tried:
+        if path.is_dir():
+            return Source(reference, path, read_folder(path))
+        if path.exists():
+            return Source(reference, path, _read_file(path))
+    match = HUB_ID.fullmatch(reference)
+    if not match:
+        raise CheckpointError(_not_found(reference, tried))
+    try:
+        folder, headers = fetch(match["repo"], match["revision"], weights=weights)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} ({_not_found(reference, tried)})") from error
+    return Source(reference, folder, read_folder(folder, headers))
+
+
+def _candidates(reference: str, base_dir: Path | None) -> list[Path]:
+    if not reference or "\0" in reference:
+        raise CheckpointError(
+            f"{reference!r} is not a model: expected a folder, a .safetensors file or owner/name"
+        )
+    try:
+        path = Path(reference).expanduser()
+    except RuntimeError as error:
+        raise CheckpointError(f"{reference}: {error}") from None
+    roots = [Path.cwd()] if base_dir is None else [base_dir, Path.cwd()]
+    return list(dict.fromkeys(root.absolute() / path for root in roots))
+
+
+def _read_file(path: Path) -> Layout:
+    if path.suffix == ".safetensors":
+        return read_single(path)
+    if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
+        raise CheckpointError(pickle_refusal(path))
+    raise CheckpointError(f"{path}: not a model: expected a folder or a .safetensors file")
+
+
+def _commit_of(folder: Path) -> str | None:
+    real = folder.resolve()
+    return real.name if real.parent.name == "snapshots" and COMMIT.fullmatch(real.name) else None
+
+
+def _not_found(reference: str, tried: list[Path]) -> str:
+    if os.name != "nt" and WINDOWS_PATH.match(reference):
+        return (
+            f"{reference}: a Windows path, and this is not Windows; write it with / (under WSL: /mnt/c/...)"
+        )
+    near = next((hint for path in tried if (hint := _near(path))), "")
+    hub = "" if "/" in reference else "; a model of the Hub is written owner/name"
+    return f"{reference}: not found; tried {', '.join(map(str, tried))}{near or hub}"
+
+
+def _near(path: Path) -> str:
+    """A hint at a folder or file beside ``path`` whose name is like its own."""
+    try:
+        names = {entry.name.lower(): entry.name for entry in path.parent.iterdir()}
+    except OSError:
+        return ""
+    hint = nearest(path.name, names)
+    for lower, name in names.items():
+        hint = hint.replace(repr(lower), repr(name))
+    return hint
+
+
+def fetch(repo_id: str, revision: str | None, *, weights: bool) -> tuple[Path, dict[str, RawHeader]]:
+    """Downloads a model of the Hub into the hub cache: its snapshot folder, and headers of what is not in it.
+
+    With ``weights=False`` only configuration, index and side files are downloaded; of weight files that are
+    not in the cache yet, the headers are read by range.  Where to, as whom and whether at all is up to
+    huggingface_hub (HF_HOME, HF_TOKEN, HF_HUB_OFFLINE, HF_ENDPOINT).  Raises CheckpointError.
+    """
+    try:
+        from huggingface_hub import HfFileSystem, snapshot_download
+    except ImportError:
+        raise CheckpointError(f"{repo_id}: models of the Hub need huggingface_hub; pip install it") from None
+    try:
+        # Patterns match across "/"; the second one keeps to the top folder.
+        folder = Path(
+            snapshot_download(
+                repo_id, revision=revision, allow_patterns=list(HUB_FILES), ignore_patterns=["*/*"]
+            )
+        )
+        here = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+        hub, root = HfFileSystem(), f"{repo_id}@{folder.name}"
+        there, unreachable = _listing(hub, root)
+        wanted = [name for name in weight_files(folder, here | there)[0] if name not in here]
+        if wanted and unreachable:
+            raise unreachable
+        wanted = [name for name in wanted if name in there]
+        if weights and wanted:
+            snapshot_download(repo_id, revision=folder.name, allow_patterns=wanted)
+        if weights or not wanted:
+            return folder, {}
+        with ThreadPoolExecutor(8) as pool:
+            headers = pool.map(lambda name: _remote_header(hub, f"{root}/{name}"), wanted)
+            return folder, dict(zip(wanted, headers, strict=True))
+    except CheckpointError:
+        raise
+    except Exception as error:  # which ones it raises changes with the versions of huggingface_hub
+        raise CheckpointError(_hub_refusal(repo_id, revision, error)) from error
+
+
+def _listing(hub: Any, root: str) -> tuple[set[str], Exception | None]:
+    """The files of a commit on the Hub; none, and why, when it cannot be reached: the cache may suffice."""
+    try:
+        return {name[len(root) + 1 :] for name in hub.find(root)}, None
+    except Exception as error:
+        return set(), error
+
+
+def _remote_header(hub: Any, path: str) -> RawHeader:
+    with hub.open(path, "rb", block_size=FIRST_READ, cache_type="readahead") as file:
+        first = file.read(LENGTH_BYTES)
+        return RawHeader(first + file.read(header_length(first, file.size, path)), file.size)
+
+
+def _hub_refusal(repo_id: str, revision: str | None, error: Exception) -> str:
+    from huggingface_hub import errors
+
+    login = "log in with `hf auth login` or set HF_TOKEN"
+    if isinstance(error, errors.GatedRepoError):
+        return f"{repo_id}: gated on the Hub; accept its terms on its page there, then {login}"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return f"{repo_id}: no such model on the Hub, or a private one; check the name, or {login}"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"{repo_id}: no revision {revision!r} on the Hub; check the branch, tag or commit"
+    if isinstance(error, (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)):
+        return (
+            f"{repo_id}: not, or not wholly, in the hub cache, and the Hub cannot be reached; "
+            "go online (HF_HUB_OFFLINE must not be set), or give a folder"
+        )
+    first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return f"{repo_id}: cannot be fetched from the Hub: {first_line[:300]}"

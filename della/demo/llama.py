@@ -1,0 +1,220 @@
+"""A Llama forward pass in NumPy float32: enough to score the demo trio without torch.
+
+RMSNorm, rotary positions (rotate-half layout), grouped-query attention, SwiGLU, tied or untied head, as in
+the ``LlamaForCausalLM`` of transformers. Ragged batches are padded on the left, so that every row's newest
+token stands in the last column and one key-value cache serves them all.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+Ints = NDArray[np.int64]
+
+PLAIN_ROPE = (None, "default")
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """The numbers of a config.json that the forward pass needs."""
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head: int
+    epsilon: float
+    theta: float
+    tied: bool
+
+    @staticmethod
+    def of(config: Mapping[str, Any]) -> Shape:
+        """Read a Llama config; ValueError for variants that the forward pass does not compute."""
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        unsupported = [
+            name
+            for name, met in (
+                ("model_type", config.get("model_type", "llama") != "llama"),
+                ("hidden_act", config.get("hidden_act", "silu") != "silu"),
+                ("attention_bias", bool(config.get("attention_bias"))),
+                ("mlp_bias", bool(config.get("mlp_bias"))),
+                ("rope type", rope.get("rope_type", rope.get("type")) not in PLAIN_ROPE),
+            )
+            if met
+        ]
+        if unsupported:
+            raise ValueError(f"the demo's NumPy Llama does not compute this {', '.join(unsupported)}")
+        heads = int(config["num_attention_heads"])
+        hidden = int(config["hidden_size"])
+        return Shape(
+            hidden=hidden,
+            layers=int(config["num_hidden_layers"]),
+            heads=heads,
+            kv_heads=int(config.get("num_key_value_heads") or heads),
+            head=int(config.get("head_dim") or hidden // heads),
+            epsilon=float(config["rms_norm_eps"]),
+            theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
+            tied=bool(config.get("tie_word_embeddings", False)),
+        )
+
+
+@dataclass(slots=True)
+class Cache:
+    """Keys and values of all columns so far, one array a layer: (rows, kv heads, capacity, head).
+
+    ``pad`` is the number of padded columns of each row, ``length`` the number of columns filled.
+    """
+
+    pad: Ints
+    keys: list[Floats]
+    values: list[Floats]
+    length: int = field(default=0)
+
+
+class Llama:
+    """A Llama for inference, from its config and its tensors (Hugging Face's names; any float dtype)."""
+
+    def __init__(self, config: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> None:
+        self.shape = Shape.of(config)
+        self._tensors = {name: np.asarray(array).astype(np.float32) for name, array in tensors.items()}
+        self._embedding = self._tensors["model.embed_tokens.weight"]
+        self._head = self._embedding if self.shape.tied else self._tensors["lm_head.weight"]
+        half = self.shape.head // 2
+        self._frequencies = self.shape.theta ** (-np.arange(half, dtype=np.float64) / half)
+
+    @staticmethod
+    def from_folder(path: str | Path) -> Llama:
+        """Load an ordinary Hugging Face folder: config.json and safetensors."""
+        from della.checkpoint.source import open_source
+
+        config = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
+        with open_source(str(path)) as source:
+            return Llama(config, {name: source.read(name) for name in source.tensors})
+
+    def logits(self, ids: Sequence[int]) -> Floats:
+        """Next-token logits at every position of one text: (len(ids), vocabulary)."""
+        cache = self._cache([len(ids)], len(ids))
+        hidden: Floats = self._forward(np.array([ids], dtype=np.int64), cache)[0] @ self._head.T
+        return hidden
+
+    def losses(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], rows: int = 40) -> list[Floats]:
+        """The loss in nats of every answer token, given (prompt ids, answer ids); one array a pair."""
+        found: list[Floats] = []
+        for chunk in (pairs[i : i + rows] for i in range(0, len(pairs), rows)):
+            texts = [[*prompt, *answer] for prompt, answer in chunk]
+            hidden = self._forward(*self._padded(texts))
+            for row, (_, answer) in zip(hidden, chunk, strict=True):
+                logits = row[-len(answer) - 1 : -1] @ self._head.T
+                top = logits.max(axis=-1)
+                chosen = logits[np.arange(len(answer)), np.asarray(answer)]
+                found.append(top + np.log(np.exp(logits - top[:, None]).sum(axis=-1)) - chosen)
+        return found
+
+    def greedy(self, prompts: Sequence[Sequence[int]], most: int, end: int) -> list[list[int]]:
+        """Greedy continuations of at most ``most`` tokens, without the end token, decoded as one batch."""
+        ids, cache = self._padded(prompts, spare=most)
+        answers: list[list[int]] = [[] for _ in prompts]
+        alive = np.arange(len(prompts))
+        for _ in range(most):
+            chosen = (self._forward(ids, cache)[:, -1] @ self._head.T).argmax(axis=-1)
+            going = chosen != end
+            if not going.all():
+                alive, chosen, cache = alive[going], chosen[going], _rows(cache, going)
+            if not alive.size:
+                break
+            for row, token in zip(alive, chosen, strict=True):
+                answers[row].append(int(token))
+            ids = chosen[:, None]
+        return answers
+
+    def _padded(self, texts: Sequence[Sequence[int]], spare: int = 0) -> tuple[Ints, Cache]:
+        longest = max(len(text) for text in texts)
+        ids = np.array([[0] * (longest - len(text)) + list(text) for text in texts], dtype=np.int64)
+        return ids, self._cache([len(text) for text in texts], longest, spare)
+
+    def _cache(self, lengths: Sequence[int], longest: int, spare: int = 0) -> Cache:
+        size = (len(lengths), self.shape.kv_heads, longest + spare, self.shape.head)
+        empty = [np.zeros(size, np.float32) for _ in range(2 * self.shape.layers)]
+        pad = longest - np.asarray(lengths, dtype=np.int64)
+        return Cache(pad, empty[::2], empty[1::2])
+
+    def _forward(self, ids: Ints, cache: Cache) -> Floats:
+        """Normed hidden states (rows, columns, hidden) of the new columns ``ids``, now part of the cache."""
+        begin, end = cache.length, cache.length + ids.shape[1]
+        columns = np.arange(begin, end)
+        positions = np.maximum(columns - cache.pad[:, None], 0)
+        angles = positions[:, None, :, None] * self._frequencies
+        turn = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+        known = np.arange(end)
+        # A padded column sees itself, which keeps its softmax finite; nothing real ever sees it.
+        seen = (known <= columns[:, None]) & (known >= cache.pad[:, None, None]) | (known == columns[:, None])
+        x = self._embedding[ids]
+        for layer in range(self.shape.layers):
+            x = x + self._attention(layer, x, turn, seen, cache)
+            x = x + self._feed_forward(layer, x)
+        cache.length = end
+        return self._norm(x, "model.norm.weight")
+
+    def _attention(
+        self, layer: int, x: Floats, turn: tuple[Floats, Floats], seen: NDArray[np.bool_], cache: Cache
+    ) -> Floats:
+        shape, name = self.shape, f"model.layers.{layer}.self_attn"
+        normed = self._norm(x, f"model.layers.{layer}.input_layernorm.weight")
+        rows, columns = x.shape[:2]
+
+        def heads(part: str, count: int) -> Floats:
+            flat = self._linear(normed, f"{name}.{part}_proj.weight")
+            return flat.reshape(rows, columns, count, shape.head).transpose(0, 2, 1, 3)
+
+        begin, end = cache.length, cache.length + columns
+        cache.keys[layer][:, :, begin:end] = _rotate(heads("k", shape.kv_heads), *turn)
+        cache.values[layer][:, :, begin:end] = heads("v", shape.kv_heads)
+        keys, values = cache.keys[layer][:, :, :end], cache.values[layer][:, :, :end]
+        # The query heads that share one key head are stacked as further columns of it.
+        query = _rotate(heads("q", shape.heads), *turn).reshape(rows, shape.kv_heads, -1, shape.head)
+        scores = (query @ keys.swapaxes(-1, -2)).reshape(rows, shape.kv_heads, -1, columns, end)
+        scores *= np.float32(shape.head**-0.5)
+        scores = np.where(seen[:, None, None], scores, np.float32(-np.inf))
+        scores = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        scores /= scores.sum(axis=-1, keepdims=True)
+        mixed = scores.reshape(rows, shape.kv_heads, -1, end) @ values
+        flat = mixed.reshape(rows, shape.heads, columns, shape.head).transpose(0, 2, 1, 3)
+        return self._linear(flat.reshape(rows, columns, -1), f"{name}.o_proj.weight")
+
+    def _feed_forward(self, layer: int, x: Floats) -> Floats:
+        name = f"model.layers.{layer}"
+        normed = self._norm(x, f"{name}.post_attention_layernorm.weight")
+        gate = self._linear(normed, f"{name}.mlp.gate_proj.weight")
+        up = self._linear(normed, f"{name}.mlp.up_proj.weight")
+        return self._linear(up * gate / (1 + np.exp(-gate)), f"{name}.mlp.down_proj.weight")
+
+    def _norm(self, x: Floats, name: str) -> Floats:
+        scale: Floats = 1 / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + np.float32(self.shape.epsilon))
+        return x * scale * self._tensors[name]
+
+    def _linear(self, x: Floats, name: str) -> Floats:
+        weight = self._tensors[name]
+        # One flat product: NumPy would otherwise call BLAS once a row of the batch.
+        product: Floats = x.reshape(-1, x.shape[-1]) @ weight.T
+        return product.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def _rotate(x: Floats, cosine: Floats, sine: Floats) -> Floats:
+    """Rotary positions: x (rows, heads, columns, head), cosine and sine (rows, 1, columns, head / 2)."""
+    first, second = np.split(x, 2, axis=-1)
+    return np.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
+
+
+def _rows(cache: Cache, kept: NDArray[np.bool_]) -> Cache:
+    def pick(arrays: Iterable[Floats]) -> list[Floats]:
+        return [array[kept] for array in arrays]
+
+    return Cache(cache.pad[kept], pick(cache.keys), pick(cache.values), cache.length)

@@ -1,0 +1,224 @@
+"""The table of methods: every method is a choice of Drop, Elect and Fuse, and a set of parameters with defaults.
+
+A new method of the family is one row of METHODS; what its choices mean is in reference.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from della.dtypes import DType
+
+TOLERANCE = 1e-9  # 0.7 + 0.3 may be a rounding error above 1
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of a recipe: where it may stand, what it may be, and what it is when not written."""
+
+    name: str
+    scope: Literal["model", "shared"]
+    kind: type | tuple[type, ...]
+    default: Any
+    doc: str
+    choices: tuple[str, ...] = ()
+    low: float | None = None
+    high: float | None = None
+
+
+ALL_PARAMETERS: dict[str, Parameter] = {
+    p.name: p
+    for p in (
+        Parameter("weight", "model", float, 1.0, "how much of this expert"),
+        Parameter("density", "model", float, 1.0, "share of the deltas that is kept, 1 - p", low=0.0, high=1.0),
+        Parameter("epsilon", "model", float, None, "half-width of the range of keep probabilities; 0.15", low=0.0, high=0.5),
+        Parameter("window_size", "model", float, None, "2 * epsilon, as the authors call it", low=0.0, high=1.0),
+        Parameter("gamma", "model", float, 0.01, "share of the largest deltas that is dropped", low=0.0, high=1.0),
+        Parameter("lambda", "shared", float, 1.0, "factor on the merged delta"),
+        Parameter("normalize", "shared", bool, None, "true: fuse: mean; false: fuse: sum"),
+        Parameter("rescale", "shared", (str, bool), None, "how survivors are enlarged; true: the method's default, "
+                  "false: none", ("per_element", "none", "l1")),
+        Parameter("rank_by", "shared", str, "row", "what the magnitudes are ranked within",
+                  ("row", "tensor", "random", "magnitude", "optimal")),
+        Parameter("ladder", "shared", str, "symmetric", "from ranks to keep probabilities", ("symmetric", "paper")),
+        Parameter("coupling", "shared", str, "independent", "how the experts' draws depend on each other",
+                  ("independent", "systematic")),
+        Parameter("scope", "shared", str, "tensor", "what the largest deltas are chosen from",
+                  ("tensor", "row", "model")),
+        Parameter("vote", "shared", str, "weighted", "how the sign is elected",
+                  ("weighted", "unweighted", "count", "none")),
+        Parameter("fuse", "shared", str, "mean", "how the agreeing deltas are combined", ("mean", "sum", "calibrated")),
+        Parameter("lambda_scaling", "shared", str, "constant", "lambda, or a factor from the counts of elected deltas",
+                  ("constant", "row", "row_inverse", "tensor")),
+        Parameter("int8_mask", "shared", bool, None, "mergekit's memory option; without effect here"),
+    )
+}  # fmt: skip
+
+Drop = Literal["none", "magprune", "bernoulli", "top", "band", "average"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table.  ``drop`` is the kind of Drop; "average" is the plain mean of models, without a base."""
+
+    name: str
+    drop: Drop
+    defaults: Mapping[str, Any]
+    source: str
+
+    @property
+    def needs_base(self) -> bool:
+        return self.drop != "average"
+
+    @property
+    def parameters(self) -> dict[str, Parameter]:
+        """The parameters that this method uses, with this method's defaults."""
+        names = {
+            "none": ("weight",),
+            "magprune": ("weight", "density", "epsilon", "window_size", "rescale", "rank_by", "ladder", "coupling"),
+            "bernoulli": ("weight", "density", "rescale", "coupling"),
+            "top": ("weight", "density", "rescale", "scope"),
+            "band": ("weight", "density", "gamma", "rescale"),
+            "average": ("weight", "normalize"),
+        }[self.drop]
+        if self.needs_base:
+            names += ("lambda", "normalize", "vote", "fuse", "lambda_scaling")
+        return {n: replace(ALL_PARAMETERS[n], default=self.defaults.get(n, ALL_PARAMETERS[n].default)) for n in names}
+
+
+_ELECT_MEAN = {"vote": "weighted", "fuse": "mean"}
+_ELECT_SUM = {"vote": "weighted", "fuse": "sum"}
+_SUM = {"vote": "none", "fuse": "sum"}
+_PAPER = {"vote": "unweighted", "fuse": "mean"}
+_DELLA, _DARE, _TIES = "arXiv 2406.11617", "arXiv 2311.03099", "arXiv 2306.01708"
+_PER_ELEMENT, _NO_RESCALE = {"rescale": "per_element"}, {"rescale": "none"}
+
+METHODS: dict[str, Method] = {
+    m.name: m
+    for m in (
+        Method("della", "magprune", _ELECT_MEAN | _PER_ELEMENT, _DELLA),
+        Method("della_linear", "magprune", _SUM | _PER_ELEMENT, _DELLA),
+        Method("dare_ties", "bernoulli", _ELECT_SUM | _PER_ELEMENT, _DARE),
+        Method("dare_linear", "bernoulli", _SUM | _PER_ELEMENT, _DARE),
+        Method("ties", "top", _ELECT_MEAN | _NO_RESCALE, _TIES),
+        Method("task_arithmetic", "none", _SUM, "arXiv 2212.04089"),
+        Method("breadcrumbs", "band", _SUM | _NO_RESCALE, "arXiv 2312.06795"),
+        Method("breadcrumbs_ties", "band", _ELECT_SUM | _NO_RESCALE, "arXiv 2312.06795"),
+        Method("linear", "average", {"normalize": True}, "arXiv 2203.05482"),
+        Method("paper_ta", "none", _PAPER, _DELLA + ", table 1"),
+        Method("paper_dare", "bernoulli", _PAPER | _PER_ELEMENT, _DELLA + ", table 1"),
+        Method("paper_ties", "top", _PAPER | _NO_RESCALE, _DELLA + ", table 1"),
+        Method("paper_della", "magprune", _PAPER | _PER_ELEMENT, _DELLA + ", table 1"),
+    )
+}
+
+LATER_METHODS = frozenset(
+    "slerp nuslerp multislerp karcher model_stock nearswap passthrough arcee_fusion sce ram ramplus_tl".split()
+)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the three stages do with one tensor: the shared settings, resolved and normalised."""
+
+    drop: Drop
+    rank_by: str
+    ladder: str
+    rescale: str
+    coupling: str
+    scope: str
+    vote: str
+    fuse: str
+    lambda_scaling: str
+    lambda_: float
+    compat: DType | None = None  # mergekit's rules, in arithmetic of this type
+
+
+@dataclass(frozen=True)
+class Expert:
+    """What the stages do with one expert: its identity (for the random stream) and its own settings."""
+
+    identity: str
+    weight: float = 1.0
+    density: float = 1.0
+    epsilon: float = 0.15
+    gamma: float = 0.01
+
+
+def choice(
+    method: Method, shared: Mapping[str, Any], compat: DType | None = None
+) -> Choice:
+    """The shared settings of one tensor (defaults where ``shared`` has none) as a Choice; the
+    rules are check_settings'."""
+    known = method.parameters
+    value = {name: p.default for name, p in known.items()} | {k: v for k, v in shared.items() if v is not None}
+    rescale = value.get("rescale", "none")
+    if rescale is True:  # mergekit's spelling: the rescale that this kind of Drop has
+        rescale = "per_element" if method.drop in ("magprune", "bernoulli") else "l1"
+    elif rescale is False:
+        rescale = "none"
+    fuse = value.get("fuse", "mean")
+    if value.get("normalize") is not None:
+        fuse = ("calibrated" if fuse == "calibrated" else "mean") if value["normalize"] else "sum"
+    return Choice(
+        drop=method.drop,
+        rank_by=value.get("rank_by", "row"),
+        ladder=value.get("ladder", "symmetric"),
+        rescale=rescale,
+        coupling=value.get("coupling", "independent"),
+        scope=value.get("scope", "tensor"),
+        vote=value.get("vote", "none"),
+        fuse=fuse,
+        lambda_scaling=value.get("lambda_scaling", "constant"),
+        lambda_=float(value.get("lambda", 1.0)),
+        compat=compat,
+    )
+
+
+def expert(identity: str, own: Mapping[str, Any]) -> Expert:
+    """One model's resolved settings as an Expert; ``window_size`` is 2 * epsilon."""
+    given = {k: float(v) for k, v in own.items() if v is not None}
+    if "window_size" in given:
+        given["epsilon"] = given.pop("window_size") / 2
+    return Expert(identity, **{k: v for k, v in given.items() if k in Expert.__dataclass_fields__})
+
+
+def check_settings(method: Method, shared: Mapping[str, Any], models: Sequence[Mapping[str, Any]]) -> str | None:
+    """The rules that join several parameters: one sentence that says what is wrong, or None."""
+    what = choice(method, shared)
+    normalize = shared.get("normalize")
+    written = shared.get("fuse") if shared.get("fuse") != method.defaults.get("fuse") else None
+    if normalize is not None and written is not None and (written == "sum") == bool(normalize):
+        return f"normalize: {str(normalize).lower()} contradicts fuse: {written}; keep one of them"
+    if what.fuse == "calibrated" and what.vote == "none":
+        return "fuse: calibrated corrects what Elect inflates, so it needs a vote other than none"
+    if what.fuse == "calibrated" and method.drop not in ("magprune", "bernoulli"):
+        return f"fuse: calibrated needs keep probabilities, which {method.name} does not have; use fuse: mean"
+    if what.fuse == "calibrated" and len(models) > 8:
+        return f"fuse: calibrated is computed for at most 8 experts, and here are {len(models)}; use fuse: mean"
+    if what.rescale == "per_element" and method.drop in ("top", "band"):
+        return f"rescale: per_element divides by keep probabilities, which {method.name} does not have; use l1 or none"
+    for own in models:
+        reason = _check_model(method, own)
+        if reason:
+            return reason
+    return None
+
+
+def _check_model(method: Method, own: Mapping[str, Any]) -> str | None:
+    if method.drop != "magprune":
+        return None
+    if own.get("window_size") is not None and own.get("epsilon") is not None:
+        return "window_size is 2 * epsilon, so only one of them may be given"
+    e = expert("", own)
+    if e.density in (0.0, 1.0):  # nothing or everything is kept, whatever epsilon says
+        return None
+    low, high = e.density - e.epsilon, e.density + e.epsilon
+    if low < -TOLERANCE or high > 1 + TOLERANCE:
+        return (
+            f"density {e.density:g} with epsilon {e.epsilon:g} gives keep probabilities from {low:g} to {high:g}, "
+            f"which leave [0, 1]; use an epsilon of at most {min(e.density, 1 - e.density):g}"
+        )
+    return None

@@ -1,0 +1,183 @@
+"""A recipe as a tree whose nodes know where they were written; from objects here, from text in recipe_yaml.
+
+Numbers are read as in YAML 1.2 and JSON: ``1e-10`` is a number; ``010`` and ``1:30``, which YAML 1.1 reads as
+8 and 90, stay text, so that a numeric setting refuses them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any, NamedTuple
+
+from della.errors import RecipeError, listing
+
+MAX_DEPTH = 32
+MAX_VALUES = 20_000
+MAX_PROBLEMS = 50
+
+_INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)")
+_NUMBER = re.compile(r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
+_NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+FORBIDDEN = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]")
+_TRUE, _FALSE = ("true", "yes", "on"), ("false", "no", "off")
+
+Value = bool | int | float | str
+
+
+class Place(NamedTuple):
+    """Where something was written.  ``column`` 0 means that ``source`` alone says it (an override, a Python
+    object); ``line`` then only keeps the order."""
+
+    line: int
+    column: int
+    source: str
+
+    def __str__(self) -> str:
+        return f"{self.source}:{self.line}:{self.column}" if self.column else self.source
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One scalar: what it means, and its ``text`` as written; ``plain`` is False for quoted text."""
+
+    place: Place
+    text: str
+    plain: bool
+    value: Value | None
+
+
+@dataclass
+class Items:
+    """A list."""
+
+    place: Place
+    nodes: list[Node]
+
+
+class Entry(NamedTuple):
+    """One ``key: value`` of a Table."""
+
+    key: Place
+    node: Node
+
+
+@dataclass
+class Table:
+    """A mapping; keys are text as written."""
+
+    place: Place
+    entries: dict[str, Entry]
+
+
+Node = Leaf | Items | Table
+
+
+class Problems:
+    """What is wrong with a recipe, collected so that all of it is told at once, in the order of its lines."""
+
+    def __init__(self) -> None:
+        self._found: list[tuple[Place, str]] = []
+
+    def add(self, place: Place, sentence: str) -> None:
+        self._found.append((place, sentence))
+        if len(self._found) >= MAX_PROBLEMS:
+            self.raise_any()
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def raise_any(self) -> None:
+        """Raise everything found so far as one RecipeError; return if nothing was."""
+        if self._found:
+            ordered = sorted(self._found, key=lambda found: found[0][:2])
+            raise RecipeError(listing(list(dict.fromkeys(f"{place}: {said}" for place, said in ordered))))
+
+
+def clip(text: str, most: int = 60) -> str:
+    """Text that came from outside, short enough for an error message."""
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def show(node: Node) -> str:
+    """A value as an error message names it."""
+    if isinstance(node, Items):
+        return "a list"
+    if isinstance(node, Table):
+        return "a mapping"
+    if node.value is None:
+        return "nothing"
+    return repr(clip(node.text)) if isinstance(node.value, str) else clip(node.text)
+
+
+def number(text: str) -> int | float | None:
+    """The number that ``text`` writes in plain decimal, or None."""
+    if _INTEGER.fullmatch(text) and len(text) <= 40:
+        return int(text)
+    if _NUMBER.fullmatch(text):
+        return float(text)
+    if _NOT_FINITE.fullmatch(text):
+        return float(text.replace(".", ""))
+    return None
+
+
+def meaning(text: str) -> Value | None:
+    """What unquoted text means."""
+    if text in ("", "~", "null", "Null", "NULL"):
+        return None
+    lower = text.lower()
+    if lower in _TRUE + _FALSE and text in (lower, lower.title(), lower.upper()):
+        return lower in _TRUE
+    value = number(text)
+    return text if value is None else value
+
+
+def make_leaf(place: Place, text: str, plain: bool) -> Leaf:
+    bad = FORBIDDEN.search(text)
+    if bad:
+        raise RecipeError(f"{place}: the character U+{ord(bad[0]):04X} is not allowed in a recipe; remove it")
+    return Leaf(place, text, plain, meaning(text) if plain else text)
+
+
+def from_objects(value: Any) -> Node:
+    """The tree of a recipe given as Python objects; NumPy values, tuples and paths are welcome."""
+    made = 0
+
+    def convert(value: Any, path: str, depth: int) -> Node:
+        nonlocal made
+        made += 1
+        place = Place(made, 0, f"recipe at {clip(path, 200)}" if path else "recipe")
+        if depth > MAX_DEPTH or made > MAX_VALUES:
+            raise RecipeError(f"{place}: nested too deep or too large; is something in it a part of itself?")
+        if hasattr(value, "tolist"):
+            value = value.tolist()
+        if isinstance(value, Mapping):
+            table = Table(place, {})
+            for key, child in value.items():
+                if not isinstance(key, str):
+                    raise RecipeError(f"{place}: keys must be text, found {clip(repr(key))}")
+                node = convert(child, f"{path}.{key}" if path else key, depth + 1)
+                table.entries[make_leaf(place, key, False).text] = Entry(node.place, node)
+            return table
+        if isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray)):
+            return Items(place, [convert(child, f"{path}.{i}", depth + 1) for i, child in enumerate(value)])
+        if isinstance(value, PurePath):
+            value = str(value)
+        if isinstance(value, str):
+            return make_leaf(place, value, False)
+        if value is None or isinstance(value, (bool, int, float)):
+            return Leaf(place, _plain_text(value), True, value)
+        raise RecipeError(f"{place}: a recipe cannot hold a {type(value).__name__}")
+
+    return convert(value, "", 1)
+
+
+def _plain_text(value: float | None) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, int):
+        return str(value) if value.bit_length() <= 128 else hex(value)
+    text = repr(float(value))
+    return text.replace("e", ".0e") if "e" in text and "." not in text else text

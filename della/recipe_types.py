@@ -1,0 +1,161 @@
+"""What a recipe says, once it is read: the Recipe, and which settings hold for which tensor."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from della.dtypes import DType
+from della.errors import RecipeError, listing
+from della.merging.methods import Method, check_settings
+from della.recipe_settings import Filtered, Gradient, Scalar, Setting, choose
+from della.recipe_tree import Place, clip
+
+_MOST_COMPLAINTS = 5
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """One expert: ``reference`` as written, ``identity`` (it keys the random stream), own settings."""
+
+    reference: str
+    identity: str
+    parameters: Mapping[str, Setting]
+    place: Place = field(compare=False, repr=False)
+
+    @property
+    def line(self) -> int:
+        """The line of the recipe in which it begins; 0 for a recipe that was not read from text."""
+        return self.place.line if self.place.column else 0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to merge and how.  ``text`` is the recipe as YAML; ``notes`` are warnings for the user.
+
+    ``models`` are the experts (for ``linear``, all models); ``parameters`` are the recipe's own settings.
+    Settings that the method does not use are in neither.
+    """
+
+    path: Path | None
+    text: str
+    name: str | None
+    base_model: str | None
+    models: tuple[ModelEntry, ...]
+    merge_method: str
+    method: Method
+    parameters: Mapping[str, Setting]
+    dtype: DType | None
+    out_dtype: DType | None
+    seed: int
+    compat: bool
+    notes: tuple[str, ...]
+    place: Place = field(compare=False, repr=False)
+
+    def resolve(self, tensor_name: str, t: float) -> tuple[dict[str, Any], tuple[dict[str, Any], ...]]:
+        """The settings of one tensor: (shared values, values of each model in the order of ``models``).
+
+        ``t`` is the tensor's depth: 0 at the first layer, 1 at the last; 0 for tensors outside the layers.
+        Every parameter of the method is there, with the method's default where the recipe says nothing.
+        """
+        shared, *models = (plan.values(tensor_name, t) for plan in self._plans)
+        return shared, tuple(models)
+
+    def check(self, points: Iterable[tuple[str, float, str]]) -> None:
+        """Hold the rules that join several parameters at every ``(tensor name, t, label such as "layer 7")``.
+
+        Raises RecipeError with the first few places where they break.
+        """
+        seen: set[Any] = set()
+        complaints: dict[str, None] = {}
+        for tensor, t, label in points:
+            shared, models = self.resolve(tensor, t)
+            key = (tuple(shared.values()), *(tuple(own.values()) for own in models))
+            if key in seen:
+                continue
+            seen.add(key)
+            if check_settings(self.method, shared, models):
+                where = f"at {label} ({clip(tensor)})" if label and tensor else f"at {label}" if label else ""
+                complaints |= dict.fromkeys(self._complaints(tensor, where, shared, models))
+            if len(complaints) >= _MOST_COMPLAINTS:
+                break
+        if complaints:
+            raise RecipeError(listing(list(complaints)))
+
+    def _complaints(
+        self, tensor: str, where: str, shared: Mapping[str, Any], models: Sequence[Mapping[str, Any]]
+    ) -> Iterable[str]:
+        said = check_settings(self.method, shared, [])
+        alone = (
+            [None] * len(models) if said else [check_settings(self.method, shared, [own]) for own in models]
+        )
+        if not any(alone):
+            said = said or check_settings(self.method, shared, models)
+            place = self._cause(str(said), {}, tensor) or self.place
+            yield f"{place}: {where}: {said}" if where else f"{place}: {said}"
+        for entry, reason in zip(self.models, alone, strict=True):
+            if reason:
+                place = self._cause(reason, entry.parameters, tensor) or entry.place
+                who = f"for {entry.identity!r}"
+                yield f"{place}: {where}, {who}: {reason}" if where else f"{place}: {who}: {reason}"
+
+    def _cause(self, sentence: str, own: Mapping[str, Setting], tensor: str) -> Place | None:
+        """Where the first parameter that the sentence names was written."""
+        for word in re.findall(r"\w+", sentence):
+            chain = tuple(source[word] for source in (own, self.parameters) if word in source)
+            setting = choose(chain, tensor)
+            if setting is not None:
+                return setting.place
+        return None
+
+    def check_at_once(self) -> None:
+        """Hold the rules already while reading, where no tensor's name is needed."""
+        settings = [
+            s for source in (self.parameters, *(m.parameters for m in self.models)) for s in source.values()
+        ]
+        if any(isinstance(s, Filtered) for s in settings):
+            return
+        if any(isinstance(s, Gradient) for s in settings):
+            self.check([("", 0.0, "the first layer (t = 0)"), ("", 1.0, "the last layer (t = 1)")])
+        else:
+            self.check([("", 0.0, "")])
+
+    @cached_property
+    def _plans(self) -> tuple[_Plan, ...]:
+        known = self.method.parameters.values()
+        everything = {"shared": {p.name: p.default for p in known if p.scope == "shared"}}
+        everything["model"] = {p.name: p.default for p in known if p.scope == "model"}
+        plans = [_Plan.of(everything["shared"], (self.parameters,))]
+        plans += [_Plan.of(everything["model"], (entry.parameters, self.parameters)) for entry in self.models]
+        return tuple(plans)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The settings of one model, or the shared ones: what is the same for every tensor, and what is not."""
+
+    constant: dict[str, Any]
+    varying: tuple[tuple[str, tuple[Setting, ...]], ...]
+
+    @classmethod
+    def of(cls, defaults: Mapping[str, Any], sources: Sequence[Mapping[str, Setting]]) -> _Plan:
+        constant, varying = dict(defaults), []
+        for name in defaults:
+            chain = tuple(source[name] for source in sources if name in source)
+            if chain and isinstance(chain[0], Scalar):
+                constant[name] = chain[0].value
+            elif chain:
+                varying.append((name, chain))
+        return cls(constant, tuple(varying))
+
+    def values(self, tensor_name: str, t: float) -> dict[str, Any]:
+        values = dict(self.constant)
+        for name, chain in self.varying:
+            setting = choose(chain, tensor_name)
+            if setting is not None:
+                values[name] = setting.at(t)
+        return values

@@ -1,0 +1,156 @@
+"""A Plan as text for people and as one JSON object for programs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from della.plan import Job, Plan
+
+_NUMBER = re.compile(r"\.(\d+)(?=\.)")
+
+
+def plan_json(plan: Plan, threads: int) -> dict[str, Any]:
+    """``tensors`` in output order, each with its resolved parameters, beside bytes, memory and departures."""
+    references = _references(plan)
+    return {
+        "merge_method": plan.recipe.merge_method,
+        "base_model": plan.recipe.base_model,
+        "seed": plan.recipe.seed,
+        "tensors": [_tensor(job, references, plan.recipe.merge_method) for job in plan.jobs],
+        "bytes_read": plan.bytes_read,
+        "bytes_written": plan.bytes_written,
+        "memory": plan.memory(threads),
+        "seconds": round(plan.seconds(threads), 2),
+        "departures": list(plan.departures),
+        "notes": list(plan.notes),
+    }
+
+
+def _tensor(job: Job, references: list[str], method: str) -> dict[str, Any]:
+    copied = job.choice is None
+    return {
+        "name": job.name,
+        "shape": list(job.shape),
+        "dtype": job.dtype.torch_name,
+        "method": "copy" if copied else method,
+        "parameters": _shared(job),
+        "models": {} if copied else dict(zip(references, map(dict, _own(job)), strict=True)),
+    }
+
+
+def _references(plan: Plan) -> list[str]:
+    """The models as the recipe writes them; one that stands there twice is told apart by occurrence."""
+    seen: dict[str, int] = {}
+    names = []
+    for model in plan.recipe.models:
+        seen[model.reference] = count = seen.get(model.reference, 0) + 1
+        names.append(model.reference if count == 1 else f"{model.reference}#{count}")
+    return names
+
+
+def _shared(job: Job) -> dict[str, Any]:
+    """The shared parameters as they take effect: rescale and fuse resolved, normalize and fuse saying the same."""
+    if job.choice is None:
+        return {}
+    effect = {"rescale": job.choice.rescale, "fuse": job.choice.fuse, "normalize": job.choice.fuse != "sum"}
+    return {key: effect.get(key, value) for key, value in job.shared.items()}
+
+
+def _own(job: Job) -> Iterator[dict[str, Any]]:
+    """Each model's parameters in the order of the recipe; epsilon as it takes effect."""
+    experts = {k: expert for k, _, expert in job.inputs}
+    for k, values in enumerate(job.values):
+        known = {key: value for key, value in values.items() if key != "window_size"}
+        yield known | {"epsilon": experts[k].epsilon} if "epsilon" in known else known
+
+
+def plan_text(plan: Plan, threads: int) -> str:
+    """What would be done: models, sizes, time, departures from mergekit, and every value along gradients."""
+    recipe = plan.recipe
+    first = next((job for job in plan.jobs if job.choice is not None), None)
+    lines = [f"{recipe.merge_method}, seed {recipe.seed}: {len(plan.jobs)} tensors"]
+    if recipe.base_model:
+        lines.append(f"  base    {recipe.base_model}")
+    for reference, own in zip(_references(plan), _own(first) if first else (), strict=False):
+        lines.append(f"  {'expert' if recipe.method.needs_base else 'model '}  {reference}  {_pairs(own)}")
+    if first:
+        lines.append(f"  shared  {_pairs(_shared(first))}")
+    lines += [
+        "",
+        f"  read    {_bytes(plan.bytes_read)}",
+        f"  write   {_bytes(plan.bytes_written)} ({_dtypes(plan.jobs)})",
+        f"  memory  {_bytes(plan.memory(threads))} with {threads} thread{'s' * (threads > 1)}",
+        f"  time    about {plan.seconds(threads):.0f} s",
+    ]
+    lines += _varying(plan)
+    for title, texts in (("Other than mergekit:", plan.departures), ("Notes:", plan.notes)):
+        if texts:
+            lines += ["", title, *(f"  - {text}" for text in texts)]
+    return "\n".join(lines)
+
+
+def _varying(plan: Plan) -> list[str]:
+    """The parameters that are not the same for every tensor: each set of values with the tensors that have it."""
+    rows: dict[tuple[tuple[str, Any], ...], list[str]] = {}
+    references = _references(plan)
+    for job in plan.jobs:
+        if job.choice is None:
+            continue
+        values = [(key, value) for key, value in _shared(job).items()]
+        for reference, own in zip(references, _own(job), strict=True):
+            values += [(f"{reference}: {key}", value) for key, value in own.items()]
+        rows.setdefault(tuple(values), []).append(job.name)
+    if len(rows) < 2:
+        return []
+    table = [dict(row) for row in rows]
+    varying = [key for key in table[0] if len({str(row[key]) for row in table}) > 1]
+    lines = ["", "Values along gradients and filters:"]
+    for row, names in zip(table, rows.values(), strict=True):
+        lines.append("  " + ", ".join(f"{key} {_value(row[key])}" for key in varying))
+        lines += [f"      {pattern}" for pattern in collapse(names)]
+    return lines
+
+
+def collapse(names: Iterable[str]) -> list[str]:
+    """Tensor names with their first number as a range: ``model.layers.0-3.mlp.up_proj.weight``."""
+    groups: dict[str, list[int]] = {}
+    for name in names:
+        match = _NUMBER.search(name)
+        if match is None:
+            groups.setdefault(name, [])
+        else:
+            groups.setdefault(f"{name[: match.start(1)]}\0{name[match.end(1) :]}", []).append(int(match[1]))
+    return [pattern.replace("\0", _ranges(numbers)) for pattern, numbers in groups.items()]
+
+
+def _ranges(numbers: list[int]) -> str:
+    runs: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if runs and runs[-1][1] == number - 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def _pairs(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {_value(value)}" for key, value in values.items() if value is not None)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _dtypes(jobs: Iterable[Job]) -> str:
+    return ", ".join(dict.fromkeys(job.dtype.torch_name for job in jobs))
+
+
+def _bytes(count: int) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count} bytes"
