@@ -1,7 +1,7 @@
 """della: model merging as it should be.
 
-Merge fine-tuned models of one base into one, with the methods of DELLA-Merging (arXiv 2406.11617) and its family: exact,
-fast on a plain CPU, reproducible to the byte, and safe.
+Merge fine-tuned models of one base into one, with the methods of DELLA-Merging (arXiv 2406.11617) and its
+family: exact, fast on a plain CPU, reproducible to the byte, and safe.
 
     import della
     della.merge("recipe.yml", "out/")

@@ -18,45 +18,56 @@ Source = str | Path | Mapping[str, Any] | Recipe
 
 
 def merge(
-    recipe: Source, out: str | Path, *, seed: int | None = None, threads: int | None = None, overwrite: bool = False,
-    overrides: Sequence[str] = (), compat: bool = False, fsync: bool = True, shard_bytes: int = 5_000_000_000,
-    tile: int = TILE, progress: Callable[[Progress], None] | None = None,
-) -> Result:  # fmt: skip
+    recipe: Source,
+    out: str | Path,
+    *,
+    seed: int | None = None,
+    threads: int | None = None,
+    overwrite: bool = False,
+    overrides: Sequence[str] = (),
+    compat: bool = False,
+    fsync: bool = True,
+    shard_bytes: int = 5_000_000_000,
+    tile: int = TILE,
+    progress: Callable[[Progress], None] | None = None,
+) -> Result:
     """Merge as ``recipe`` says and write the model to ``out``; until the last step ``out`` is what it was.
 
-    recipe: path of a YAML file, YAML text, the same as a mapping, or a Recipe.  out: a folder, or a single file where
-    the name ends in .safetensors.  seed: instead of the recipe's (default 42).  threads: default, all processors; the
-    bytes do not depend on it, nor on ``tile`` (elements worked on at a time).  overrides: ``KEY=VALUE`` changes to the
-    recipe.  compat: mergekit's rules.  shard_bytes: most bytes of weights in one file.  fsync=False does not wait for
-    the disk.  progress: called with a Progress after every piece, from worker threads, one at a time.
+    recipe: path of a YAML file, YAML text, the same as a mapping, or a Recipe.  out: a folder, or a single
+    file where the name ends in .safetensors.  seed: instead of the recipe's (default 42).  threads: default,
+    all processors; the bytes do not depend on it, nor on ``tile`` (elements worked on at a time).  overrides:
+    ``KEY=VALUE`` changes to the recipe.  compat: mergekit's rules.  shard_bytes: most bytes of weights in one
+    file.  fsync=False does not wait for the disk.  progress: called with a Progress after every piece, from
+    worker threads, one at a time.
 
     Returns a Result (out, manifest, seconds).  Raises RecipeError, CheckpointError or OutputError.
     """
     from della.run import run
 
     threads = _positive(threads, "threads") or default_threads()
-    with make_plan(_read(recipe, seed, overrides, compat)) as made:
+    with make_plan(read(recipe, seed, overrides, compat)) as made:
         return run(
-            made, Path(out), threads=threads, overwrite=overwrite, fsync=fsync, shard_bytes=shard_bytes, tile=tile,
-            progress=progress,
+            made, Path(out), threads=threads, overwrite=overwrite, fsync=fsync, shard_bytes=shard_bytes,
+            tile=tile, progress=progress,
         )  # fmt: skip
 
 
 def plan(
     recipe: Source, *, seed: int | None = None, overrides: Sequence[str] = (), compat: bool = False
 ) -> Plan:
-    """What `merge` would do, from headers alone: a Plan (jobs, bytes, notes, departures); close it, or use it in a
-    with-block.  Arguments and errors as for `merge`."""
-    return make_plan(_read(recipe, seed, overrides, compat), weights=False)
+    """What `merge` would do, from headers alone: a Plan (jobs, bytes, notes, departures); close it, or use it
+    in a with-block.  Arguments and errors as for `merge`.
+    """
+    return make_plan(read(recipe, seed, overrides, compat), weights=False)
 
 
-def _read(recipe: Source, seed: int | None, overrides: Sequence[str], compat: bool) -> Recipe:
-    read = recipe if isinstance(recipe, Recipe) else read_recipe(recipe, overrides=overrides)
-    if seed is not None:
-        if not 0 <= seed < 1 << 64:
-            raise RecipeError(f"seed {seed}: expected a whole number from 0 to 2^64 - 1")
-        read = replace(read, seed=seed)
-    return replace(read, compat=True) if compat else read
+def read(recipe: Source, seed: int | None, overrides: Sequence[str], compat: bool) -> Recipe:
+    """The recipe with ``seed`` and ``compat`` written into it, so that its text alone repeats the merge."""
+    if isinstance(recipe, Recipe):
+        seed = recipe.seed if seed is None else seed
+        return replace(recipe, seed=seed, compat=recipe.compat or compat)
+    extra = [*([] if seed is None else [f"seed={seed}"]), *(["compat=mergekit"] if compat else [])]
+    return read_recipe(recipe, overrides=[*overrides, *extra])
 
 
 def _positive(value: int | None, name: str) -> int | None:

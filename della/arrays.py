@@ -1,7 +1,8 @@
-"""Merging arrays in memory: NumPy arrays, ml_dtypes arrays, and torch CPU tensors (zero copy, torch never imported).
+"""Merging arrays in memory: NumPy arrays, ml_dtypes arrays, and torch CPU tensors (zero copy, torch never
+imported).
 
-Results are NumPy arrays; a torch caller wraps them with ``torch.from_numpy`` (for bfloat16: of a view as int16, viewed
-as bfloat16 again).
+Results are NumPy arrays; a torch caller wraps them with ``torch.from_numpy`` (for bfloat16: of a view as
+int16, viewed as bfloat16 again).
 """
 
 from __future__ import annotations
@@ -26,12 +27,13 @@ def magprune(
     delta: Any, density: float, epsilon: float = 0.15, *, seed: int = DEFAULT_SEED, name: str = "delta",
     expert: str = "expert", rank_by: str = "row", ladder: str = "symmetric", rescale: str = "per_element",
 ) -> Array:  # fmt: skip
-    """Drop by MAGPRUNE (arXiv 2406.11617, section 2.1): keep each delta with a probability that grows with the rank of
-    its magnitude in its row, from density - epsilon to density + epsilon, and divide survivors by it.
+    """Drop by MAGPRUNE (arXiv 2406.11617, section 2.1): keep each delta with a probability that grows with
+    the rank of its magnitude in its row, from density - epsilon to density + epsilon, and divide survivors by
+    it.
 
-    delta: a float array of any shape; a row is its last axis (all but the first axis of a convolution).  name and
-    expert key the random stream together with seed.  Returns float32 (float64 for float64) of the same shape.
-    Raises RecipeError for values out of range.
+    delta: a float array of any shape; a row is its last axis.  name
+    and expert key the random stream together with seed.  Returns float32 (float64 for float64) of the same
+    shape. Raises RecipeError for values out of range.
     """
     values = widen(_as_array(delta, "delta"))
     shared = {"rank_by": rank_by, "ladder": ladder, "rescale": rescale}
@@ -45,17 +47,20 @@ def magprune(
 def merge_tensors(
     base: Any, experts: Sequence[Any], *, method: str = "della", weights: Sequence[float] | float = 1.0,
     density: Sequence[float] | float = 1.0, epsilon: Sequence[float] | float | None = None,
-    gamma: Sequence[float] | float | None = None, names: Sequence[str] | None = None, seed: int = DEFAULT_SEED,
-    name: str = "tensor", **parameters: Any,
+    gamma: Sequence[float] | float | None = None, names: Sequence[str] | None = None,
+    seed: int = DEFAULT_SEED, name: str = "tensor", **parameters: Any,
 ) -> Array:  # fmt: skip
-    """Merge one tensor: Drop, Elect, Fuse as in ``della merge``, with the same bytes as a merge of checkpoints.
+    """Merge one tensor: Drop, Elect, Fuse as in ``della merge``, with the same bytes as a merge of
+    checkpoints.
 
-    base: a float array (None for method "linear"); experts: arrays of its shape.  weights, density, epsilon, gamma: one
-    value for all experts or one each.  names: the experts' identities, which key their random streams (default
-    "expert1", ...).  name: the tensor's name, which keys the stream too.  parameters: the recipe's shared parameters
-    (``lambda_``, ``rank_by``, ``rescale``, ``vote``, ``fuse``, ``normalize``, ...).
+    base: a float array (None for method "linear"); experts: arrays of its shape.  weights, density, epsilon,
+    gamma: one value for all experts or one each.  names: the experts' identities, which key their random
+    streams (default "expert1", ...).  name: the tensor's name, which keys the stream too.  parameters: the
+    recipe's shared parameters (``lambda_``, ``rank_by``, ``rescale``, ``vote``, ``fuse``, ``normalize``,
+    ...).
 
-    Returns an array of the base's dtype (the first expert's for "linear").  Raises RecipeError or CheckpointError.
+    Returns an array of the base's dtype (the first expert's for "linear").  Raises RecipeError or
+    CheckpointError.
     """
     row, shared = _method(method), _shared(_method(method), parameters)
     models = [_as_array(e, f"expert {k}") for k, e in enumerate(experts, 1)]
@@ -65,7 +70,9 @@ def merge_tensors(
         raise RecipeError(f"{method} needs a base")
     root = models[0] if base is None else _as_array(base, "base")
     if row.drop == "top" and shared.get("scope") == "model":
-        raise RecipeError("scope: model needs the whole model; merge checkpoints instead, or use scope: tensor")
+        raise RecipeError(
+            "scope: model needs the whole model; merge checkpoints instead, or use scope: tensor"
+        )
     for k, model in enumerate(models, 1):
         if model.shape != root.shape:
             raise CheckpointError(f"expert {k} has shape {list(model.shape)}, expected {list(root.shape)}")
@@ -84,14 +91,14 @@ def merge_tensors(
 def merge_state_dicts(
     base: Mapping[str, Any] | None, experts: Sequence[Mapping[str, Any]], **options: Any
 ) -> dict[str, Array]:
-    """`merge_tensors` over whole models given as mappings from names to arrays; the options are its own, but ``name``.
+    """`merge_tensors` over whole models given as mappings from names to arrays; the options are its own, but
+    ``name``.
 
-    Tensors that are not float are copied from the base.  Raises CheckpointError where an expert lacks a tensor.
+    Tensors that are not float are copied from the base.  Raises CheckpointError where an expert lacks a
+    tensor.
     """
     root = experts[0] if base is None else base
-    lacking = [
-        f"expert {k} lacks {name}" for k, e in enumerate(experts, 1) for name in root if name not in e
-    ]
+    lacking = [f"expert {k} lacks {name}" for k, e in enumerate(experts, 1) for name in root if name not in e]
     if lacking:
         raise CheckpointError(listing(lacking))
     merged = {}
@@ -107,7 +114,12 @@ def merge_state_dicts(
 
 
 def _merge(
-    picked: Choice, base: Array | None, models: Sequence[Array], experts: Sequence[Expert], seed: int, name: str
+    picked: Choice,
+    base: Array | None,
+    models: Sequence[Array],
+    experts: Sequence[Expert],
+    seed: int,
+    name: str,
 ) -> Array:
     """The merge in arithmetic values: by the kernels, or by the reference where an input is float64."""
     wide = [widen(np.ascontiguousarray(m)) for m in models]
@@ -166,7 +178,9 @@ def _from_torch(tensor: Any, what: str) -> Array:
     twin = getattr(ml_dtypes, name, None)
     if twin is None:
         return np.asarray(tensor.numpy())
-    integer = getattr(__import__("sys").modules["torch"], "int16" if np.dtype(twin).itemsize == 2 else "uint8")
+    integer = getattr(
+        __import__("sys").modules["torch"], "int16" if np.dtype(twin).itemsize == 2 else "uint8"
+    )
     return np.asarray(tensor.view(integer).numpy()).view(twin)
 
 

@@ -31,8 +31,8 @@ def config_json(config: Mapping[str, Any], jobs: Sequence[Job]) -> bytes:
 def model_card(plan: Plan, title: str) -> bytes:
     """README.md: front matter for the Hub, how the model was made, and the recipe.
 
-    Names from recipes are data here: front matter is dumped as JSON (which is YAML), text is escaped, and the recipe
-    stands in a fence longer than any in it.
+    Names from recipes are data here: front matter is dumped as JSON (which is YAML), text is escaped, and the
+    recipe stands in a fence longer than any in it.
     """
     recipe = plan.recipe
     references = list(

@@ -1,4 +1,6 @@
-"""The command: arguments, exit codes, progress; nothing else.  Everything heavy is imported inside the commands."""
+"""The command: arguments, exit codes, progress; nothing else.  Everything heavy is imported inside the
+commands.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ app = typer.Typer(
 Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.", show_default=False)]
 Set = Annotated[
     Optional[list[str]],  # noqa: UP045  (typer evaluates annotations on Python 3.10)
-    typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe: lambda=0.8, models.0.parameters.weight=1."),
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Change the recipe: lambda=0.8, models.0.parameters.weight=1."
+    ),
 ]
 Seed = Annotated[
     Optional[int],  # noqa: UP045
@@ -42,7 +46,9 @@ Compat = Annotated[
 ]
 Threads = Annotated[
     Optional[int],  # noqa: UP045
-    typer.Option(min=1, help="Threads; the result does not depend on it. [default: all processors]", show_default=False),
+    typer.Option(
+        min=1, help="Threads; the result does not depend on it. [default: all processors]", show_default=False
+    ),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
@@ -67,22 +73,28 @@ def merge(
     ],
     seed: Seed = None,
     threads: Threads = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT, in one step, when all is done.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace OUT, in one step, when all is done.")
+    ] = False,
     overrides: Set = None,
     compat: Compat = None,
-    shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Most bytes of weights in one file.")] = "5GB",
-    no_fsync: Annotated[bool, typer.Option("--no-fsync", help="Do not wait until OUT is safe on the disk.")] = False,
+    shard_size: Annotated[
+        str, typer.Option(metavar="SIZE", help="Most bytes of weights in one file.")
+    ] = "5GB",
+    no_fsync: Annotated[
+        bool, typer.Option("--no-fsync", help="Do not wait until OUT is safe on the disk.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Progress and result as JSON lines.")] = False,
     debug: Debug = False,
 ) -> None:
     """Merge models as RECIPE says and write the result to OUT."""
     with _errors(debug, as_json):
-        from della.api import _read
+        from della.api import read
         from della.plan import default_threads, make_plan
 
         threads = threads or default_threads()
-        with make_plan(_read(recipe, seed, overrides or (), _is_compat(compat))) as plan:
+        with make_plan(read(recipe, seed, overrides or (), _is_compat(compat))) as plan:
             say = _Speaker(quiet, as_json)
             for text in (*plan.notes, *plan.departures):
                 say.note(text)
@@ -130,7 +142,16 @@ def _size(text: str) -> int:
     """Bytes from ``5GB``, ``500MB``, ``2GiB`` or a plain number."""
     from della.errors import RecipeError
 
-    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+    units = {
+        "": 1,
+        "B": 1,
+        "KB": 10**3,
+        "MB": 10**6,
+        "GB": 10**9,
+        "KIB": 1 << 10,
+        "MIB": 1 << 20,
+        "GIB": 1 << 30,
+    }
     digits = text.rstrip("BGIKMbgikm ")
     unit = text[len(digits) :].strip().upper()
     try:
@@ -151,7 +172,10 @@ def _errors(debug: bool, as_json: bool) -> Iterator[None]:
         if debug:
             raise
         if as_json:
-            print(json.dumps({"event": "error", "exit_code": error.exit_code, "message": str(error)}), flush=True)
+            print(
+                json.dumps({"event": "error", "exit_code": error.exit_code, "message": str(error)}),
+                flush=True,
+            )
         print(f"della: {error}", file=sys.stderr)
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
@@ -189,7 +213,7 @@ class _Speaker:
 
         speaker = self
 
-        class Listener(event.Listener):  # type: ignore[misc]
+        class Listener(event.Listener):
             def on_start(self, _: Any) -> None:
                 if not speaker.compiling:
                     speaker.compiling = True
@@ -198,14 +222,15 @@ class _Speaker:
             def on_end(self, _: Any) -> None:
                 pass
 
-        event.register("numba:compile", Listener())
+        event.register("numba:compile", Listener())  # type: ignore[no-untyped-call]
 
     @contextmanager
     def progress(self) -> Iterator[Callable[[Progress], None] | None]:
         """What to call with each Progress."""
         if self.as_json:
             yield _paced(1.0, lambda p: self._json(
-                event="progress", bytes=p.done, total=p.total, tensors=p.tensors, of=p.of_tensors, tensor=p.name
+                event="progress", bytes=p.done, total=p.total, tensors=p.tensors, of=p.of_tensors,
+                tensor=p.name,
             ))  # fmt: skip
         elif self.quiet:
             yield None
@@ -220,7 +245,9 @@ class _Speaker:
 
     def done(self, out: Path, seconds: float, read: int, written: int) -> None:
         if self.as_json:
-            self._json(event="done", out=str(out), seconds=round(seconds, 3), bytes_read=read, bytes_written=written)
+            self._json(
+                event="done", out=str(out), seconds=round(seconds, 3), bytes_read=read, bytes_written=written
+            )
         elif not self.quiet:
             print(f"{out}: {written / 1e6:,.0f} MB in {seconds:.1f} s", file=sys.stderr)
 

@@ -1,6 +1,7 @@
 """The storage types of safetensors: one table, and how each widens to the arithmetic type and rounds back.
 
-Arithmetic is float32, or float64 where an input is float64.  Widening is exact; rounding is once, to nearest even.
+Arithmetic is float32, or float64 where an input is float64.  Widening is exact; rounding is once, to nearest
+even.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ class DType:
     def numpy(self) -> np.dtype[Any]:
         """The NumPy (or ml_dtypes) twin."""
         scalar = getattr(ml_dtypes, self.numpy_name, None) or getattr(np, self.numpy_name)
-        return np.dtype(scalar)
+        dtype: np.dtype[Any] = np.dtype(scalar)
+        return dtype
 
     @property
     def is_float(self) -> bool:
@@ -122,7 +124,8 @@ def _byte_table(dtype: np.dtype[Any]) -> Array:
 
 
 def round_to(values: Array, dtype: DType) -> Array:
-    """Arithmetic values rounded once, to nearest even, into a storage dtype (overflow becomes infinity, or NaN
-    where the type has none)."""
+    """Arithmetic values rounded once, to nearest even, into a storage dtype (overflow becomes infinity, or
+    NaN where the type has none).
+    """
     with np.errstate(over="ignore", invalid="ignore"):
         return values.astype(dtype.numpy)

@@ -11,7 +11,6 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from della.checkpoint.layout import Tensor
@@ -33,8 +32,9 @@ _BYTES_PER_SECOND, _START_SECONDS, _START_MEMORY = 2.0e9, 0.8, 150 << 20
 class Job:
     """One output tensor.  ``choice`` is None where the base's tensor is copied.
 
-    ``inputs`` are (index into Plan.models, that model's tensor, what the stages do with it), in canonical order;
-    ``values`` are the resolved settings of every model in the recipe's order, and ``shared`` the others, for display.
+    ``inputs`` are (index into Plan.models, that model's tensor, what the stages do with it), in canonical
+    order; ``values`` are the resolved settings of every model in the recipe's order, and ``shared`` the
+    others, for display.
     """
 
     name: str
@@ -70,8 +70,8 @@ class Job:
 class Plan:
     """What a merge will do.  A context manager that closes the inputs.
 
-    ``base`` is the template of the output: names, shapes and side files (the first model where the method needs no
-    base).  ``models`` are in the order of the recipe.
+    ``base`` is the template of the output: names, shapes and side files (the first model where the method
+    needs no base).  ``models`` are in the order of the recipe.
     """
 
     recipe: Recipe
@@ -169,10 +169,11 @@ def make_plan(recipe: Recipe, *, weights: bool = True) -> Plan:
 
 
 def _depths(names: Sequence[str] | dict[str, Any]) -> dict[str, tuple[float, str]]:
-    """(t, label) of each tensor: its layer's place in its own stack of layers, by the first number in its name.
+    """(t, label) of each tensor: its layer's place in its own stack of layers, by the first number in its
+    name.
 
-    As in mergekit, t is 0 for what stands outside the layers (embeddings, final norm, head) and 1 where a stack has
-    a single layer.
+    As in mergekit, t is 0 for what stands outside the layers (embeddings, final norm, head) and 1 where a
+    stack has a single layer.
     """
     layers = {name: _LAYER.match(name) for name in names}
     last: dict[str, int] = {}
@@ -190,7 +191,9 @@ def _depths(names: Sequence[str] | dict[str, Any]) -> dict[str, tuple[float, str
 
 
 def _check_fit(base: Source, models: Sequence[Source]) -> list[str]:
-    """Refuse models that do not have the base's tensors in the base's shapes; notes on what they have beyond."""
+    """Refuse models that do not have the base's tensors in the base's shapes; notes on what they have
+    beyond.
+    """
     problems, notes = [], []
     for model in dict.fromkeys(models):
         if model is base:
@@ -249,8 +252,10 @@ def _check_scope(jobs: Sequence[Job]) -> None:
     """With scope: model there is one threshold for the model, so each expert has one density."""
     whole = [job for job in jobs if job.choice and job.choice.drop == "top" and job.choice.scope == "model"]
     if len({tuple(e.density for _, _, e in job.inputs) for job in whole}) > 1:
-        raise RecipeError("scope: model chooses one threshold for the whole model, so density must be the same for "
-                          "all tensors; use scope: tensor, or a density without gradient and filter")  # fmt: skip
+        raise RecipeError(
+            "scope: model chooses one threshold for the whole model, so density must be the same for all "
+            "tensors; use scope: tensor, or a density without gradient and filter"
+        )
 
 
 def _departures(recipe: Recipe, jobs: Sequence[Job]) -> list[str]:
@@ -263,9 +268,13 @@ def _departures(recipe: Recipe, jobs: Sequence[Job]) -> list[str]:
     dropping = any(e.density not in (0.0, 1.0) for job in merged for _, _, e in job.inputs)
     random = recipe.method.drop in ("magprune", "bernoulli") and dropping
     if random and any(job.choice.rescale == "per_element" for job in merged if job.choice):
-        found.append("rescale: each survivor is divided by its keep probability (mergekit: one l1 factor, biased)")
+        found.append(
+            "rescale: each survivor is divided by its keep probability (mergekit: one l1 factor, biased)"
+        )
     if recipe.method.drop == "magprune" and dropping:
-        found.append("ranks are exact integers with ties averaged (mergekit: ranks in the dtype of the tensor)")
+        found.append(
+            "ranks are exact integers with ties averaged (mergekit: ranks in the dtype of the tensor)"
+        )
     if any(job.choice.vote != "none" for job in merged if job.choice):
         found.append("a tied sign vote elects nothing (mergekit: the positive sign)")
     narrow = (recipe.dtype.bits < 32) if recipe.dtype else any(job.base.dtype.bits < 32 for job in merged)

@@ -1,7 +1,8 @@
 """Counter-based uniforms: element i of a stream is a pure function of (key, i), whatever was drawn before.
 
-SplitMix64 (Steele, Lea and Flood, 2014) in counter form: state ``key + (i + 1) * GAMMA`` through its finaliser.
-A uniform is the top 24 bits over 2^24, exact in float32, so a comparison ``u < q`` is the same on every machine.
+SplitMix64 (Steele, Lea and Flood, 2014) in counter form: state ``key + (i + 1) * GAMMA`` through its
+finaliser. A uniform is the top 24 bits over 2^24, exact in float32, so a comparison ``u < q`` is the same on
+every machine.
 """
 
 from __future__ import annotations
@@ -40,12 +41,16 @@ def bits64(key: int, start: int, count: int) -> npt.NDArray[np.uint64]:
 
 
 def uniforms(key: int, start: int, count: int, shift: int = 0) -> npt.NDArray[np.float32]:
-    """Uniforms in [0, 1), float32 of shape (count,); ``shift`` (in units of 2^-24) rotates them around the circle."""
+    """Uniforms in [0, 1), float32 of shape (count,); ``shift`` (in units of 2^-24) rotates them around the
+    circle.
+    """
     ticks = (bits64(key, start, count) >> np.uint64(64 - UNIFORM_BITS)).astype(np.int64)
     ticks = (ticks + shift) & ((1 << UNIFORM_BITS) - 1)
-    return ticks.astype(np.float32) * np.float32(2.0**-UNIFORM_BITS)
+    return np.asarray(ticks.astype(np.float32) * np.float32(2.0**-UNIFORM_BITS))
 
 
 def systematic_shift(position: int, experts: int) -> int:
-    """The rotation of expert ``position`` of ``experts`` that share one uniform: position / experts of a circle."""
+    """The rotation of expert ``position`` of ``experts`` that share one uniform: position / experts of a
+    circle.
+    """
     return (position << UNIFORM_BITS) // experts

@@ -264,8 +264,9 @@ def dump(node: Node) -> str:
         implied = resolver.resolve(yaml.ScalarNode, node.text or "null", (True, False))
         if node.plain:
             return yaml.ScalarNode(implied, node.text or "null")
-        # A text that this module (unlike YAML 1.1) would read as a number must keep its quotes.
+        # What this module, unlike YAML 1.1, reads as a number must keep its quotes; double ones keep breaks.
         style = None if isinstance(meaning(node.text), str) else "'"
+        style = '"' if _LINE_BREAK.search(node.text) else style
         return yaml.ScalarNode("tag:yaml.org,2002:str", node.text, style=style)
 
     text: str = yaml.serialize(convert(node), Dumper=yaml.SafeDumper, allow_unicode=True, width=1 << 20)

@@ -1,6 +1,7 @@
 """Execute a Plan: read, drop, elect, fuse and write, tile by tile, a tensor per job, several jobs at a time.
 
-The bytes do not depend on threads or tiles: each tensor is a pure function of the recipe, the inputs and the seed.
+The bytes do not depend on threads or tiles: each tensor is a pure function of the recipe, the inputs and the
+seed.
 """
 
 from __future__ import annotations
@@ -110,7 +111,9 @@ class _Run:
         self.hashes: dict[str, str] = {}
 
     def all(self, threads: int) -> dict[str, str]:
-        """Run every job; the hash of every tensor.  The largest go first, so that no thread ends much later."""
+        """Run every job; the hash of every tensor.  The largest go first, so that no thread ends much
+        later.
+        """
         bands = self._model_bands()
         jobs = sorted(self.plan.jobs, key=lambda job: -job.elements)
         with ThreadPoolExecutor(threads, thread_name_prefix="della") as pool:
@@ -144,9 +147,7 @@ class _Run:
             self.done += count
             self.finished += finished
             if self.progress is not None:
-                self.progress(
-                    Progress(self.done, self.total, self.finished, len(self.plan.jobs), job.name)
-                )
+                self.progress(Progress(self.done, self.total, self.finished, len(self.plan.jobs), job.name))
 
     def _stored(self, job: Job, bands: list[Band] | None) -> Iterator[Array]:
         """The merged tensor in its storage dtype, piece by piece."""
@@ -196,7 +197,9 @@ class _Run:
             yield self._narrow(job, total, start)
 
     def _whole(self, job: Job) -> Array:
-        """A tensor by the reference or by mergekit's rules, all at once: float64 inputs and compat are rare."""
+        """A tensor by the reference or by mergekit's rules, all at once: float64 inputs and compat are
+        rare.
+        """
         assert job.choice is not None
         real = np.float64 if job.exact_double else np.float32
         experts = [e for _, _, e in job.inputs]
@@ -212,10 +215,12 @@ class _Run:
     def _model_bands(self) -> dict[str, list[Band]]:
         """TIES' thresholds where one is chosen for the whole model, as a band for every tensor and expert.
 
-        Equal magnitudes at the threshold are kept in output order, so each tensor needs to know how many of them
-        the tensors before it hold: a third pass counts those.
+        Equal magnitudes at the threshold are kept in output order, so each tensor needs to know how many of
+        them the tensors before it hold: a third pass counts those.
         """
-        jobs = [j for j in self.plan.jobs if j.choice and j.choice.scope == "model" and j.choice.drop == "top"]
+        jobs = [
+            j for j in self.plan.jobs if j.choice and j.choice.scope == "model" and j.choice.drop == "top"
+        ]
         jobs = [j for j in jobs if j.choice and j.choice.compat is None and j.elements and not j.exact_double]
         if not jobs or jobs[0].choice is None:
             return {}

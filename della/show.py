@@ -51,7 +51,9 @@ def _references(plan: Plan) -> list[str]:
 
 
 def _shared(job: Job) -> dict[str, Any]:
-    """The shared parameters as they take effect: rescale and fuse resolved, normalize and fuse saying the same."""
+    """The shared parameters as they take effect: rescale and fuse resolved, normalize and fuse saying the
+    same.
+    """
     if job.choice is None:
         return {}
     effect = {"rescale": job.choice.rescale, "fuse": job.choice.fuse, "normalize": job.choice.fuse != "sum"}
@@ -92,7 +94,9 @@ def plan_text(plan: Plan, threads: int) -> str:
 
 
 def _varying(plan: Plan) -> list[str]:
-    """The parameters that are not the same for every tensor: each set of values with the tensors that have it."""
+    """The parameters that are not the same for every tensor: each set of values with the tensors that have
+    it.
+    """
     rows: dict[tuple[tuple[str, Any], ...], list[str]] = {}
     references = _references(plan)
     for job in plan.jobs:

@@ -6,13 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
 from della.checkpoint.source import open_source
+from della.checkpoint.writer import StagedOutput
+from della.dtypes import DTYPES, of_array
 from della.errors import CheckpointError
 
+RNG = np.random.default_rng(7)
 ONE = {"w": np.arange(6, dtype=np.float32).reshape(2, 3)}
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -38,3 +42,28 @@ def refusal(reference: object, base_dir: Path | None = None) -> str:
         open_source(str(reference), base_dir=base_dir)
     assert caught.value.exit_code == 3
     return str(caught.value)
+
+
+TENSORS: dict[str, Any] = {
+    "a.weight": RNG.standard_normal((5, 7)).astype(ml_dtypes.bfloat16),
+    "b.scalar": np.array(3, np.int64),
+    "c.weight": RNG.standard_normal((4, 4)).astype(ml_dtypes.float8_e4m3fn),
+    "d.empty": np.zeros((0, 3), np.float16),
+    "e.weight": RNG.standard_normal(9),
+    "f.flags": np.array([True, False, True]),
+}
+
+
+PLAN = [(name, of_array(array), array.shape) for name, array in TENSORS.items()]
+
+
+def save_model(out: Path, value: float = 0.0, **options: Any) -> Path:
+    """A small model of one tensor, written to the end."""
+    with StagedOutput(out, [("w", DTYPES["F64"], (2,))], **options) as output:
+        output.write("w", 0, np.full(2, value).tobytes())
+        output.commit()
+    return out
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    return {str(p): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}

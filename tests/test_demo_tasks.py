@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from della.demo import tasks
-from della.demo.run import SETTINGS, kept_gain, table
+from della.demo.run import SETTINGS, table
+from della.demo.score import kept_gains
 
 
 @pytest.mark.parametrize("task", tasks.TASKS)
@@ -126,16 +127,19 @@ def test_recipes_state_only_what_their_method_uses(tmp_path: Path) -> None:
         assert f'base_model: "{tmp_path / "base"}"' in text
 
 
-def test_kept_gain_is_0_for_the_base_and_1_for_all_skills_at_once() -> None:
+def test_kept_gains_are_0_for_the_base_and_1_for_the_expert() -> None:
     base = {"lm_loss": 0.6, "math": 0.1, "code": 0.0}
     experts = {
         "lm": {"lm_loss": 0.2, "math": 0.3, "code": 0.0},
         "math": {"lm_loss": 0.7, "math": 0.9, "code": 0.0},
         "code": {"lm_loss": 0.6, "math": 0.1, "code": 0.5},
     }
-    assert kept_gain(base, base, experts) == 0
-    assert kept_gain({"lm_loss": 0.2, "math": 0.9, "code": 0.5}, base, experts) == pytest.approx(1)
-    assert kept_gain({"lm_loss": 0.4, "math": 0.5, "code": 0.25}, base, experts) == pytest.approx(0.5)
+    assert kept_gains(base, base, experts) == {"lm": 0, "math": 0, "code": 0}
+    whole = kept_gains({"lm_loss": 0.2, "math": 0.9, "code": 0.5}, base, experts)
+    assert whole == pytest.approx({"lm": 1, "math": 1, "code": 1})
+    part = kept_gains({"lm_loss": 0.5, "math": 0.5, "code": 0.0}, base, experts)
+    assert part == pytest.approx({"lm": 0.25, "math": 0.5, "code": 0})
+    assert kept_gains(experts["lm"], base, dict.fromkeys(experts, base)) == {"lm": 0, "math": 0, "code": 0}
 
 
 def test_the_table_is_aligned() -> None:

@@ -162,12 +162,13 @@ def test_identities_stay_apart_even_from_names_that_look_counted() -> None:
 
 
 def test_python_objects_and_numpy_values_are_the_same_dialect() -> None:
+    own_settings = {"weight": np.linspace(0, 1, 3), "density": np.float64(0.5)}
     recipe = read_recipe(
         {
             "merge_method": "dare_ties",
             "base_model": Path("/models/base"),
             "models": (
-                {"model": "owner/math", "parameters": {"weight": np.linspace(0, 1, 3), "density": np.float64(0.5)}},
+                {"model": "owner/math", "parameters": own_settings},
             ),
             "parameters": {"lambda": np.float32(0.5), "normalize": np.bool_(True)},
             "seed": np.int64(3),
@@ -300,9 +301,8 @@ def test_a_rule_about_all_models_together_names_none_of_them() -> None:
 
 def test_overrides_by_path_and_everywhere() -> None:
     text = HEAD + "    parameters: {weight: 0.5, density: 0.9}\n"
-    recipe = read_recipe(text, overrides=["density=[0.5, 0.8]", "models.0.parameters.weight=3",
-     "dtype=float16",
-                                          "parameters.lambda=1e-1", "merge_method=della_linear", "seed=9"])  # fmt: skip
+    sets = ["density=[0.5, 0.8]", "models.0.parameters.weight=3", "dtype=float16", "parameters.lambda=1e-1"]
+    recipe = read_recipe(text, overrides=[*sets, "merge_method=della_linear", "seed=9"])
     shared, models = recipe.resolve("x", 0.0)
     assert [(m["weight"], m["density"]) for m in models] == [(3.0, 0.5), (0.5, 0.5)]
     assert (shared["lambda"], recipe.dtype, recipe.merge_method, recipe.seed) == (

@@ -1,7 +1,8 @@
-"""Hostile, broken and wild YAML: told in one sentence with its place, quickly, and nothing else ever raised."""
+"""Hostile, broken and wild YAML: told in one sentence with its place, quickly, and nothing else is raised."""
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 from typing import Any
@@ -154,25 +155,22 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     ids=lambda text: text[:12],
 )
 def test_hostile_text_is_refused_quickly(text: str) -> None:
-    seconds = []
-    for _ in range(3):  # the best of three, for a machine that is busy with other things
-        start = time.perf_counter()
-        told(text)
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 0.1
+    start = time.process_time()
+    told(text)
+    assert time.process_time() - start < 0.1
 
 
 def test_a_large_honest_text_is_read_in_a_moment() -> None:
     models = "".join(f"  - model: owner/same\n    parameters: {{weight: {i}}}\n" for i in range(2_500))
-    start = time.perf_counter()
+    start = time.process_time()
     recipe = read_recipe("merge_method: linear\nmodels:\n" + models)
     assert len({m.identity for m in recipe.models}) == 2_500
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
 
 
 def test_more_values_than_any_recipe_has() -> None:
     text = "name: [" + "1, " * 30_000 + "1]\n"
-    assert told(text) == "recipe:1:149999: more than 20,000 values, which no recipe has"
+    assert told(text) == "recipe:1:59999: more than 20,000 values, which no recipe has"
 
 
 def test_anchors_used_a_few_times_are_fine() -> None:
@@ -256,23 +254,41 @@ def test_recipes_as_people_write_them(text: str) -> None:
     )
 
 
-WORDS = "models: parameters: weight: density: filter: value: 0.5 .nan null 1e5 &a *a - [ ] { } , & * ! | > ' % @ ` #"
+WORDS = (
+    "models: parameters: weight: density: filter: value: 0.5 .nan null 1e5 &a *a - [ ] { } , & * ! | > ' % @"
+)
 SCRAPS = st.sampled_from(
     [
         *WORDS.split(" "),
-        *('"', "?", "---", "...", "<<", "\t", " ", "  ", "\n", "\n  - ", "\n    ", ": ", "\\", "\x85", "\u2028", "\r"),
+        *("`", "#"),
+        *(
+            '"',
+            "?",
+            "---",
+            "...",
+            "<<",
+            "\t",
+            " ",
+            "  ",
+            "\n",
+            "\n  - ",
+            "\n    ",
+            ": ",
+            "\\",
+            "\x85",
+            "\u2028",
+            "\r",
+        ),
         *("model: a/b", "merge_method: della", "base_model: c", "é", "\U0001f600"),
     ]
 )
 
 
 def survives(source: Any) -> None:
-    start = time.perf_counter()
-    try:
+    start = time.process_time()
+    with contextlib.suppress(RecipeError):
         read_recipe(source)
-    except RecipeError:
-        pass
-    assert time.perf_counter() - start < 0.5
+    assert time.process_time() - start < 0.5
 
 
 @given(st.lists(SCRAPS, max_size=60).map("".join))
@@ -297,10 +313,8 @@ def test_whatever_bytes_a_file_holds(data: bytes, tmp_path_factory: pytest.TempP
 @given(st.text(max_size=40), st.text(max_size=40))
 def test_whatever_override(key: str, value: str) -> None:
     for override in (f"{key}={value}", f"lambda={value}", f"models.0.{key}={value}", key):
-        try:
+        with contextlib.suppress(RecipeError):
             read_recipe(HEAD, overrides=[override])
-        except RecipeError:
-            continue
 
 
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20)

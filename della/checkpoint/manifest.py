@@ -19,8 +19,9 @@ def build_manifest(
     *, recipe: str, method: str, seed: int, base: Source, models: Sequence[Source], identities: Sequence[str],
     hashes: Mapping[str, str], departures: Sequence[str],
 ) -> dict[str, Any]:  # fmt: skip
-    """The manifest as a JSON object.  It holds nothing that differs between two runs of one recipe on one machine:
-    no time, no path, no thread count."""
+    """The manifest as a JSON object.  It holds nothing that differs between two runs of one recipe on one
+    machine: no time, no path, no thread count.
+    """
     return {
         "format": 1,
         "tool": {"name": "della", "version": __version__},

@@ -18,6 +18,7 @@ import numpy as np
 
 from della.checkpoint.header import LENGTH_BYTES, header_length
 from della.checkpoint.layout import (
+    INDEX,
     Layout,
     RawHeader,
     Tensor,
@@ -58,6 +59,10 @@ SIDE_FILES = (
     "vocab.txt",
 )
 HUB_FILES = (*SIDE_FILES, "*.tiktoken", "config.json", "adapter_config.json", "*.safetensors.index.json")
+
+
+class _Absent(CheckpointError):
+    """The Hub has no such model, or cannot say; a folder may have been meant."""
 
 
 class Source:
@@ -176,8 +181,8 @@ def open_source(reference: str, *, base_dir: Path | None = None, weights: bool =
         raise CheckpointError(_not_found(reference, tried))
     try:
         folder, headers = fetch(match["repo"], match["revision"], weights=weights)
-    except CheckpointError as error:
-        raise CheckpointError(f"{error} ({_not_found(reference, tried)})") from error
+    except _Absent as error:
+        raise CheckpointError(f"{error}. No such folder either: tried {_shown(tried)}") from error
     return Source(reference, folder, read_folder(folder, headers))
 
 
@@ -212,9 +217,14 @@ def _not_found(reference: str, tried: list[Path]) -> str:
         return (
             f"{reference}: a Windows path, and this is not Windows; write it with / (under WSL: /mnt/c/...)"
         )
+    places = _shown(tried)
+    hub = "" if "/" in reference or places.endswith("?") else "; a model of the Hub is written owner/name"
+    return f"{reference}: not found; tried {places}{hub}"
+
+
+def _shown(tried: list[Path]) -> str:
     near = next((hint for path in tried if (hint := _near(path))), "")
-    hub = "" if "/" in reference else "; a model of the Hub is written owner/name"
-    return f"{reference}: not found; tried {', '.join(map(str, tried))}{near or hub}"
+    return ", ".join(map(str, tried)) + near
 
 
 def _near(path: Path) -> str:
@@ -250,6 +260,8 @@ def fetch(repo_id: str, revision: str | None, *, weights: bool) -> tuple[Path, d
         here = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
         hub, root = HfFileSystem(), f"{repo_id}@{folder.name}"
         there, unreachable = _listing(hub, root)
+        if unreachable and not any(name.endswith((".safetensors", INDEX)) for name in here):
+            raise unreachable
         wanted = [name for name in weight_files(folder, here | there)[0] if name not in here]
         if wanted and unreachable:
             raise unreachable
@@ -264,7 +276,7 @@ def fetch(repo_id: str, revision: str | None, *, weights: bool) -> tuple[Path, d
     except CheckpointError:
         raise
     except Exception as error:  # which ones it raises changes with the versions of huggingface_hub
-        raise CheckpointError(_hub_refusal(repo_id, revision, error)) from error
+        raise _hub_refusal(repo_id, revision, error) from error
 
 
 def _listing(hub: Any, root: str) -> tuple[set[str], Exception | None]:
@@ -281,20 +293,26 @@ def _remote_header(hub: Any, path: str) -> RawHeader:
         return RawHeader(first + file.read(header_length(first, file.size, path)), file.size)
 
 
-def _hub_refusal(repo_id: str, revision: str | None, error: Exception) -> str:
+def _hub_refusal(repo_id: str, revision: str | None, error: BaseException) -> CheckpointError:
     from huggingface_hub import errors
 
     login = "log in with `hf auth login` or set HF_TOKEN"
     if isinstance(error, errors.GatedRepoError):
-        return f"{repo_id}: gated on the Hub; accept its terms on its page there, then {login}"
+        return CheckpointError(
+            f"{repo_id}: gated on the Hub; accept its terms on its page there, then {login}"
+        )
     if isinstance(error, errors.RepositoryNotFoundError):
-        return f"{repo_id}: no such model on the Hub, or a private one; check the name, or {login}"
+        return _Absent(f"{repo_id}: no such model on the Hub, or a private one; check the name, or {login}")
     if isinstance(error, errors.RevisionNotFoundError):
-        return f"{repo_id}: no revision {revision!r} on the Hub; check the branch, tag or commit"
-    if isinstance(error, (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)):
-        return (
+        return CheckpointError(
+            f"{repo_id}: no revision {revision!r} on the Hub; check the branch, tag or commit"
+        )
+    if isinstance(error.__cause__, errors.HfHubHTTPError):
+        error = error.__cause__  # an answer, though the wrapper calls it a file that is not in the cache
+    elif isinstance(error, (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)):
+        return _Absent(
             f"{repo_id}: not, or not wholly, in the hub cache, and the Hub cannot be reached; "
             "go online (HF_HUB_OFFLINE must not be set), or give a folder"
         )
     first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return f"{repo_id}: cannot be fetched from the Hub: {first_line[:300]}"
+    return CheckpointError(f"{repo_id}: cannot be fetched from the Hub: {first_line[:300]}")

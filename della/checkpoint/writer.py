@@ -144,12 +144,13 @@ class StagedOutput:
         return sum(shard.size for shard in self.shards)
 
     def __enter__(self) -> StagedOutput:
-        check_place(self.out, self._overwrite, self._single_file, self._inputs)
+        self._check_place()
         try:
             with explained(self.out.parent):
                 _make_folders(self.out.parent, self._fsync)
                 self._claim = disk.claim(self.staging, self.out)
                 disk.recover(self.out)
+            self._check_place()  # another run may have ended, or been recovered, before the claim
             check_space(self.out.parent, self.nbytes)
             for shard in self.shards:
                 self._create(shard)
@@ -201,6 +202,7 @@ class StagedOutput:
         ]
         if unfinished:
             raise OutputError(f"{self.out}: not complete: {listing(unfinished)}")
+        self._check_place()
         if len(self.shards) > 1:
             self._write_index()
         for fd, shard in zip(self._fds, self.shards, strict=True):
@@ -224,6 +226,9 @@ class StagedOutput:
     ) -> None:
         if self._claim is not None:
             self._abandon()
+
+    def _check_place(self) -> None:
+        check_place(self.out, self._overwrite, self._single_file, self._inputs)
 
     def _create(self, shard: Shard) -> None:
         path = self.staging / shard.name

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from della.demo import EXPERTS, TRIO
-from della.demo.score import ITEMS, score
+from della.demo.score import ITEMS, kept_gains, score
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,16 +54,6 @@ SETTINGS = (
 )
 
 Scores = Mapping[str, float]
-
-
-def kept_gain(merged: Scores, base: Scores, experts: Mapping[str, Scores]) -> float:
-    """Mean over the tasks of (merge - base) / (own expert - base): 0 is the base, 1 is all three experts."""
-    keys = {"lm": "lm_loss", "math": "math", "code": "code"}
-    shares = []
-    for expert, key in keys.items():
-        whole = experts[expert][key] - base[key]
-        shares.append((merged[key] - base[key]) / whole if whole else math.nan)
-    return sum(shares) / len(shares)
 
 
 def table(rows: Sequence[tuple[str, str, Scores, float | None]]) -> str:
@@ -115,7 +105,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows += [(f"{name} expert", "", experts[name], None) for name in EXPERTS]
     for setting in SETTINGS:
         merged = score(options.out / setting.method, "test", options.items)
-        rows.append((setting.method, str(setting), merged, kept_gain(merged, scores["base"], experts)))
+        kept = kept_gains(merged, scores["base"], experts).values()
+        rows.append((setting.method, str(setting), merged, sum(kept) / len(kept)))
     print(f"\n{table(rows)}\n")
     print(
         f"{options.items} held-out problems a task: one standard error of Math and Code is up to "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -58,6 +58,20 @@ def score_model(
         "math": share_correct(model, tokenizer, tasks.items("math", split, items)),
         "code": share_correct(model, tokenizer, tasks.items("code", split, items)),
     }
+
+
+def kept_gains(
+    merged: Mapping[str, float], base: Mapping[str, float], experts: Mapping[str, Mapping[str, float]]
+) -> dict[str, float]:
+    """By task, (merge - base) / (own expert - base): 0 is the base, 1 the expert; 0 if that gained nothing.
+
+    All arguments are scores as `score` returns them; ``experts`` has those of lm, math and code.
+    """
+    kept = {}
+    for task, key, sign in (("lm", "lm_loss", -1), ("math", "math", 1), ("code", "code", 1)):
+        whole = sign * (experts[task][key] - base[key])
+        kept[task] = sign * (merged[key] - base[key]) / whole if whole > 0 else 0.0
+    return kept
 
 
 def story_loss(model: Llama, tokenizer: Tokenizer, problems: Sequence[tasks.Item]) -> float:

@@ -27,12 +27,50 @@ from dataclasses import dataclass
 TASKS = ("lm", "math", "code")
 SPLITS = ("train", "validation", "test")
 
-NAMES = tuple("Tim Ann Bob Eva Sam Mia Leo Zoe Max Ida Ben Lea Tom Kim Jan Amy".split())
-ANIMALS = tuple("fox dog cat owl pig hen bee bear duck frog goat lion wolf swan".split())
-THINGS = tuple("kite ball drum boat lamp book cake coat bell ring sled mask rope flag".split())
-PLACES = tuple("park barn lake hill town cave farm yard wood port".split())
-ITEMS = tuple("apples books coins pens cards eggs shells stamps cups keys".split())
-FUNCTIONS = tuple("calc rate gain level total shift scale score price count".split())
+NAMES = tuple(
+    [
+        "Tim",
+        "Ann",
+        "Bob",
+        "Eva",
+        "Sam",
+        "Mia",
+        "Leo",
+        "Zoe",
+        "Max",
+        "Ida",
+        "Ben",
+        "Lea",
+        "Tom",
+        "Kim",
+        "Jan",
+        "Amy",
+    ]
+)
+ANIMALS = tuple(
+    ["fox", "dog", "cat", "owl", "pig", "hen", "bee", "bear", "duck", "frog", "goat", "lion", "wolf", "swan"]
+)
+THINGS = tuple(
+    [
+        "kite",
+        "ball",
+        "drum",
+        "boat",
+        "lamp",
+        "book",
+        "cake",
+        "coat",
+        "bell",
+        "ring",
+        "sled",
+        "mask",
+        "rope",
+        "flag",
+    ]
+)
+PLACES = tuple(["park", "barn", "lake", "hill", "town", "cave", "farm", "yard", "wood", "port"])
+ITEMS = tuple(["apples", "books", "coins", "pens", "cards", "eggs", "shells", "stamps", "cups", "keys"])
+FUNCTIONS = tuple(["calc", "rate", "gain", "level", "total", "shift", "scale", "score", "price", "count"])
 
 # Base slip rates run evenly from the first group's to the last one's: the margin by which an expert has to
 # turn a greedy choice then differs from group to group, which makes scores graded instead of all or nothing.
@@ -74,10 +112,10 @@ _EXACT: dict[str, Callable[[int, int], int]] = {
 class Item:
     """One problem: what is asked, the right answer, and what the slips and the scorer need.
 
-    ``key`` decides the split: the four words of a story, or the numbers and operations of the other two tasks,
-    whatever the wording. ``group`` is the visible group that sets the base's slip rate. ``steps`` are the
-    operations on the ``start`` number (Math, Code); ``slots`` are the four words of a story and ``form`` the
-    sentences chosen (LM).
+    ``key`` decides the split: the four words of a story, or the numbers and operations of the other two
+    tasks, whatever the wording. ``group`` is the visible group that sets the base's slip rate. ``steps`` are
+    the operations on the ``start`` number (Math, Code); ``slots`` are the four words of a story and ``form``
+    the sentences chosen (LM).
     """
 
     task: str

@@ -1,7 +1,9 @@
-"""``compat: mergekit``: the rules of mergekit 0.1.5 in plain NumPy, for those who need to repeat an old merge.
+"""``compat: mergekit``: the rules of mergekit 0.1.5 in plain NumPy, for those who need to repeat an old
+merge.
 
-Every operation rounds to the merge dtype, ranks live in that dtype with ties broken by position, survivors share one l1
-factor per tensor, and a tied vote is positive.  Only the draws are ours: mergekit's come from an unseeded generator.
+Every operation rounds to the merge dtype, ranks live in that dtype with ties broken by position, survivors
+share one l1 factor per tensor, and a tied vote is positive.  Only the draws are ours: mergekit's come from an
+unseeded generator.
 """
 
 from __future__ import annotations
@@ -21,13 +23,17 @@ Array = npt.NDArray[Any]
 def merge(
     choice: Choice, base: Array, models: Sequence[Array], experts: Sequence[Expert], seed: int, name: str
 ) -> Array:
-    """One merged tensor, in ``choice.compat``, from arithmetic values of one shape; experts in canonical order."""
+    """One merged tensor, in ``choice.compat``, from arithmetic values of one shape; experts in canonical
+    order.
+    """
     assert choice.compat is not None
     dtype = choice.compat.numpy
     base = base.astype(dtype)
     weights = np.array([e.weight for e in experts]).astype(dtype)
     weights = weights.reshape(-1, *(1 for _ in base.shape))
-    parts = [_drop(choice, e, m.astype(dtype) - base, seed, name) for e, m in zip(experts, models, strict=True)]
+    parts = [
+        _drop(choice, e, m.astype(dtype) - base, seed, name) for e, m in zip(experts, models, strict=True)
+    ]
     deltas = np.stack(parts) * weights
     if choice.vote == "none":
         mixed, divisor = _sum(deltas), np.broadcast_to(_sum(weights), base.shape).copy()
@@ -59,7 +65,11 @@ def _drop(choice: Choice, expert: Expert, delta: Array, seed: int, name: str) ->
         kept = np.where(_by_size(choice, expert, delta), delta, np.zeros_like(delta))
     else:
         u = uniforms(stream_key(seed, expert.identity, name), 0, delta.size).reshape(delta.shape)
-        q = _probabilities(expert, delta) if choice.drop == "magprune" else np.asarray(expert.density, delta.dtype)
+        q = (
+            _probabilities(expert, delta)
+            if choice.drop == "magprune"
+            else np.asarray(expert.density, delta.dtype)
+        )
         kept = np.where(u < q.astype(np.float32), delta, np.zeros_like(delta))
     return kept if choice.rescale == "none" else _rescale(delta, kept)
 

@@ -1,9 +1,10 @@
-"""Drop, fast: the kernels behind reference.drop, on tiles of whole rows (float32, C-contiguous, shape (rows, n)).
+"""Drop, fast: the kernels behind reference.drop, on tiles of whole rows (float32, C-contiguous, shape (rows,
+n)).
 
-Ranking is by counting, not by sorting.  The bits of |delta| as an integer grow with |delta|; their upper part names a
-bucket (hundreds of buckets per power of two, so heavy tails cost nothing).  Deltas of 16-bit checkpoints have few
-distinct values, so almost every bucket holds one value only, and its rank follows from the counts.  The others are
-found by a checksum of their lower bits and sorted one by one.
+Ranking is by counting, not by sorting.  The bits of |delta| as an integer grow with |delta|; their upper part
+names a bucket (hundreds of buckets per power of two, so heavy tails cost nothing).  Deltas of 16-bit
+checkpoints have few distinct values, so almost every bucket holds one value only, and its rank follows from
+the counts.  The others are found by a checksum of their lower bits and sorted one by one.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ def _draw(key: Any, start: Any, shift: Any, u: Any) -> None:
 
 @inlined
 def _sample(values: Any, q: Any, u: Any, per_element: Any) -> None:
-    """delta becomes m delta / q, or m delta, in place (with a second array LLVM would have to fear an overlap)."""
+    """delta becomes m delta / q, or m delta, in place (with a second array LLVM would have to fear an
+    overlap).
+    """
     if per_element:
         for i in range(values.shape[0]):
             enlarged = values[i] / q[i]
@@ -53,7 +56,7 @@ def _sample(values: Any, q: Any, u: Any, per_element: Any) -> None:
             values[i] = values[i] if u[i] < q[i] else np.float32(0)
 
 
-# ---- ranks ----------------------------------------------------------------------------------------------------------
+# ---- ranks -------------------------------------------------------------------------------------------------
 
 
 @inlined
@@ -92,8 +95,10 @@ def _sort(values: Any, begin: Any, end: Any) -> None:
 
 @inlined
 def _count(keys: Any, shift: Any, bucket: Any, union: Any, table: Any) -> None:
-    """Assign each key its bucket and count them: ``table`` becomes (count << 32) + the sum of the keys' lower bits,
-    ``union`` the OR of its keys.  Bucket 0 is for zeros alone, bucket 1 for all that is far below the largest."""
+    """Assign each key its bucket and count them: ``table`` becomes (count << 32) + the sum of the keys' lower
+    bits, ``union`` the OR of its keys.  Bucket 0 is for zeros alone, bucket 1 for all that is far below the
+    largest.
+    """
     n, buckets = keys.shape[0], table.shape[0]
     top = np.uint32(0)
     for i in range(n):
@@ -112,25 +117,32 @@ def _count(keys: Any, shift: Any, bucket: Any, union: Any, table: Any) -> None:
 
 
 @inlined
-def _find_mixed(table: Any, union: Any, shift: Any, start: Any, listed: Any) -> Any:
-    """Where each bucket starts, and a list of those with more than one distinct value; how many they are.  All values
-    of a bucket are the same when the sum of their lower bits is their number times the OR of their lower bits."""
-    lower, found = np.uint32((1 << shift) - 1), 0
-    total = np.int32(0)
+def _find_mixed(table: Any, union: Any, shift: Any, start: Any, mixed: Any, listed: Any) -> Any:
+    """Where each bucket starts, and a list of those with more than one distinct value; how many they are.
+    All values of a bucket are the same when the sum of their lower bits is their number times the OR of their
+    lower bits.
+    """
+    lower = np.uint32((1 << shift) - 1)
+    for b in range(table.shape[0]):
+        count = np.uint32(table[b] >> np.uint64(32))
+        start[b + 1] = np.int32(count)
+        mixed[b] = np.int32(np.uint32(table[b]) != np.uint32(count * (union[b] & lower)))
+    mixed[1] = np.int32(start[2] > 1)
+    total, found = np.int32(0), 0
     start[0] = 0
     for b in range(table.shape[0]):
-        total += np.int32(table[b] >> np.uint64(32))
+        total += start[b + 1]
         start[b + 1] = total
-    for b in range(table.shape[0]):
-        count, rest = table[b] >> np.uint64(32), table[b] & np.uint64(0xFFFFFFFF)
         listed[found] = b
-        found += np.int64(rest != count * np.uint64(union[b] & lower)) | np.int64((b == 1) & (count > 1))
+        found += np.int64(mixed[b])
     return found
 
 
 @inlined
 def _collect(keys: Any, bucket: Any, twice: Any, cursor: Any, place: Any, packed: Any) -> None:
-    """Put the elements of mixed buckets (-1 in ``twice``) at their buckets' places in ``packed``, as (key, index)."""
+    """Put the elements of mixed buckets (-1 in ``twice``) at their buckets' places in ``packed``, as (key,
+    index).
+    """
     found = 0
     for i in range(keys.shape[0]):
         place[found] = i
@@ -159,12 +171,12 @@ def _rank_bucket(packed: Any, begin: Any, end: Any, twice: Any) -> None:
 
 @inlined
 def _rank(
-    keys: Any, shift: Any, bucket: Any, union: Any, table: Any, start: Any, ranks: Any, listed: Any, packed: Any,
-    twice: Any,
+    keys: Any, shift: Any, bucket: Any, union: Any, table: Any, start: Any, ranks: Any, listed: Any,
+    packed: Any, twice: Any,
 ) -> None:  # fmt: skip
     """reference.average_ranks of the integers ``keys`` into ``twice``; the other arrays are scratch."""
     _count(keys, shift, bucket, union, table)
-    found = _find_mixed(table, union, shift, start, listed)
+    found = _find_mixed(table, union, shift, start, ranks, listed)
     for b in range(table.shape[0]):
         ranks[b] = start[b] + start[b + 1] - np.int32(1)
     cursor = union.view(np.int32)  # the union has served
@@ -187,8 +199,8 @@ def _probability(twice: Any, low: Any, step: Any, q: Any) -> None:
 
 @kernel
 def drop_ranked(
-    delta: Any, random_order: Any, bucket_bits: Any, low: Any, step: Any, order_key: Any, key: Any, shift: Any,
-    start_element: Any, per_element: Any, q_out: Any,
+    delta: Any, random_order: Any, bucket_bits: Any, low: Any, step: Any, order_key: Any, key: Any,
+    shift: Any, start_element: Any, per_element: Any, q_out: Any,
 ) -> None:  # fmt: skip
     """MAGPRUNE in place by the rank of |delta| in its row, or (``random_order``) by a random rank.
 
@@ -198,7 +210,11 @@ def drop_ranked(
     bits = delta.view(np.uint32)
     keys, bucket, twice = np.empty(n, np.uint32), np.empty(n, np.int32), np.empty(n, np.int32)
     buckets = 1 << bucket_bits
-    union, table, ranks = np.empty(buckets, np.uint32), np.empty(buckets, np.uint64), np.empty(buckets, np.int32)
+    union, table, ranks = (
+        np.empty(buckets, np.uint32),
+        np.empty(buckets, np.uint64),
+        np.empty(buckets, np.int32),
+    )
     start, listed = np.empty(buckets + 1, np.int32), np.empty(buckets + 1, np.int64)
     packed, u = np.empty(2 * n + 1, np.uint64), np.empty(n, np.float32)
     bucket_shift = np.uint32(31 - bucket_bits if random_order else 26 - bucket_bits)
@@ -218,19 +234,20 @@ def drop_ranked(
 
 
 def bucket_bits(n: int) -> int:
-    """How many buckets (as a power of two) rank a row of n: about one per element (measured best), so that the sums
-    of lower bits stay below 2^32."""
+    """How many buckets (as a power of two) rank a row of n: about one per element (measured best), so that
+    the sums of lower bits stay below 2^32.
+    """
     return max(math.ceil(math.log2(max(n, 2))), 8)
 
 
-# ---- other keep probabilities ---------------------------------------------------------------------------------------
+# ---- other keep probabilities ------------------------------------------------------------------------------
 
 
 @kernel
-def drop_given(
-    delta: Any, q: Any, key: Any, shift: Any, start_element: Any, per_element: Any
-) -> None:
-    """Sample in place with given probabilities: ``q`` of the delta's shape, or (1, n) for the same in every row."""
+def drop_given(delta: Any, q: Any, key: Any, shift: Any, start_element: Any, per_element: Any) -> None:
+    """Sample in place with given probabilities: ``q`` of the delta's shape, or (1, n) for the same in every
+    row.
+    """
     u = np.empty(delta.shape[1], np.float32)
     for r in range(delta.shape[0]):
         _draw(key, start_element + r * delta.shape[1], shift, u)
@@ -289,8 +306,9 @@ def probability_optimal(delta: Any, density: Any, q: Any) -> None:
 def probability_from_table(
     bits: Any, first: Any, distinct: Any, twice: Any, low: Any, step: Any, q: Any
 ) -> None:
-    """Probabilities from the ranks of a whole tensor: ``distinct`` magnitudes in order with ``twice`` their rank;
-    ``first[k]`` is where those begin whose upper 16 bits are k."""
+    """Probabilities from the ranks of a whole tensor: ``distinct`` magnitudes in order with ``twice`` their
+    rank; ``first[k]`` is where those begin whose upper 16 bits are k.
+    """
     for r in range(bits.shape[0]):
         for i in range(bits.shape[1]):
             key = bits[r, i] & _MAGNITUDE
@@ -304,12 +322,14 @@ def probability_from_table(
             q[r, i] = np.float32(min(max(low + step * np.float64(twice[begin]), 0.0), 1.0))
 
 
-# ---- the largest ----------------------------------------------------------------------------------------------------
+# ---- the largest -------------------------------------------------------------------------------------------
 
 
 @kernel
 def count_upper(bits: Any, counts: Any) -> None:
-    """Add to ``counts`` (65,536) how often each upper half of a magnitude's 31 bits occurs in ``bits`` (flat)."""
+    """Add to ``counts`` (65,536) how often each upper half of a magnitude's 31 bits occurs in ``bits``
+    (flat).
+    """
     for i in range(bits.shape[0]):
         counts[(bits[i] & _MAGNITUDE) >> np.uint32(15)] += 1
 
@@ -325,12 +345,14 @@ def count_lower(bits: Any, upper: Any, counts: Any) -> None:
 
 @kernel
 def drop_band(bits: Any, high: Any, skip: Any, low: Any, take: Any, seen: Any) -> None:
-    """Zero the bits of all deltas but those from the magnitude ``high`` (without its first ``skip`` occurrences) down to ``low`` (only its
-    first ``take`` occurrences); everything flat.  ``seen`` counts the occurrences of both from tile to tile."""
+    """Zero the bits of all deltas but those from the magnitude ``high`` (without its first ``skip``
+    occurrences) down to ``low`` (only its first ``take`` occurrences); everything flat.  ``seen`` counts the
+    occurrences of both from tile to tile.
+    """
     for i in range(bits.shape[0]):
         key = bits[i] & _MAGNITUDE
         keep = low < key < high
-        if key == high or key == low:
+        if key == high or key == low:  # noqa: SIM109 (a tuple would cost time)
             keep = (key < high or seen[0] >= skip) and (key > low or seen[1] < take)
             seen[0] += key == high
             seen[1] += key == low
@@ -339,7 +361,9 @@ def drop_band(bits: Any, high: Any, skip: Any, low: Any, take: Any, seen: Any) -
 
 @inlined
 def _select(keys: Any, position: Any, counts: Any) -> Any:
-    """(the key at ``position`` counted from the largest, how many are larger): three rounds of radix selection."""
+    """(the key at ``position`` counted from the largest, how many are larger): three rounds of radix
+    selection.
+    """
     chosen, mask, larger = np.uint32(0), np.uint32(0), 0
     for shift, width in ((20, 11), (10, 10), (0, 10)):
         counts[:] = 0
@@ -358,7 +382,9 @@ def _select(keys: Any, position: Any, counts: Any) -> Any:
 
 @kernel
 def drop_largest_rows(bits: Any, count: Any) -> None:
-    """Zero the bits of all but the ``count`` largest of each row, lowest index first among equals (scope: row)."""
+    """Zero the bits of all but the ``count`` largest of each row, lowest index first among equals (scope:
+    row).
+    """
     n = bits.shape[1]
     keys, counts = np.empty(n, np.uint32), np.empty(2048, np.int64)
     for r in range(bits.shape[0]):

@@ -1,4 +1,5 @@
-"""Elect and Fuse, fast: the kernels behind reference.elect and reference.fuse, on tiles (float32, C-contiguous).
+"""Elect and Fuse, fast: the kernels behind reference.elect and reference.fuse, on tiles (float32,
+C-contiguous).
 
 ``dropped`` is (experts, rows, n) in canonical order.  Votes: 0 none, 1 weighted, 2 unweighted, 3 count.
 """
@@ -52,7 +53,9 @@ def elect(weights: Any, vote: Any, dropped: Any, signs: Any) -> None:
 
 @kernel
 def count_elected(weights: Any, vote: Any, dropped: Any, signs: Any, counts: Any) -> None:
-    """Into ``counts`` (experts, rows, 2): how many of an expert's deltas are nonzero, and how many are elected."""
+    """Into ``counts`` (experts, rows, 2): how many of an expert's deltas are nonzero, and how many are
+    elected.
+    """
     experts, rows, n = dropped.shape
     for t in range(experts):
         for r in range(rows):
@@ -97,12 +100,20 @@ def calibrate(weights: Any, deltas: Any, q: Any, signs: Any, out: Any) -> None:
 
 @kernel
 def fuse(
-    base: Any, weights: Any, vote: Any, mean: Any, scale: Any, dropped: Any, factors: Any, divisor: Any, out: Any
+    base: Any,
+    weights: Any,
+    vote: Any,
+    mean: Any,
+    scale: Any,
+    dropped: Any,
+    factors: Any,
+    divisor: Any,
+    out: Any,
 ) -> None:
     """reference.fuse into ``out`` (rows, n).
 
-    ``factors``: (experts, rows or 1) of the adaptive scaling, or (experts, 0) for none.  ``divisor``: (rows, n) of the
-    calibration, or (0, n) for none.
+    ``factors``: (experts, rows or 1) of the adaptive scaling, or (experts, 0) for none.  ``divisor``: (rows,
+    n) of the calibration, or (0, n) for none.
     """
     rows, n = base.shape
     signs, above = np.empty(_BLOCK, np.float32), np.empty(_BLOCK, np.float32)
@@ -149,7 +160,9 @@ def accumulate(total: Any, weight: Any, values: Any) -> None:
 
 @kernel
 def all_clear(bits: Any, special: Any) -> Any:
-    """Whether no value (flat, as unsigned bits) has all bits of ``special``: its exponent's, for inf and NaN."""
+    """Whether no value (flat, as unsigned bits) has all bits of ``special``: its exponent's, for inf and
+    NaN.
+    """
     none = special ^ special
     found = none
     for i in range(bits.shape[0]):

@@ -1,6 +1,7 @@
 """How kernels are compiled: by Numba on first use, without the GIL, cached on disk, without fast-math.
 
-Fast-math would let the compiler reorder sums and fuse multiplications, and the bytes would depend on the machine.
+Fast-math would let the compiler reorder sums and fuse multiplications, and the bytes would depend on the
+machine.
 """
 
 from __future__ import annotations
@@ -15,11 +16,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 def kernel(function: F) -> F:
     """Compile ``function`` for the argument types it is first called with."""
-    compiled: F = numba.njit(nogil=True, cache=True, error_model="numpy", boundscheck=False)(function)
-    return compiled
+    return numba.njit(nogil=True, cache=True, error_model="numpy", boundscheck=False)(function)  # type: ignore
 
 
 def inlined(function: F) -> F:
     """A piece of kernels: compiled into each of them."""
-    compiled: F = numba.njit(nogil=True, error_model="numpy", boundscheck=False)(function)
-    return compiled
+    return numba.njit(nogil=True, error_model="numpy", boundscheck=False)(function)  # type: ignore

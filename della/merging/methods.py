@@ -1,4 +1,5 @@
-"""The table of methods: every method is a choice of Drop, Elect and Fuse, and a set of parameters with defaults.
+"""The table of methods: every method is a choice of Drop, Elect and Fuse, and a set of parameters with
+defaults.
 
 A new method of the family is one row of METHODS; what its choices mean is in reference.py.
 """
@@ -28,30 +29,38 @@ class Parameter:
     high: float | None = None
 
 
+def _model(
+    name: str, default: float | None, doc: str, low: float | None = None, high: float = 1.0
+) -> Parameter:
+    return Parameter(name, "model", float, default, doc, (), low, None if low is None else high)
+
+
+def _choice(name: str, doc: str, *choices: str) -> Parameter:
+    return Parameter(name, "shared", str, choices[0], doc, choices)
+
+
 ALL_PARAMETERS: dict[str, Parameter] = {
     p.name: p
     for p in (
-        Parameter("weight", "model", float, 1.0, "how much of this expert"),
-        Parameter("density", "model", float, 1.0, "share of the deltas that is kept, 1 - p", low=0.0, high=1.0),
-        Parameter("epsilon", "model", float, None, "half-width of the range of keep probabilities; 0.15", low=0.0, high=0.5),
-        Parameter("window_size", "model", float, None, "2 * epsilon, as the authors call it", low=0.0, high=1.0),
-        Parameter("gamma", "model", float, 0.01, "share of the largest deltas that is dropped", low=0.0, high=1.0),
+        _model("weight", 1.0, "how much of this expert"),
+        _model("density", 1.0, "share of the deltas that is kept, 1 - p", low=0.0),
+        _model("epsilon", None, "half-width of the range of keep probabilities; 0.15", low=0.0, high=0.5),
+        _model("window_size", None, "2 * epsilon, as the authors call it", low=0.0),
+        _model("gamma", 0.01, "share of the largest deltas that is dropped", low=0.0),
         Parameter("lambda", "shared", float, 1.0, "factor on the merged delta"),
         Parameter("normalize", "shared", bool, None, "true: fuse: mean; false: fuse: sum"),
-        Parameter("rescale", "shared", (str, bool), None, "how survivors are enlarged; true: the method's default, "
-                  "false: none", ("per_element", "none", "l1")),
-        Parameter("rank_by", "shared", str, "row", "what the magnitudes are ranked within",
-                  ("row", "tensor", "random", "magnitude", "optimal")),
-        Parameter("ladder", "shared", str, "symmetric", "from ranks to keep probabilities", ("symmetric", "paper")),
-        Parameter("coupling", "shared", str, "independent", "how the experts' draws depend on each other",
-                  ("independent", "systematic")),
-        Parameter("scope", "shared", str, "tensor", "what the largest deltas are chosen from",
-                  ("tensor", "row", "model")),
-        Parameter("vote", "shared", str, "weighted", "how the sign is elected",
-                  ("weighted", "unweighted", "count", "none")),
-        Parameter("fuse", "shared", str, "mean", "how the agreeing deltas are combined", ("mean", "sum", "calibrated")),
-        Parameter("lambda_scaling", "shared", str, "constant", "lambda, or a factor from the counts of elected deltas",
-                  ("constant", "row", "row_inverse", "tensor")),
+        Parameter(
+            "rescale", "shared", (str, bool), None,
+            "how survivors are enlarged; true: as the method does by default, false: none",
+            ("per_element", "none", "l1"),
+        ),
+        _choice("rank_by", "what ranks magnitudes", "row", "tensor", "random", "magnitude", "optimal"),
+        _choice("ladder", "from ranks to keep probabilities", "symmetric", "paper"),
+        _choice("coupling", "how the experts' draws depend on each other", "independent", "systematic"),
+        _choice("scope", "what the largest deltas are chosen from", "tensor", "row", "model"),
+        _choice("vote", "how the sign is elected", "weighted", "unweighted", "count", "none"),
+        _choice("fuse", "how the agreeing deltas are combined", "mean", "sum", "calibrated"),
+        _choice("lambda_scaling", "a factor instead of lambda", "constant", "row", "row_inverse", "tensor"),
         Parameter("int8_mask", "shared", bool, None, "mergekit's memory option; without effect here"),
     )
 }  # fmt: skip
@@ -61,7 +70,9 @@ Drop = Literal["none", "magprune", "bernoulli", "top", "band", "average"]
 
 @dataclass(frozen=True)
 class Method:
-    """One row of the table.  ``drop`` is the kind of Drop; "average" is the plain mean of models, without a base."""
+    """One row of the table.  ``drop`` is the kind of Drop; "average" is the plain mean of models, without a
+    base.
+    """
 
     name: str
     drop: Drop
@@ -77,7 +88,16 @@ class Method:
         """The parameters that this method uses, with this method's defaults."""
         names = {
             "none": ("weight",),
-            "magprune": ("weight", "density", "epsilon", "window_size", "rescale", "rank_by", "ladder", "coupling"),
+            "magprune": (
+                "weight",
+                "density",
+                "epsilon",
+                "window_size",
+                "rescale",
+                "rank_by",
+                "ladder",
+                "coupling",
+            ),
             "bernoulli": ("weight", "density", "rescale", "coupling"),
             "top": ("weight", "density", "rescale", "scope"),
             "band": ("weight", "density", "gamma", "rescale"),
@@ -85,7 +105,10 @@ class Method:
         }[self.drop]
         if self.needs_base:
             names += ("lambda", "normalize", "vote", "fuse", "lambda_scaling")
-        return {n: replace(ALL_PARAMETERS[n], default=self.defaults.get(n, ALL_PARAMETERS[n].default)) for n in names}
+        return {
+            n: replace(ALL_PARAMETERS[n], default=self.defaults.get(n, ALL_PARAMETERS[n].default))
+            for n in names
+        }
 
 
 _ELECT_MEAN = {"vote": "weighted", "fuse": "mean"}
@@ -115,7 +138,19 @@ METHODS: dict[str, Method] = {
 }
 
 LATER_METHODS = frozenset(
-    "slerp nuslerp multislerp karcher model_stock nearswap passthrough arcee_fusion sce ram ramplus_tl".split()
+    [
+        "slerp",
+        "nuslerp",
+        "multislerp",
+        "karcher",
+        "model_stock",
+        "nearswap",
+        "passthrough",
+        "arcee_fusion",
+        "sce",
+        "ram",
+        "ramplus_tl",
+    ]
 )
 
 
@@ -147,13 +182,13 @@ class Expert:
     gamma: float = 0.01
 
 
-def choice(
-    method: Method, shared: Mapping[str, Any], compat: DType | None = None
-) -> Choice:
+def choice(method: Method, shared: Mapping[str, Any], compat: DType | None = None) -> Choice:
     """The shared settings of one tensor (defaults where ``shared`` has none) as a Choice; the
     rules are check_settings'."""
     known = method.parameters
-    value = {name: p.default for name, p in known.items()} | {k: v for k, v in shared.items() if v is not None}
+    value = {name: p.default for name, p in known.items()} | {
+        k: v for k, v in shared.items() if v is not None
+    }
     rescale = value.get("rescale", "none")
     if rescale is True:  # mergekit's spelling: the rescale that this kind of Drop has
         rescale = "per_element" if method.drop in ("magprune", "bernoulli") else "l1"
@@ -185,7 +220,9 @@ def expert(identity: str, own: Mapping[str, Any]) -> Expert:
     return Expert(identity, **{k: v for k, v in given.items() if k in Expert.__dataclass_fields__})
 
 
-def check_settings(method: Method, shared: Mapping[str, Any], models: Sequence[Mapping[str, Any]]) -> str | None:
+def check_settings(
+    method: Method, shared: Mapping[str, Any], models: Sequence[Mapping[str, Any]]
+) -> str | None:
     """The rules that join several parameters: one sentence that says what is wrong, or None."""
     what = choice(method, shared)
     normalize = shared.get("normalize")
@@ -195,11 +232,13 @@ def check_settings(method: Method, shared: Mapping[str, Any], models: Sequence[M
     if what.fuse == "calibrated" and what.vote == "none":
         return "fuse: calibrated corrects what Elect inflates, so it needs a vote other than none"
     if what.fuse == "calibrated" and method.drop not in ("magprune", "bernoulli"):
-        return f"fuse: calibrated needs keep probabilities, which {method.name} does not have; use fuse: mean"
+        return f"fuse: calibrated needs keep probabilities, and {method.name} has none; use fuse: mean"
     if what.fuse == "calibrated" and len(models) > 8:
-        return f"fuse: calibrated is computed for at most 8 experts, and here are {len(models)}; use fuse: mean"
+        return (
+            f"fuse: calibrated is computed for at most 8 experts, and here are {len(models)}; use fuse: mean"
+        )
     if what.rescale == "per_element" and method.drop in ("top", "band"):
-        return f"rescale: per_element divides by keep probabilities, which {method.name} does not have; use l1 or none"
+        return f"rescale: per_element needs keep probabilities, and {method.name} has none; use l1 or none"
     for own in models:
         reason = _check_model(method, own)
         if reason:
@@ -218,7 +257,7 @@ def _check_model(method: Method, own: Mapping[str, Any]) -> str | None:
     low, high = e.density - e.epsilon, e.density + e.epsilon
     if low < -TOLERANCE or high > 1 + TOLERANCE:
         return (
-            f"density {e.density:g} with epsilon {e.epsilon:g} gives keep probabilities from {low:g} to {high:g}, "
-            f"which leave [0, 1]; use an epsilon of at most {min(e.density, 1 - e.density):g}"
+            f"density {e.density:g} with epsilon {e.epsilon:g} gives keep probabilities from {low:g} to "
+            f"{high:g}, which leave [0, 1]; use an epsilon of at most {min(e.density, 1 - e.density):g}"
         )
     return None

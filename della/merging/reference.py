@@ -1,9 +1,9 @@
 """The semantics in plain NumPy: what every merge must compute, byte for byte.
 
 Equation names are those of DELLA-Merging (Deep, Bhardwaj, Poria 2024, arXiv 2406.11617).  Arrays come in as
-arithmetic values (float32, or float64 where an input is float64); everything is computed in that type except keep
-probabilities and sums of magnitudes, which are float64 before they are rounded once.  Sums run in a fixed order:
-along a row from left to right, over experts in canonical order (sorted by identity).
+arithmetic values (float32, or float64 where an input is float64); everything is computed in that type except
+keep probabilities and sums of magnitudes, which are float64 before they are rounded once.  Sums run in a
+fixed order: along a row from left to right, over experts in canonical order (sorted by identity).
 """
 
 from __future__ import annotations
@@ -46,11 +46,13 @@ def as_rows(name: str, values: Array) -> Array:
     return values.reshape(-1, row_length(name, values.shape))
 
 
-# ---- Drop: from delta to delta' -------------------------------------------------------------------------------------
+# ---- Drop: from delta to delta' ----------------------------------------------------------------------------
 
 
 def average_ranks(magnitudes: Array) -> Array:
-    """Twice the rank a_i of each |delta_i| in its group, ascending from 0, ties averaged: int64, same shape (n,)."""
+    """Twice the rank a_i of each |delta_i| in its group, ascending from 0, ties averaged: int64, same shape
+    (n,).
+    """
     ordered = np.sort(magnitudes)
     less = np.searchsorted(ordered, magnitudes, side="left")
     not_more = np.searchsorted(ordered, magnitudes, side="right")
@@ -71,7 +73,7 @@ def ladder(choice: Choice, expert: Expert, n: int) -> tuple[float, float]:
 
 def clip_probability(q: Array) -> Array:
     """float64 probabilities rounded once to float32, inside [0, 1]."""
-    return np.clip(q, 0.0, 1.0).astype(np.float32)
+    return np.asarray(np.clip(q, 0.0, 1.0).astype(np.float32))
 
 
 def _by_magnitude(choice: Choice, expert: Expert, row: Array) -> Array:
@@ -83,11 +85,13 @@ def _by_magnitude(choice: Choice, expert: Expert, row: Array) -> Array:
     low, high = size.min(), size.max()
     if low == high:
         return np.full(row.shape, d)
-    return (d - e) + (2 * e) * ((size - low) / (high - low))
+    return np.asarray((d - e) + (2 * e) * ((size - low) / (high - low)))
 
 
 def optimal_scale(sizes: Array, density: float) -> float:
-    """c with mean(min(1, c |delta|)) = density: the least-variance unbiased sampler; inf keeps all that is nonzero."""
+    """c with mean(min(1, c |delta|)) = density: the least-variance unbiased sampler; inf keeps all that is
+    nonzero.
+    """
     target = density * sizes.size
     saturated = 0
     rest = ordered_sum(sizes)
@@ -129,7 +133,9 @@ def keep_probabilities(choice: Choice, expert: Expert, delta: Array, seed: int, 
     order_key = stream_key(seed, expert.identity, name, "rank")
     q = np.empty(delta.shape, np.float32)
     for r in range(rows):
-        if choice.rank_by == "random":  # the paper's control: the same ladder in an order that ignores magnitude
+        if (
+            choice.rank_by == "random"
+        ):  # the paper's control: the same ladder in an order that ignores magnitude
             order = bits64(order_key, r * n, n) >> np.uint64(33)
             q[r] = clip_probability(low + step * average_ranks(order))
         elif choice.rank_by == "magnitude":
@@ -141,7 +147,9 @@ def keep_probabilities(choice: Choice, expert: Expert, delta: Array, seed: int, 
     return q
 
 
-def draw(choice: Choice, expert: Expert, position: int, experts: int, count: int, seed: int, name: str) -> Array:
+def draw(
+    choice: Choice, expert: Expert, position: int, experts: int, count: int, seed: int, name: str
+) -> Array:
     """The uniforms of one expert: its own stream, or the shared one rotated by its canonical position."""
     if choice.coupling == "systematic":
         return uniforms(stream_key(seed, "", name), 0, count, systematic_shift(position, experts))
@@ -149,8 +157,9 @@ def draw(choice: Choice, expert: Expert, position: int, experts: int, count: int
 
 
 def band(expert: Expert, size: int) -> tuple[int, int]:
-    """(first, count) of the deltas that are kept, counted from the largest: TIES from the first on, breadcrumbs
-    behind the gamma largest, moved up where density asks for more than gamma leaves."""
+    """(first, count) of the deltas that are kept, counted from the largest: TIES from the first on,
+    breadcrumbs behind the gamma largest, moved up where density asks for more than gamma leaves.
+    """
     count = int(expert.density * size)
     return min(int(expert.gamma * size), size - count), count
 
@@ -166,7 +175,9 @@ def largest(values: Array, first: int, count: int) -> Array:
 def kept_by_size(choice: Choice, expert: Expert, delta: Array) -> Array:
     """The mask of TIES and breadcrumbs for a tensor given as (rows, n), per tensor or per row."""
     mask = np.empty(delta.shape, bool)
-    groups = zip(mask, delta, strict=True) if choice.scope == "row" else [(mask.reshape(-1), delta.reshape(-1))]
+    groups = (
+        zip(mask, delta, strict=True) if choice.scope == "row" else [(mask.reshape(-1), delta.reshape(-1))]
+    )
     for target, values in groups:
         first, count = band(expert, values.size)
         target[:] = largest(values, first if choice.drop == "band" else 0, count)
@@ -174,7 +185,9 @@ def kept_by_size(choice: Choice, expert: Expert, delta: Array) -> Array:
 
 
 def l1_factor(delta: Array, kept: Array) -> float:
-    """mergekit's rescale: sum |delta| / sum |m delta| of the tensor, row sums first; 1 where either is below 1e-7."""
+    """mergekit's rescale: sum |delta| / sum |m delta| of the tensor, row sums first; 1 where either is below
+    1e-7.
+    """
     before = ordered_sum(np.array([ordered_sum(np.abs(row)) for row in delta]))
     after = ordered_sum(np.array([ordered_sum(np.abs(row)) for row in kept]))
     return before / after if before >= 1e-7 and after >= 1e-7 else 1.0
@@ -200,7 +213,7 @@ def drop(
     return kept.astype(delta.dtype), q
 
 
-# ---- Elect and Fuse -------------------------------------------------------------------------------------------------
+# ---- Elect and Fuse ----------------------------------------------------------------------------------------
 
 
 def elect(choice: Choice, weights: Sequence[float], dropped: Sequence[Array]) -> Array:
@@ -217,8 +230,9 @@ def elect(choice: Choice, weights: Sequence[float], dropped: Sequence[Array]) ->
 
 
 def adaptive_factor(choice: Choice, values: Array, agrees: Array) -> Array:
-    """The paper's adaptive scaling (figure 5) of one expert: (nonzero deltas) / (elected deltas) per row or tensor,
-    shape (rows, 1) or (1, 1), or the inverse; 0 where there is nothing to divide by."""
+    """The paper's adaptive scaling (figure 5) of one expert: (nonzero deltas) / (elected deltas) per row or
+    tensor, shape (rows, 1) or (1, 1), or the inverse; 0 where there is nothing to divide by.
+    """
     axis = None if choice.lambda_scaling == "tensor" else 1
     nonzero = np.count_nonzero(values, axis=axis, keepdims=True).astype(np.float64)
     elected = np.count_nonzero(agrees, axis=axis, keepdims=True).astype(np.float64)
@@ -227,8 +241,9 @@ def adaptive_factor(choice: Choice, values: Array, agrees: Array) -> Array:
 
 
 def inflation(probabilities: Sequence[float], weights: Sequence[float]) -> float:
-    """By how much Elect + mean enlarges, in expectation, an update that experts with these q and weights share:
-    E[sum m w / q over survivors / sum m w]; (1 - p^T) / (1 - p) where all are equal."""
+    """By how much Elect + mean enlarges, in expectation, an update that experts with these q and weights
+    share: E[sum m w / q over survivors / sum m w]; (1 - p^T) / (1 - p) where all are equal.
+    """
     total = 0.0
     for survivors in product((False, True), repeat=len(probabilities)):
         chance, above, below = 1.0, 0.0, 0.0
@@ -243,10 +258,14 @@ def inflation(probabilities: Sequence[float], weights: Sequence[float]) -> float
 
 
 def calibration(signs: Array, weights: Sequence[float], deltas: Sequence[Array], q: Sequence[Array]) -> Array:
-    """The expected inflation at each position, given the experts whose own delta has the elected sign: (rows, n)."""
+    """The expected inflation at each position, given the experts whose own delta has the elected sign: (rows,
+    n).
+    """
     factor = np.ones(signs.shape, np.float64)
     exact = [float(signs.dtype.type(w)) for w in weights]
-    agreeing = [(np.sign(d * d.dtype.type(w)) == signs) & (signs != 0) for w, d in zip(weights, deltas, strict=True)]
+    agreeing = [
+        (np.sign(d * d.dtype.type(w)) == signs) & (signs != 0) for w, d in zip(weights, deltas, strict=True)
+    ]
     for index in np.ndindex(signs.shape):
         members = [t for t, agrees in enumerate(agreeing) if agrees[index]]
         if members:
@@ -259,7 +278,9 @@ def fuse(
     choice: Choice, weights: Sequence[float], base: Array, deltas: Sequence[Array], dropped: Sequence[Array],
     q: Sequence[Array],
 ) -> Array:  # fmt: skip
-    """theta_m = theta + lambda * (mean or sum over the agreeing experts of w delta'), everything (rows, n)."""
+    """theta_m = theta + lambda * (mean or sum over the agreeing experts of w delta'), everything (rows,
+    n).
+    """
     real = base.dtype.type
     votes = choice.vote != "none"
     signs = elect(choice, weights, dropped) if votes else np.ones_like(base)
@@ -283,12 +304,17 @@ def fuse(
 def merge(
     choice: Choice, base: Array, models: Sequence[Array], experts: Sequence[Expert], seed: int, name: str
 ) -> Array:
-    """One merged tensor from the base's and the experts' arithmetic values (any one shape, any order of experts)."""
+    """One merged tensor from the base's and the experts' arithmetic values (any one shape, any order of
+    experts).
+    """
     order = sorted(range(len(experts)), key=lambda t: experts[t].identity)
     experts = [experts[t] for t in order]
     rows = as_rows(name, base)
     deltas = [as_rows(name, models[t]) - rows for t in order]
-    pairs = [drop(choice, e, d, t, len(experts), seed, name) for t, (e, d) in enumerate(zip(experts, deltas, strict=True))]
+    pairs = [
+        drop(choice, e, d, t, len(experts), seed, name)
+        for t, (e, d) in enumerate(zip(experts, deltas, strict=True))
+    ]
     dropped, q = [p[0] for p in pairs], [p[1] for p in pairs]
     return fuse(choice, [e.weight for e in experts], rows, deltas, dropped, q).reshape(base.shape)
 

@@ -1,8 +1,8 @@
 """One tensor, tile by tile: the stages Drop, Elect and Fuse chained over the fast kernels.
 
-A tile is a run of whole rows (or of single elements, where the method knows no rows).  Some choices need a number of
-the whole tensor first (a threshold, a sum, a rank table): ``prepare`` reads the tiles once or twice for those, then
-``apply`` merges each tile.  The same code serves files and arrays in memory.
+A tile is a run of whole rows (or of single elements, where the method knows no rows).  Some choices need a
+number of the whole tensor first (a threshold, a sum, a rank table): ``prepare`` reads the tiles once or twice
+for those, then ``apply`` merges each tile.  The same code serves files and arrays in memory.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ _NO_DIVISOR = np.ones((0, 1), np.float32)
 
 @dataclass(frozen=True)
 class Tile:
-    """Rows of one tensor: ``start`` (in elements), the base (rows, n) and the experts' deltas (experts, rows, n), all
-    float32.  The deltas are consumed: ``apply`` drops in place."""
+    """Rows of one tensor: ``start`` (in elements), the base (rows, n) and the experts' deltas (experts, rows,
+    n), all float32.  The deltas are consumed: ``apply`` drops in place.
+    """
 
     start: int
     base: Array
@@ -38,8 +39,9 @@ class Tile:
 
 @dataclass(frozen=True)
 class Band:
-    """Which magnitudes are kept, as the bits of float32: from ``high`` without its first ``skip`` occurrences down to
-    the first ``take`` occurrences of ``low``."""
+    """Which magnitudes are kept, as the bits of float32: from ``high`` without its first ``skip`` occurrences
+    down to the first ``take`` occurrences of ``low``.
+    """
 
     high: int
     skip: int
@@ -59,12 +61,13 @@ class Workspace:
         buffer = self._buffers.get(name)
         if buffer is None or buffer.nbytes < wanted:
             buffer = self._buffers[name] = np.empty(wanted, np.uint8)
-        return buffer[:wanted].view(dtype).reshape(shape)
+        return np.asarray(buffer[:wanted].view(dtype).reshape(shape))
 
 
 def cut(choice: Choice, name: str, shape: Sequence[int], target: int) -> list[tuple[int, int, int]]:
-    """The tiles of a tensor as (start, rows, n): whole rows, or runs of elements where the method knows no rows, of
-    about ``target`` elements each."""
+    """The tiles of a tensor as (start, rows, n): whole rows, or runs of elements where the method knows no
+    rows, of about ``target`` elements each.
+    """
     size = math.prod(shape)
     by_row = (
         (choice.drop == "magprune" and choice.rank_by != "tensor")
@@ -101,7 +104,9 @@ class TensorMerge:
     # ---- numbers of the whole tensor ----
 
     def prepare(self, tiles: Callable[[], Iterable[Tile]]) -> None:
-        """Gather what the choice needs to know of the whole tensor; ``tiles`` starts a new pass at each call."""
+        """Gather what the choice needs to know of the whole tensor; ``tiles`` starts a new pass at each
+        call.
+        """
         choice = self.choice
         if choice.drop in ("top", "band") and choice.scope != "row" and self._bands is None:
             self._bands = find_bands(choice, self.experts, self.size, lambda: (t.deltas for t in tiles()))
@@ -166,7 +171,9 @@ class TensorMerge:
 
     def _adaptive(self, counts: Array) -> Array:
         nonzero, elected = counts[..., 0].astype(np.float64), counts[..., 1].astype(np.float64)
-        over, under = (elected, nonzero) if self.choice.lambda_scaling == "row_inverse" else (nonzero, elected)
+        over, under = (
+            (elected, nonzero) if self.choice.lambda_scaling == "row_inverse" else (nonzero, elected)
+        )
         return np.divide(over, under, out=np.zeros_like(over), where=under > 0).astype(np.float32)
 
     def _drop_all(self, tile: Tile, q: Array | None = None) -> Array:
@@ -175,7 +182,9 @@ class TensorMerge:
         return tile.deltas
 
     def _drop(self, t: int, start: int, delta: Array, q: Array | None = None) -> Array:
-        """Drop in place: delta' of expert ``t`` for a tile (rows, n); its probabilities into ``q`` where asked."""
+        """Drop in place: delta' of expert ``t`` for a tile (rows, n); its probabilities into ``q`` where
+        asked.
+        """
         choice, expert = self.choice, self.experts[t]
         if choice.drop == "none":
             return delta
@@ -195,7 +204,9 @@ class TensorMerge:
             kernels.drop_largest_rows(bits, reference.band(self.experts[t], delta.shape[1])[1])
             return
         b = self._bands[t]
-        kernels.drop_band(bits.reshape(-1), np.uint32(b.high), b.skip, np.uint32(b.low), b.take, self._seen[t])
+        kernels.drop_band(
+            bits.reshape(-1), np.uint32(b.high), b.skip, np.uint32(b.low), b.take, self._seen[t]
+        )
 
     def _drop_evenly(self, t: int, start: int, delta: Array, q: Array | None) -> None:
         density = np.float32(self.experts[t].density)
@@ -226,8 +237,8 @@ class TensorMerge:
             order = np.uint64(stream_key(self.seed, expert.identity, self.name, "rank"))
             probabilities = np.empty((1, n), np.float32) if q is None else q
             kernels.drop_ranked(
-                delta, choice.rank_by == "random", kernels.bucket_bits(n), low, step, order, key, shift, start,
-                self._per_element, probabilities,
+                delta, choice.rank_by == "random", kernels.bucket_bits(n), low, step, order, key, shift,
+                start, self._per_element, probabilities,
             )  # fmt: skip
             return
         probabilities = np.empty_like(delta) if q is None else q
@@ -247,14 +258,16 @@ def _row_sums(values: Array) -> Array:
     return sums
 
 
-# ---- thresholds and ranks of a whole tensor -------------------------------------------------------------------------
+# ---- thresholds and ranks of a whole tensor ----------------------------------------------------------------
 
 
 def find_bands(
     choice: Choice, experts: Sequence[Expert], size: int, passes: Callable[[], Iterable[Array]]
 ) -> list[Band]:
-    """The band of magnitudes that each expert keeps of ``size`` deltas; ``passes`` starts a new pass over the deltas,
-    in pieces (experts, ...).  Two passes: the upper half of the bits, then the lower half near the thresholds."""
+    """The band of magnitudes that each expert keeps of ``size`` deltas; ``passes`` starts a new pass over the
+    deltas, in pieces (experts, ...).  Two passes: the upper half of the bits, then the lower half near the
+    thresholds.
+    """
     upper = np.zeros((len(experts), 1 << 16), np.int64)
     for deltas in passes():
         for t in range(len(experts)):
@@ -269,7 +282,9 @@ def find_bands(
 
 
 def _positions(choice: Choice, expert: Expert, size: int) -> list[int]:
-    """The positions, counted from the largest, of the first and the last kept delta; empty where none is kept."""
+    """The positions, counted from the largest, of the first and the last kept delta; empty where none is
+    kept.
+    """
     first, count = reference.band(expert, size)
     first = first if choice.drop == "band" else 0
     return [first, first + count - 1] if count else []
@@ -296,7 +311,9 @@ def _band(
 
 
 def _rank_table(tiles: Iterable[Tile], t: int) -> tuple[Array, Array, Array]:
-    """(where each upper half begins, the distinct magnitudes in order, twice the averaged rank of each) of expert t."""
+    """(where each upper half begins, the distinct magnitudes in order, twice the averaged rank of each) of
+    expert t.
+    """
     distinct, counts = np.zeros(0, np.uint32), np.zeros(0, np.int64)
     for tile in tiles:
         values, times = np.unique(tile.deltas[t].view(np.uint32) & np.uint32(0x7FFFFFFF), return_counts=True)
