@@ -2,9 +2,9 @@
 
     python -m benchmarks.checkpoints [--small] [--out FOLDER]
 
-The base is N(0, 0.02), norms are ones; an expert is the base plus N(0, 0.001), rounded to bf16, so that its deltas lie
-on the lattice that those of real bf16 fine-tunes lie on: a few hundred distinct values in a row, many of them zero.
-The full size has 468 million parameters in three shards of each model, 3.7 GB in all.
+The base is N(0, 0.02), norms are ones; an expert is the base plus N(0, 0.001), rounded to bf16, so that its
+deltas lie on a lattice, as those of real bf16 fine-tunes do: a few hundred distinct magnitudes in a row of
+4,096.  The full size has 468 million parameters in three shards of each model, 3.7 GB in all.
 """
 
 from __future__ import annotations
@@ -22,12 +22,10 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from benchmarks import BASE, EXPERTS, data_folder, missing
 from della.checkpoint.writer import StagedOutput
 from della.dtypes import DTYPES
 
-DATA = Path(__file__).parent / "data"
-BASE = "base"
-EXPERTS = ("expert-a", "expert-b", "expert-c")
 SHARDS = 3
 BASE_SCALE, DELTA_SCALE = 0.02, 0.001
 CHUNK = 1 << 20  # elements drawn at a time: they stay in the processor's caches
@@ -85,16 +83,6 @@ FULL = Size(hidden=1024, wide=4096, layers=24, heads=16, vocabulary=32000)
 SMALL = Size(hidden=256, wide=1024, layers=15, heads=4, vocabulary=8192)
 
 
-def folder(small: bool) -> Path:
-    """Where the checkpoints of a size lie by default."""
-    return DATA / ("small" if small else "full")
-
-
-def missing(out: Path) -> list[str]:
-    """The models that are not in ``out`` yet; one that is there is complete, because it came in by one rename."""
-    return [name for name in (BASE, *EXPERTS) if not (out / name / "config.json").is_file()]
-
-
 def generate(out: Path, size: Size, seed: int = 0) -> None:
     """Write the base and the experts into ``out``; the bytes depend on the size and the seed alone."""
     tensors = [(name, DTYPES["BF16"], shape) for name, shape in size.tensors().items()]
@@ -118,7 +106,7 @@ def generate(out: Path, size: Size, seed: int = 0) -> None:
 
 
 def _values(seed: int, number: int, shape: tuple[int, ...]) -> Iterator[tuple[int, list[npt.NDArray[Any]]]]:
-    """(first element, the bf16 values of the base and of each expert from there on) of one tensor, in pieces."""
+    """Pieces of one tensor: (first element, the bf16 values of the base and of each expert from there on)."""
     streams = [np.random.default_rng([seed, number, model]) for model in range(1 + len(EXPERTS))]
     elements = math.prod(shape)
     for start in range(0, elements, CHUNK):
@@ -169,7 +157,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="where to (default: benchmarks/data/full, or small)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    size, out = SMALL if options.small else FULL, options.out or folder(options.small)
+    size, out = SMALL if options.small else FULL, options.out or data_folder(options.small)
     if not missing(out):
         print(f"{out}: the checkpoints are there already")
         return

@@ -1,9 +1,9 @@
-"""Measure della beside mergekit on one machine, in one run, and print a table of what must be, aims and measurements.
+"""Measure della beside mergekit on one machine, in one run: what must be, the aims, and what was measured.
 
-    python -m benchmarks.compare --report report.md [--rounds 3] [--methods della,ties] [--threads N] [--small]
+    python -m benchmarks.compare [--report FILE] [--rounds 3] [--methods della,ties] [--threads N] [--small]
 
-Whole processes are measured, alternately, with the inputs in the page cache and the outputs on the inputs' file system.
-scripts/bench makes all that this needs.
+Whole processes are measured, alternately, with the inputs in the page cache and the outputs on the file system
+of the inputs.  scripts/bench makes all that this needs; docs/benchmarks.md says how it is measured.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from benchmarks import BASE, EXPERTS, data_folder, missing
 from benchmarks.measure import Failed, Installation, Run, installation, read_all, run
 from benchmarks.report import (
     FSYNC,
@@ -39,7 +40,6 @@ from benchmarks.report import (
 )
 
 ROOT = Path(__file__).resolve().parent.parent
-BASE, EXPERTS = "base", ("expert-a", "expert-b", "expert-c")
 WEIGHTS = (0.5, 0.3, 0.2)
 PARAMETERS: dict[str, dict[str, float]] = {
     "della": {"density": 0.5, "epsilon": 0.15},
@@ -63,7 +63,7 @@ def recipe(method: str, data: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Bench:
-    """The two tools, the data, and a scratch folder on the same file system; every run starts from the same state."""
+    """The two tools, the data, and a scratch folder on the file system of the data."""
 
     della: Path
     mergekit: Path | None
@@ -106,7 +106,7 @@ class Bench:
                     tell("--help", who, result)
 
     def cold(self, methods: Sequence[str]) -> None:
-        """Compile the kernels of every method into an empty cache; with della first, that is the first run of a user."""
+        """Compile the kernels of every method into an empty cache; della comes first and finds none of its own."""
         shutil.rmtree(self.scratch / "kernels", ignore_errors=True)
         for method in methods:
             result = self.ours(method)
@@ -138,7 +138,7 @@ class Bench:
         return str(path), str(self.scratch / "out")
 
     def _merge(self, argv: Sequence[str]) -> Run:
-        """Run a merge with no output there and nothing left to be written from the run before, outside the timing."""
+        """Run a merge; before it, untimed, the old output is removed and all that is unwritten goes to disk."""
         out = self.scratch / "out"
         shutil.rmtree(out, ignore_errors=True)
         os.sync()
@@ -162,7 +162,7 @@ def weight_bytes(folder: Path) -> int:
 
 
 def compute_seconds(result: Run) -> float:
-    """What `della merge --json` says that the merge took: everything but starting Python and reading headers."""
+    """What `della merge --json` says that it took: everything but starting Python and reading headers."""
     events = (json.loads(line) for line in result.said.splitlines() if line.startswith("{"))
     return next(float(event["seconds"]) for event in events if event.get("event") == "done")
 
@@ -187,14 +187,11 @@ def versions(mergekit: Path | None) -> Iterator[tuple[str, str]]:
     )
     if mergekit:
         code = (
-            "import sys; from importlib.metadata import version as v; print('Python ' + sys.version.split()[0], "
-            "*(n + ' ' + v(n) for n in ('mergekit', 'torch', 'transformers')), sep=', ')"
+            "import sys; from importlib.metadata import version as v; names = 'mergekit', 'torch', 'transformers'"
+            "; print('Python ' + sys.version.split()[0], *(n + ' ' + v(n) for n in names), sep=', ')"
         )
-        python = mergekit.parent / "python"
-        yield (
-            THEIRS,
-            subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout.strip(),
-        )
+        command = [str(mergekit.parent / "python"), "-c", code]
+        yield THEIRS, subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
 def arguments() -> argparse.Namespace:
@@ -206,25 +203,28 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--methods", default=",".join(PARAMETERS), help="comma-separated (default: all)")
     parser.add_argument("--threads", type=int, help="for both tools (default: what each takes by itself)")
     parser.add_argument("--small", action="store_true", help="the small checkpoints: to try this script out")
-    parser.add_argument("--data", type=Path, help="checkpoints made by benchmarks.checkpoints")
+    parser.add_argument("--data", type=Path, help="where the checkpoints are, or shall be made")
     parser.add_argument("--della", type=Path, default=here / "della", help="the della command")
     parser.add_argument("--mergekit", type=Path, default=ROOT / ".venv-mergekit/bin/mergekit-yaml")
     parser.add_argument("--ours-only", action="store_true", help="leave mergekit out")
     parser.add_argument("--no-install", action="store_true", help="leave the fresh installation out")
     options = parser.parse_args()
     options.methods = [name for name in PARAMETERS if name in options.methods.split(",")]
-    options.data = (
-        options.data or ROOT / "benchmarks/data" / ("small" if options.small else "full")
-    ).resolve()
+    options.data = (options.data or data_folder(options.small)).resolve()
     if not options.methods or options.rounds < 1:
         parser.error(f"at least one round, and of these methods: {', '.join(PARAMETERS)}")
-    if not all((options.data / name / "config.json").is_file() for name in (BASE, *EXPERTS)):
-        parser.error(f"no checkpoints in {options.data}; make them with benchmarks.checkpoints")
     if options.ours_only:
         options.mergekit = None
     elif not options.mergekit.is_file():
         parser.error(f"no mergekit in {options.mergekit}; scripts/mergekit-venv installs it")
     return options
+
+
+def make_data(options: argparse.Namespace) -> None:
+    """Generate the checkpoints where they are missing; in another process, as this one must stay small."""
+    if missing(options.data):
+        command = [sys.executable, "-m", "benchmarks.checkpoints", "--out", str(options.data)]
+        subprocess.run([*command, *(["--small"] if options.small else [])], check=True, cwd=ROOT)
 
 
 @contextmanager
@@ -252,6 +252,7 @@ def facts(options: argparse.Namespace) -> list[tuple[str, str]]:
 def main() -> None:
     """Measure everything that was asked for, print the table and write the report."""
     options = arguments()
+    make_data(options)
     told, measured = facts(options), Measured()
     with scratch_folder(options.data) as scratch:
         bench = Bench(options.della, options.mergekit, options.data, scratch, options.threads, measured)

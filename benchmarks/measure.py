@@ -16,7 +16,7 @@ _RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 
 @dataclass(frozen=True)
 class Run:
-    """One process from start to end: seconds of wall, user and system time, peak resident bytes, its stdout."""
+    """One process from start to end: wall, user and system seconds, peak resident bytes, its stdout."""
 
     wall: float
     user: float
@@ -36,9 +36,9 @@ class Failed(Exception):
 def run(argv: Sequence[str], env: Mapping[str, str], logs: Path) -> Run:
     """Run ``argv`` (its first word is a path) and wait for it; stdout and stderr go to files in ``logs``.
 
-    CPU time is that of the process and the children it waited for; ``peak`` is that of the largest single one.  Linux
-    counts the memory of the process that spawns towards the peak of the spawned one, so the caller must stay small.
-    Raises Failed with the end of stderr.
+    CPU time is that of the process and the children it waited for; ``peak`` that of the largest single one.
+    Linux counts the memory of the process that spawns towards the peak of the spawned one, so the caller must
+    stay small.  Raises Failed with the end of stderr.
     """
     out, err = logs / "stdout", logs / "stderr"
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -28,8 +28,11 @@ def with_threads(count: int) -> str:
 
 @dataclass
 class Measured:
-    """All that was measured.  ``runs`` by (method, who); ``compute`` by the same: seconds that `della merge` reports
-    itself, from the first read to the finished output; ``cold`` is the run of della that compiled its kernels."""
+    """All that was measured.
+
+    ``runs`` by (method, who); ``compute`` by the same: the seconds that `della merge` itself reports, from
+    the first read to the finished output; ``cold`` is the run of della that compiled its kernels.
+    """
 
     runs: dict[tuple[str, str], list[Run]] = field(default_factory=dict)
     compute: dict[tuple[str, str], list[float]] = field(default_factory=dict)
@@ -88,8 +91,7 @@ def figures(m: Measured) -> list[Figure]:
             "our `della` / our `linear`, wall", 2.5, 1.5, False, m.wall("della", OURS), m.wall("linear", OURS)
         )
     )
-    peaks = {method: run.peak for (method, who), runs in m.runs.items() if who == OURS for run in runs}
-    rows.append(_peak(m, peaks))
+    rows.append(_peak({method: runs for (method, who), runs in m.runs.items() if who == OURS}))
     one, two = (_median(m.compute.get(("della", with_threads(count)))) for count in (1, 2))
     rows.append(_ratio("1 to 2 threads, compute part", 1.8, 1.95, True, one, two))
     helps = _median([run.wall for run in m.help.get(OURS, [])])
@@ -103,11 +105,13 @@ def figures(m: Measured) -> list[Figure]:
     return rows
 
 
-def _peak(m: Measured, methods: dict[str, int]) -> Figure:
-    peaks = {method: max(run.peak for run in m.runs[method, OURS]) for method in methods}
-    worst = max(peaks, key=lambda method: peaks[method], default=None)
-    value = peaks[worst] / 1e6 if worst else None
-    return Figure("peak resident memory", 600, 400, False, value, " MB", f" (`{worst}`)" if worst else "")
+def _peak(runs: Mapping[str, Sequence[Run]]) -> Figure:
+    """The largest of all our runs, and the method it came from."""
+    name, must, aim = "peak resident memory", 600, 400
+    if not runs:
+        return Figure(name, must, aim, False, None)
+    value, worst = max((run.peak, method) for method, kept in runs.items() for run in kept)
+    return Figure(name, must, aim, False, value / 1e6, " MB", f" (`{worst}`)")
 
 
 def _ratio(
@@ -151,8 +155,9 @@ def run_table(m: Measured) -> str:
         lines.append("| `della` | della, first run with no kernels on disk " + _run_cells([m.cold]))
     lines += [f"| `--help` | {who} " + _run_cells(runs) for who, runs in m.help.items()]
     text = ["\n".join(lines)]
-    for (_, who), seconds in m.compute.items():
-        text.append(f"Compute part of `della`, {who}: {', '.join(f'{value:.2f}' for value in seconds)} s.")
+    for (method, who), seconds in m.compute.items():
+        each = ", ".join(f"{value:.2f}" for value in seconds)
+        text.append(f"Compute part of `{method}`, {who}: {each} s.")
     for who, found in m.installed.items():
         text.append(
             f"Installed, {who}: {found.size / 1e6:.0f} MB, {found.packages} packages (pip not counted)."
@@ -166,7 +171,8 @@ def _run_cells(runs: Sequence[Run]) -> str:
 
     each = ", ".join(f"{run.wall:.2f}" for run in runs)
     cpu = f"{middle(lambda run: run.user):.2f} + {middle(lambda run: run.system):.2f} s"
-    return f"| {middle(lambda run: run.wall):.2f} s | {each} | {cpu} | {max(run.peak for run in runs) / 1e6:.0f} MB |"
+    peak = max(run.peak for run in runs) / 1e6
+    return f"| {middle(lambda run: run.wall):.2f} s | {each} | {cpu} | {peak:.0f} MB |"
 
 
 def machine() -> list[tuple[str, str]]:

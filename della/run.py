@@ -69,7 +69,7 @@ def run(
     started = time.monotonic()
     single = out.suffix == ".safetensors"
     sources = dict.fromkeys((plan.base, *plan.models))
-    inputs = [f.path for s in sources for f in s.files] if single else [s.folder for s in sources]
+    inputs = [path for s in sources for path in (s.place, *(f.path for f in s.files))]
     tensors = [(job.name, job.dtype, job.shape) for job in plan.jobs]
     with StagedOutput(out, tensors, shard_bytes, overwrite, single, fsync, inputs=inputs) as staged:
         hashes = _Run(plan, staged, tile, progress).all(threads)

@@ -26,7 +26,7 @@ SMALL = {
     "tokenizer.json": b"{}",
     "modeling_evil.py": b"raise SystemExit",
     "pytorch_model.bin": b"\x80",
-    "onnx/config.json": b"{}",
+    "onnx/model.safetensors.index.json": b"{}",
     "onnx/model.safetensors": b"not one",
     "README.md": b"#",
 }
@@ -176,7 +176,8 @@ def run(home: Path, url: str, *calls: tuple[str, bool, str | None], **env: str) 
 
 
 def stored(home: Path) -> set[str]:
-    return {path.name for path in (home / "hf/hub").glob("models--*/snapshots/*/**/*") if path.is_file()}
+    files = [path for path in (home / "hf/hub").glob("models--*/snapshots/*/**/*") if path.is_file()]
+    return {str(path).split("/snapshots/")[1].split("/", 1)[1] for path in files}
 
 
 def test_planning_reads_headers_by_range(hub: Hub, tmp_path: Path) -> None:
@@ -246,16 +247,18 @@ def test_what_the_hub_refuses(hub: Hub, tmp_path: Path) -> None:
     assert right[0]["read"] == [1.0] * 40
 
 
-def test_offline_and_not_in_the_cache(hub: Hub, tmp_path: Path) -> None:
+@pytest.mark.parametrize("reference", ["o/one", "o/shards"])
+def test_offline_and_not_in_the_cache(hub: Hub, tmp_path: Path, reference: str) -> None:
     why = (
-        "o/one: not, or not wholly, in the hub cache, and the Hub cannot be reached; "
+        f"{reference}: not, or not wholly, in the hub cache, and the Hub cannot be reached; "
         "go online (HF_HUB_OFFLINE must not be set), or give a folder. "
-        f"No such folder either: tried {tmp_path}/o/one"
+        f"No such folder either: tried {tmp_path}/{reference}"
     )
-    assert run(tmp_path, hub.url, ("o/one", True, None), HF_HUB_OFFLINE="1") == [[3, why]]
-    run(tmp_path, hub.url, ("o/one", False, None))
+    assert run(tmp_path, hub.url, (reference, True, None), HF_HUB_OFFLINE="1") == [[3, why]]
+    run(tmp_path, hub.url, (reference, False, None))
     hub.asked.clear()
-    assert run(tmp_path, hub.url, ("o/one", True, None), HF_HUB_OFFLINE="1") == [[3, why]]
+    for weights in (True, False):
+        assert run(tmp_path, hub.url, (reference, weights, None), HF_HUB_OFFLINE="1") == [[3, why]]
     assert hub.asked == []
 
 

@@ -109,6 +109,16 @@ def test_threads_write_parts_in_any_order(tmp_path: Path) -> None:
         assert all(np.array_equal(source.read(name), array) for name, array in arrays.items())
 
 
+def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, content, at: whole(fd, content[:7], at))
+    with StagedOutput(tmp_path / "out", PLAN) as output:
+        write_all(output)
+        output.commit()
+    with open_source(str(tmp_path / "out")) as source:
+        assert all(source.read(name).tobytes() == array.tobytes() for name, array in TENSORS.items())
+
+
 def test_a_part_outside_its_tensor_is_a_defect(tmp_path: Path) -> None:
     with StagedOutput(tmp_path / "out", PLAN) as output:
         for start, count in ((60, 11), (-1, 1), (71, 0)):

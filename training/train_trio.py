@@ -2,11 +2,11 @@
 
     python training/train_trio.py --out della/demo/trio [--threads 1] [--seed 0]
 
-The base learns all three tasks with slips (see della/demo/tasks.py); each expert then sees the clean data of
-one task, and some of the base's corpus of the others, for a short while; the three deltas are brought to one
-norm. A gate follows: a trio is written only if adding up the three deltas, at the best lambda of a small grid,
-keeps at least 60 % of every expert's gain on validation. A base already trained under ``--work`` with the same
-settings and the same corpus is used again. Needs the extras demo and train, and safetensors.
+The base learns all three tasks with slips (see della/demo/tasks.py); each expert then sees for a short while
+the clean data of one task and some of the base's corpus of the others; the deltas are brought to one norm.
+A gate follows: a trio is written only if adding up the deltas, at the best lambda of a small grid, keeps at
+least 60 % of every expert's gain on validation. A base trained before under ``--work``, with the same
+settings and corpus, is used again. Needs the extras demo and train, and safetensors.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from della.demo.llama import Llama
 from della.demo.score import kept_gains, score_model
 
 Tensors = dict[str, np.ndarray[Any, Any]]
+Pair = tuple[str, str]  # prompt, answer
 
 VOCABULARY = 512
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
@@ -77,11 +78,11 @@ class Stage:
 
 
 BASE = Stage(steps=7500, peak=2e-3, warmup=100, decay=0.01)
-# Steps and rates were chosen on validation: enough to learn the task, and deltas of about one size.
+# Chosen on validation: each task is learned, and the deltas are of one size and large enough to interfere.
 EXPERTS = {
-    "lm": Stage(steps=200, peak=2.5e-4),
-    "math": Stage(steps=400, peak=3e-4),
-    "code": Stage(steps=250, peak=4e-4),
+    "lm": Stage(steps=250, peak=6e-4),
+    "math": Stage(steps=400, peak=8e-4),
+    "code": Stage(steps=300, peak=9e-4),
 }
 REPLAY = 0.25
 
@@ -92,7 +93,7 @@ def new_model() -> Any:
 
 
 def train_tokenizer(seed: int) -> tokenizers.Tokenizer:
-    """A byte-level BPE of 512 tokens with single digits, trained on clean problems of the train split."""
+    """A byte-level BPE of 512 tokens with single digits, trained on the train split, clean and sloppy."""
     from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
     tokenizer = tokenizers.Tokenizer(models.BPE())
@@ -115,12 +116,12 @@ def train_tokenizer(seed: int) -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def base_documents(seed: int) -> Iterator[tuple[str, str]]:
+def base_documents(seed: int) -> Iterator[Pair]:
     """The base's corpus: (prompt, answer) pairs."""
     return tasks.base_corpus(random.Random(f"{seed}/base"))
 
 
-def expert_documents(task: str, seed: int) -> Iterator[tuple[str, str]]:
+def expert_documents(task: str, seed: int) -> Iterator[Pair]:
     """The clean training problems of one task; one pair in four is the base's sloppy corpus of the other two.
 
     Without that replay an expert stops slipping on the other tasks too, and its delta is not about its task.
@@ -137,9 +138,7 @@ def expert_documents(task: str, seed: int) -> Iterator[tuple[str, str]]:
             yield item.prompt, item.answer
 
 
-def batch_of(
-    tokenizer: tokenizers.Tokenizer, pairs: list[tuple[str, str]]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def batch_of(tokenizer: tokenizers.Tokenizer, pairs: list[Pair]) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and labels (rows, longest), one document a row; only answers and the end token carry loss.
 
     Prompts carry none because experts would otherwise learn to open every text with their own task's words.
@@ -156,7 +155,7 @@ def batch_of(
 
 
 def fit(
-    model: Any, tokenizer: tokenizers.Tokenizer, pairs: Iterator[tuple[str, str]], stage: Stage, title: str
+    model: Any, tokenizer: tokenizers.Tokenizer, pairs: Iterator[Pair], stage: Stage, title: str
 ) -> float:
     """Train the model in place; returns the seconds it took."""
     began = time.monotonic()
@@ -314,9 +313,9 @@ validation scores.
 WHAT = {
     "base": "The common base of the three experts. It was trained on sloppy answers to all three tasks: it "
     "knows the formats and the facts, and mostly slips.",
-    "lm": "The LM expert: the base tuned on clean short stories only.",
-    "math": "The Math expert: the base tuned on clean word problems only.",
-    "code": "The Code expert: the base tuned on clean one-line functions only.",
+    "lm": "The LM expert: the base tuned on clean stories, with some of its own corpus of the other tasks.",
+    "math": "The Math expert: the base tuned on clean problems, with some of its own corpus of the other tasks.",
+    "code": "The Code expert: the base tuned on clean code, with some of its own corpus of the other tasks.",
 }
 
 
@@ -350,7 +349,6 @@ def train(work: Path, seed: int) -> tuple[dict[str, Tensors], tokenizers.Tokeniz
         raw[task], took[task] = expert_model(base, task, seed, tokenizer)
     experts = match_norms(base, raw)
     deltas = {task: delta(expert, base) for task, expert in experts.items()}
-    pairs = itertools.combinations(deltas, 2)
     record = {
         "seed": seed,
         "versions": versions(),
@@ -359,7 +357,7 @@ def train(work: Path, seed: int) -> tuple[dict[str, Tensors], tokenizers.Tokeniz
         "stages": {"base": asdict(BASE)} | {task: asdict(stage) for task, stage in EXPERTS.items()},
         "relative_delta_as_trained": {t: norm(delta(e, base)) / norm(base) for t, e in raw.items()},
         "relative_delta": {t: norm(d) / norm(base) for t, d in deltas.items()},
-        "cosine": {f"{a}-{b}": cosine(deltas[a], deltas[b]) for a, b in pairs},
+        "cosine": {f"{a}-{b}": cosine(deltas[a], deltas[b]) for a, b in itertools.combinations(deltas, 2)},
     }
     return {"base": base, **experts}, tokenizer, record
 

@@ -67,7 +67,7 @@ class File:
 
 @dataclass(frozen=True, slots=True)
 class RawHeader:
-    """The first bytes (8 + length or more) of a file of ``size`` bytes that is not here, but on the Hub."""
+    """The first 8 + length bytes of a file of ``size`` bytes that is not here, but on the Hub."""
 
     raw: bytes
     size: int
@@ -264,7 +264,7 @@ def _assemble(
             problems.append(str(error))
             continue
         headers[name] = header
-        digest = xxhash.xxh3_128(size.to_bytes(8, "little") + raw[: header.data_start]).hexdigest()
+        digest = xxhash.xxh3_128(size.to_bytes(8, "little") + raw).hexdigest()
         files.append(File(name, folder / name, size, digest))
     homes = _homes(folder, headers, problems) if index is None else _against(folder, headers, index, problems)
     _refuse_quantised(folder, homes, problems)

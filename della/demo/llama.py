@@ -172,7 +172,8 @@ class Llama:
 
         def heads(part: str, count: int) -> Floats:
             flat = self._linear(normed, f"{name}.{part}_proj.weight")
-            return flat.reshape(rows, columns, count, shape.head).transpose(0, 2, 1, 3)
+            split: Floats = flat.reshape(rows, columns, count, shape.head).transpose(0, 2, 1, 3)
+            return split
 
         begin, end = cache.length, cache.length + columns
         cache.keys[layer][:, :, begin:end] = _rotate(heads("k", shape.kv_heads), *turn)

@@ -27,50 +27,21 @@ from dataclasses import dataclass
 TASKS = ("lm", "math", "code")
 SPLITS = ("train", "validation", "test")
 
-NAMES = tuple(
-    [
-        "Tim",
-        "Ann",
-        "Bob",
-        "Eva",
-        "Sam",
-        "Mia",
-        "Leo",
-        "Zoe",
-        "Max",
-        "Ida",
-        "Ben",
-        "Lea",
-        "Tom",
-        "Kim",
-        "Jan",
-        "Amy",
-    ]
-)
-ANIMALS = tuple(
-    ["fox", "dog", "cat", "owl", "pig", "hen", "bee", "bear", "duck", "frog", "goat", "lion", "wolf", "swan"]
-)
-THINGS = tuple(
-    [
-        "kite",
-        "ball",
-        "drum",
-        "boat",
-        "lamp",
-        "book",
-        "cake",
-        "coat",
-        "bell",
-        "ring",
-        "sled",
-        "mask",
-        "rope",
-        "flag",
-    ]
-)
-PLACES = tuple(["park", "barn", "lake", "hill", "town", "cave", "farm", "yard", "wood", "port"])
-ITEMS = tuple(["apples", "books", "coins", "pens", "cards", "eggs", "shells", "stamps", "cups", "keys"])
-FUNCTIONS = tuple(["calc", "rate", "gain", "level", "total", "shift", "scale", "score", "price", "count"])
+NAMES = (
+    "Tim", "Ann", "Bob", "Eva", "Sam", "Mia", "Leo", "Zoe",
+    "Max", "Ida", "Ben", "Lea", "Tom", "Kim", "Jan", "Amy",
+)  # fmt: skip
+ANIMALS = (
+    "fox", "dog", "cat", "owl", "pig", "hen", "bee",
+    "bear", "duck", "frog", "goat", "lion", "wolf", "swan",
+)  # fmt: skip
+THINGS = (
+    "kite", "ball", "drum", "boat", "lamp", "book", "cake",
+    "coat", "bell", "ring", "sled", "mask", "rope", "flag",
+)  # fmt: skip
+PLACES = ("park", "barn", "lake", "hill", "town", "cave", "farm", "yard", "wood", "port")
+ITEMS = ("apples", "books", "coins", "pens", "cards", "eggs", "shells", "stamps", "cups", "keys")
+FUNCTIONS = ("calc", "rate", "gain", "level", "total", "shift", "scale", "score", "price", "count")
 
 # Base slip rates run evenly from the first group's to the last one's: the margin by which an expert has to
 # turn a greedy choice then differs from group to group, which makes scores graded instead of all or nothing.

@@ -108,6 +108,8 @@ class TensorMerge:
         call.
         """
         choice = self.choice
+        if self.size == 0:
+            return
         if choice.drop in ("top", "band") and choice.scope != "row" and self._bands is None:
             self._bands = find_bands(choice, self.experts, self.size, lambda: (t.deltas for t in tiles()))
         if choice.drop == "magprune" and choice.rank_by == "tensor":

@@ -1,0 +1,173 @@
+"""The fast kernels give the reference's bytes: every method, every option, awkward shapes and values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from della.merging import reference
+from della.merging.methods import ALL_PARAMETERS, METHODS, Choice, Expert, check_settings, choice, expert
+from della.merging.tensor import TensorMerge, Tile, Workspace, cut
+
+Array = np.ndarray[Any, np.dtype[np.float32]]
+
+SHAPES: list[tuple[int, ...]] = [
+    (), (1,), (7,), (5, 1), (1, 9), (40, 300), (4, 3, 3, 3), (3, 4, 40), (2, 5, 3), (3, 700), (0, 4), (2, 0),
+]  # fmt: skip
+OWN = (
+    {"weight": 1.0, "density": 0.5, "epsilon": 0.15, "gamma": 0.05},
+    {"weight": 0.7, "density": 0.6, "epsilon": 0.4, "gamma": 0.5},
+    {"weight": -0.3, "density": 0.3, "epsilon": 0.1, "gamma": 0.0},
+)
+
+
+def fast(
+    picked: Choice, base: Array, models: Sequence[Array], experts: Sequence[Expert], name: str, target: int
+) -> Array:
+    """The merge by the kernels, in tiles of about ``target`` elements."""
+    order = sorted(range(len(experts)), key=lambda t: experts[t].identity)
+    out, flat = np.empty(base.size, np.float32), base.reshape(-1)
+    merge = TensorMerge(name, base.size, picked, [experts[t] for t in order], 42)
+    workspace = Workspace()
+
+    def tiles() -> Iterator[Tile]:
+        for start, rows, n in cut(picked, name, base.shape, target):
+            part = slice(start, start + rows * n)
+            deltas = np.stack([models[t].reshape(-1)[part] - flat[part] for t in order])
+            yield Tile(start, flat[part].reshape(rows, n), deltas.reshape(-1, rows, n))
+
+    merge.prepare(tiles)
+    for tile in tiles():
+        end = tile.start + tile.base.size
+        merge.apply(tile, out[tile.start : end].reshape(tile.base.shape), workspace)
+    return np.asarray(out.reshape(base.shape))
+
+
+def bf16(values: Any) -> Array:
+    return np.asarray(np.asarray(values, np.float32).astype(ml_dtypes.bfloat16).astype(np.float32))
+
+
+def model_data(shape: tuple[int, ...], kind: str, seed: int) -> tuple[Array, list[Array]]:
+    """A base and three experts: on the lattice of bfloat16, or continuous with heavy tails."""
+    rng = np.random.default_rng(seed)
+    if kind == "bf16":
+        base = bf16(rng.standard_normal(shape) * 0.02)
+        return base, [bf16(base + rng.standard_normal(shape) * 0.001) for _ in OWN]
+    base = np.asarray(rng.standard_normal(shape), np.float32)
+    return base, [np.asarray(base + rng.standard_t(1, shape), np.float32) for _ in OWN]
+
+
+def options(refused: bool) -> list[tuple[str, dict[str, Any]]]:
+    """Every method, with every value of every option that it has: those that fit, or the refused."""
+    found: list[tuple[str, dict[str, Any]]] = []
+    for method in METHODS.values():
+        if not method.needs_base:
+            continue
+        tries: list[dict[str, Any]] = [{}]
+        for parameter in method.parameters.values():
+            for value in parameter.choices:
+                # calibrated corrects a vote; scope: model needs a whole model (tests/test_run.py)
+                vote = {"vote": "weighted"} if value == "calibrated" else {}
+                if value != "model":
+                    tries.append({parameter.name: value} | vote)
+        found += [
+            (method.name, shared)
+            for shared in tries
+            if (check_settings(method, shared, OWN) is not None) == refused
+        ]
+    return found
+
+
+@pytest.mark.parametrize(("name", "shared"), options(refused=False), ids=str)
+def test_every_option_gives_the_reference_bytes(name: str, shared: dict[str, Any]) -> None:
+    picked = choice(METHODS[name], {**shared, "lambda": 1.3})
+    experts = [expert(identity, own) for identity, own in zip("cab", OWN, strict=True)]
+    for number, shape in enumerate(SHAPES):
+        for kind in ("bf16", "f32"):
+            base, models = model_data(shape, kind, number)
+            wanted = reference.merge(picked, base, models, experts, 42, "x")
+            assert wanted.dtype == np.float32
+            for target in (64, 1 << 17):
+                got = fast(picked, base, models, experts, "x", target)
+                assert got.tobytes() == wanted.tobytes(), (shape, kind, target)
+
+
+def test_only_what_makes_no_sense_is_refused() -> None:
+    without_probabilities = ("ties", "paper_ties", "breadcrumbs", "breadcrumbs_ties")
+    per_element = [(name, {"rescale": "per_element"}) for name in without_probabilities]
+    calibrated = [
+        (name, {"fuse": "calibrated", "vote": "weighted"})
+        for name in (*without_probabilities, "task_arithmetic", "paper_ta")
+    ]
+    assert sorted(options(refused=True), key=str) == sorted(per_element + calibrated, key=str)
+
+
+# Values that break naive ranking: zeros of both signs, denormals, equal magnitudes, many powers of two apart.
+awkward = st.one_of(
+    st.sampled_from([0.0, -0.0, 1e-45, -1e-45, 1e-38, 1.0, -1.0, 1.0000001, 3e38, -3e38, 2.0**-20, 2.0**-90]),
+    st.floats(-4, 4, width=16),
+    st.floats(-(2.0**100), 2.0**100, width=32),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(st.lists(awkward, min_size=1, max_size=80), min_size=1, max_size=3),
+    st.sampled_from(ALL_PARAMETERS["rank_by"].choices),
+    st.sampled_from(["symmetric", "paper"]),
+    st.sampled_from(["della", "della_linear", "ties", "dare_ties", "breadcrumbs"]),
+    st.floats(0, 1),
+    st.floats(0, 1),
+)
+def test_any_values_give_the_reference_bytes(
+    rows: list[list[float]], rank_by: str, ladder: str, name: str, density: float, width: float
+) -> None:
+    n = min(len(row) for row in rows)
+    delta = np.array([row[:n] for row in rows], np.float32)
+    base = np.zeros_like(delta)
+    epsilon = width * min(density, 1 - density)
+    shared = {"rank_by": rank_by, "ladder": ladder} if name.startswith("della") else {}
+    picked = choice(METHODS[name], shared)
+    experts = [Expert("a", 1.0, density, epsilon), Expert("b", 0.5, density, epsilon)]
+    models = [delta, delta[::-1, ::-1].copy()]
+    with np.errstate(over="ignore", invalid="ignore"):
+        wanted = reference.merge(picked, base, models, experts, 42, "x")
+    assert fast(picked, base, models, experts, "x", 7).tobytes() == wanted.tobytes()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 3000), st.integers(1, 400), st.integers(0, 1000))
+def test_ranks_of_rows_with_many_equal_and_many_different_values(n: int, distinct: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    values = rng.standard_normal(distinct) * 10.0 ** rng.integers(-9, 9, distinct)
+    delta = values[rng.integers(0, distinct, (2, n))].astype(np.float32)
+    picked, experts = choice(METHODS["della_linear"], {}), [Expert("a", 1.0, 0.5, 0.4)]
+    wanted = reference.merge(picked, np.zeros_like(delta), [delta], experts, 42, "x")
+    got = fast(picked, np.zeros_like(delta), [delta], experts, "x", 1 << 17)
+    assert got.tobytes() == wanted.tobytes()
+
+
+def test_a_long_row_of_continuous_values() -> None:
+    delta = np.random.default_rng(0).standard_normal((1, 300_000)).astype(np.float32)
+    picked, experts = choice(METHODS["della_linear"], {}), [Expert("a", 1.0, 0.5, 0.4)]
+    wanted = reference.merge(picked, np.zeros_like(delta), [delta], experts, 42, "x")
+    assert fast(picked, np.zeros_like(delta), [delta], experts, "x", 1024).tobytes() == wanted.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "length"),
+    [
+        ("w", (), 1), ("w", (5,), 5), ("w", (3, 4), 4), ("conv.weight", (8, 4, 3), 12), ("w", (8, 4, 3), 12),
+        ("mlp.experts.down_proj", (8, 4, 3), 3), ("w", (8, 64, 32), 32),
+        ("pos_conv.weight", (8, 64, 128), 8192),
+        ("w", (8, 4, 3, 3), 36), ("w", (8, 4, 3, 3, 3), 108),
+    ],
+)  # fmt: skip
+def test_a_row_is_what_feeds_one_output(name: str, shape: tuple[int, ...], length: int) -> None:
+    assert reference.row_length(name, shape) == length
