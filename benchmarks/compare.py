@@ -2,8 +2,8 @@
 
     python -m benchmarks.compare [--report FILE] [--rounds 3] [--methods della,ties] [--threads N] [--small]
 
-Whole processes are measured, alternately, with the inputs in the page cache and the outputs on the file system
-of the inputs.  scripts/bench makes all that this needs; docs/benchmarks.md says how it is measured.
+Whole processes are measured, alternately, with the inputs in the page cache and the outputs on their file
+system.  scripts/bench makes all that this needs; docs/benchmarks.md says how it is measured.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class Bench:
                     tell("--help", who, result)
 
     def cold(self, methods: Sequence[str]) -> None:
-        """Compile the kernels of every method into an empty cache; della comes first and finds none of its own."""
+        """Compile the kernels of every method into an empty cache; the first method finds none at all."""
         shutil.rmtree(self.scratch / "kernels", ignore_errors=True)
         for method in methods:
             result = self.ours(method)
@@ -138,7 +138,7 @@ class Bench:
         return str(path), str(self.scratch / "out")
 
     def _merge(self, argv: Sequence[str]) -> Run:
-        """Run a merge; before it, untimed, the old output is removed and all that is unwritten goes to disk."""
+        """Run a merge; before it, untimed, an old output is removed and all that is unwritten goes to disk."""
         out = self.scratch / "out"
         shutil.rmtree(out, ignore_errors=True)
         os.sync()
@@ -187,8 +187,8 @@ def versions(mergekit: Path | None) -> Iterator[tuple[str, str]]:
     )
     if mergekit:
         code = (
-            "import sys; from importlib.metadata import version as v; names = 'mergekit', 'torch', 'transformers'"
-            "; print('Python ' + sys.version.split()[0], *(n + ' ' + v(n) for n in names), sep=', ')"
+            "import sys; from importlib.metadata import version as v; n = 'mergekit', 'torch', 'transformers'; "
+            "print('Python ' + sys.version.split()[0], *(name + ' ' + v(name) for name in n), sep=', ')"
         )
         command = [str(mergekit.parent / "python"), "-c", code]
         yield THEIRS, subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()

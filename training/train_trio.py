@@ -313,9 +313,9 @@ validation scores.
 WHAT = {
     "base": "The common base of the three experts. It was trained on sloppy answers to all three tasks: it "
     "knows the formats and the facts, and mostly slips.",
-    "lm": "The LM expert: the base tuned on clean stories, with some of its own corpus of the other tasks.",
-    "math": "The Math expert: the base tuned on clean problems, with some of its own corpus of the other tasks.",
-    "code": "The Code expert: the base tuned on clean code, with some of its own corpus of the other tasks.",
+    "lm": "The LM expert: the base tuned on clean stories, with some of its own corpus of the others.",
+    "math": "The Math expert: the base tuned on clean problems, with some of its own corpus of the others.",
+    "code": "The Code expert: the base tuned on clean code, with some of its own corpus of the others.",
 }
 
 

@@ -1,0 +1,44 @@
+"""Runs in mergekit's environment, not in ours: what test_mergekit.py asks for, in one process.
+
+    python mergekit_runner.py TASKS.json
+
+TASKS: ``merges``, pairs of a recipe file and the folder for its result; ``bias``, a file with deltas (rows, n), how
+often to drop from them, density, epsilon and the file for the mean.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def merge(pairs: list[tuple[str, str]]) -> None:
+    """Each recipe by mergekit's own merge, as its command line does it."""
+    merging, config = importlib.import_module("mergekit.merge"), importlib.import_module("mergekit.config")
+    yaml = importlib.import_module("yaml")
+    options = merging.MergeOptions(copy_tokenizer=False, write_model_card=False, quiet=True)
+    for recipe, out in pairs:
+        text = Path(recipe).read_text()
+        checked = config.MergeConfiguration.model_validate(yaml.safe_load(text))
+        merging.run_merge(checked, out, options, config_source=text)
+
+
+def mean_of_drops(task: dict[str, Any]) -> None:
+    """The mean over many draws of what mergekit's MAGPRUNE with its l1 rescale makes of one tensor."""
+    torch, numpy = importlib.import_module("torch"), importlib.import_module("numpy")
+    sparsify = importlib.import_module("mergekit.sparsify")
+    delta = torch.from_numpy(numpy.load(task["delta"]))
+    total = torch.zeros_like(delta, dtype=torch.float64)
+    torch.manual_seed(0)
+    for _ in range(task["draws"]):
+        total += sparsify.della_magprune(delta, task["density"], task["epsilon"], sparsify.RescaleNorm.l1)
+    numpy.save(task["out"], (total / task["draws"]).numpy())
+
+
+if __name__ == "__main__":
+    tasks = json.loads(Path(sys.argv[1]).read_text())
+    merge(tasks["merges"])
+    mean_of_drops(tasks["bias"])
