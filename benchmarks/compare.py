@@ -138,7 +138,7 @@ class Bench:
         return str(path), str(self.scratch / "out")
 
     def _merge(self, argv: Sequence[str]) -> Run:
-        """Run a merge; before it, untimed, an old output is removed and all that is unwritten goes to disk."""
+        """Run a merge; before it, untimed, the old output goes and all that is unwritten goes to disk."""
         out = self.scratch / "out"
         shutil.rmtree(out, ignore_errors=True)
         os.sync()
@@ -187,7 +187,7 @@ def versions(mergekit: Path | None) -> Iterator[tuple[str, str]]:
     )
     if mergekit:
         code = (
-            "import sys; from importlib.metadata import version as v; n = 'mergekit', 'torch', 'transformers'; "
+            "import sys; from importlib.metadata import version as v; n = 'mergekit', 'torch', 'transformers'\n"
             "print('Python ' + sys.version.split()[0], *(name + ' ' + v(name) for name in n), sep=', ')"
         )
         command = [str(mergekit.parent / "python"), "-c", code]

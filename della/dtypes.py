@@ -124,8 +124,23 @@ def _byte_table(dtype: np.dtype[Any]) -> Array:
 
 
 def round_to(values: Array, dtype: DType) -> Array:
-    """Arithmetic values rounded once, to nearest even, into a storage dtype (overflow becomes infinity, or
-    NaN where the type has none).
+    """Arithmetic values rounded once, to nearest even, into a storage dtype.
+
+    Overflow becomes infinity, or NaN where the type has none.
     """
     with np.errstate(over="ignore", invalid="ignore"):
-        return values.astype(dtype.numpy)
+        if values.dtype == np.float64 and dtype.numpy_name not in ("float64", "float32", "float16"):
+            values = _to_odd(values)
+        return np.asarray(values.astype(dtype.numpy))
+
+
+def _to_odd(values: Array) -> Array:
+    """float64 to float32 by rounding to odd, after which rounding to a narrower type is right.
+
+    ml_dtypes goes through float32 to nearest, and would round twice.
+    """
+    near = values.astype(np.float32)
+    bits = near.view(np.uint32)
+    inexact = np.isfinite(near) & (near.astype(np.float64) != values)
+    away = inexact & (np.abs(near.astype(np.float64)) > np.abs(values))
+    return np.where(inexact, (bits - away) | np.uint32(1), bits).view(np.float32)

@@ -71,50 +71,69 @@ def _own(job: Job) -> Iterator[dict[str, Any]]:
 def plan_text(plan: Plan, threads: int) -> str:
     """What would be done: models, sizes, time, departures from mergekit, and every value along gradients."""
     recipe = plan.recipe
-    first = next((job for job in plan.jobs if job.choice is not None), None)
     lines = [f"{recipe.merge_method}, seed {recipe.seed}: {len(plan.jobs)} tensors"]
     if recipe.base_model:
         lines.append(f"  base    {recipe.base_model}")
-    for reference, own in zip(_references(plan), _own(first) if first else (), strict=False):
-        lines.append(f"  {'expert' if recipe.method.needs_base else 'model '}  {reference}  {_pairs(own)}")
-    if first:
-        lines.append(f"  shared  {_pairs(_shared(first))}")
+    kind = "expert" if recipe.method.needs_base else "model "
+    rows = _rows(plan)
+    for reference in _references(plan):
+        lines.append(f"  {kind}  {reference}  {_pairs(rows, reference)}")
+    lines.append(f"  shared  {_pairs(rows, '')}")
     lines += [
         "",
         f"  read    {_bytes(plan.bytes_read)}",
         f"  write   {_bytes(plan.bytes_written)} ({_dtypes(plan.jobs)})",
+        f"  disk    {_bytes(plan.bytes_written)} free beside OUT (an old OUT stays until the new one is whole)",
         f"  memory  {_bytes(plan.memory(threads))} with {threads} thread{'s' * (threads > 1)}",
         f"  time    about {plan.seconds(threads):.0f} s",
     ]
-    lines += _varying(plan)
+    lines += _varying(rows)
     for title, texts in (("Other than mergekit:", plan.departures), ("Notes:", plan.notes)):
         if texts:
             lines += ["", title, *(f"  - {text}" for text in texts)]
     return "\n".join(lines)
 
 
-def _varying(plan: Plan) -> list[str]:
-    """The parameters that are not the same for every tensor: each set of values with the tensors that have
-    it.
-    """
-    rows: dict[tuple[tuple[str, Any], ...], list[str]] = {}
-    references = _references(plan)
+# The resolved parameters of a tensor, as (the model or "", parameter) -> value, and the tensors that have them.
+_Rows = dict[tuple[tuple[tuple[str, str], Any], ...], list[str]]
+
+
+def _rows(plan: Plan) -> _Rows:
+    rows: _Rows = {}
     for job in plan.jobs:
         if job.choice is None:
             continue
-        values = [(key, value) for key, value in _shared(job).items()]
-        for reference, own in zip(references, _own(job), strict=True):
-            values += [(f"{reference}: {key}", value) for key, value in own.items()]
+        values = [(("", key), value) for key, value in _shared(job).items()]
+        for reference, own in zip(_references(plan), _own(job), strict=True):
+            values += [((reference, key), value) for key, value in own.items()]
         rows.setdefault(tuple(values), []).append(job.name)
+    return rows
+
+
+def _pairs(rows: _Rows, model: str) -> str:
+    """The parameters of one model ("" for the shared ones) on one line."""
+    table = [dict(row) for row in rows]
+    own = {key: [row[key] for row in table] for key in (table[0] if table else {}) if key[0] == model}
+    same = {key: values[0] if _same(values) else "varies, see below" for key, values in own.items()}
+    return ", ".join(f"{key} {_value(value)}" for (_, key), value in same.items() if value is not None)
+
+
+def _varying(rows: _Rows) -> list[str]:
+    """The parameters that are not the same for every tensor: each set of values, and who has it."""
     if len(rows) < 2:
         return []
     table = [dict(row) for row in rows]
-    varying = [key for key in table[0] if len({str(row[key]) for row in table}) > 1]
+    varying = [key for key in table[0] if not _same([row[key] for row in table])]
     lines = ["", "Values along gradients and filters:"]
     for row, names in zip(table, rows.values(), strict=True):
-        lines.append("  " + ", ".join(f"{key} {_value(row[key])}" for key in varying))
+        shown = (f"{key[0]}: {key[1]} {_value(row[key])}".removeprefix(": ") for key in varying)
+        lines.append("  " + ", ".join(shown))
         lines += [f"      {pattern}" for pattern in collapse(names)]
     return lines
+
+
+def _same(values: list[Any]) -> bool:
+    return all(value == values[0] for value in values)
 
 
 def collapse(names: Iterable[str]) -> list[str]:
@@ -137,10 +156,6 @@ def _ranges(numbers: list[int]) -> str:
         else:
             runs.append([number, number])
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
-
-
-def _pairs(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key} {_value(value)}" for key, value in values.items() if value is not None)
 
 
 def _value(value: Any) -> str:
