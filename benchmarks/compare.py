@@ -187,8 +187,8 @@ def versions(mergekit: Path | None) -> Iterator[tuple[str, str]]:
     )
     if mergekit:
         code = (
-            "import sys; from importlib.metadata import version as v; n = 'mergekit', 'torch', 'transformers'\n"
-            "print('Python ' + sys.version.split()[0], *(name + ' ' + v(name) for name in n), sep=', ')"
+            "import sys; from importlib.metadata import version as v\n"
+            "print('Python ' + sys.version.split()[0], *(n + ' ' + v(n) for n in ('mergekit', 'torch')), sep=', ')"
         )
         command = [str(mergekit.parent / "python"), "-c", code]
         yield THEIRS, subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from della.plan import Job, Plan
@@ -83,7 +84,7 @@ def plan_text(plan: Plan, threads: int) -> str:
         "",
         f"  read    {_bytes(plan.bytes_read)}",
         f"  write   {_bytes(plan.bytes_written)} ({_dtypes(plan.jobs)})",
-        f"  disk    {_bytes(plan.bytes_written)} free beside OUT (an old OUT stays until the new one is whole)",
+        f"  disk    {_bytes(plan.bytes_written)} free beside OUT (an old OUT stays until all is done)",
         f"  memory  {_bytes(plan.memory(threads))} with {threads} thread{'s' * (threads > 1)}",
         f"  time    about {plan.seconds(threads):.0f} s",
     ]
@@ -94,7 +95,7 @@ def plan_text(plan: Plan, threads: int) -> str:
     return "\n".join(lines)
 
 
-# The resolved parameters of a tensor, as (the model or "", parameter) -> value, and the tensors that have them.
+# Resolved parameters, as (the model or "", parameter) -> value, and the tensors that have them.
 _Rows = dict[tuple[tuple[tuple[str, str], Any], ...], list[str]]
 
 
@@ -114,7 +115,7 @@ def _pairs(rows: _Rows, model: str) -> str:
     """The parameters of one model ("" for the shared ones) on one line."""
     table = [dict(row) for row in rows]
     own = {key: [row[key] for row in table] for key in (table[0] if table else {}) if key[0] == model}
-    same = {key: values[0] if _same(values) else "varies, see below" for key, values in own.items()}
+    same = {key: values[0] if _same(values) else "varies" for key, values in own.items()}
     return ", ".join(f"{key} {_value(value)}" for (_, key), value in same.items() if value is not None)
 
 
@@ -124,11 +125,12 @@ def _varying(rows: _Rows) -> list[str]:
         return []
     table = [dict(row) for row in rows]
     varying = [key for key in table[0] if not _same([row[key] for row in table])]
+    whole = Counter(_layer(name) for names in rows.values() for name in names)
     lines = ["", "Values along gradients and filters:"]
     for row, names in zip(table, rows.values(), strict=True):
         shown = (f"{key[0]}: {key[1]} {_value(row[key])}".removeprefix(": ") for key in varying)
         lines.append("  " + ", ".join(shown))
-        lines += [f"      {pattern}" for pattern in collapse(names)]
+        lines += [f"      {pattern}" for pattern in collapse(names, whole)]
     return lines
 
 
@@ -136,16 +138,27 @@ def _same(values: list[Any]) -> bool:
     return all(value == values[0] for value in values)
 
 
-def collapse(names: Iterable[str]) -> list[str]:
-    """Tensor names with their first number as a range: ``model.layers.0-3.mlp.up_proj.weight``."""
+def collapse(names: Iterable[str], whole: Counter[str]) -> list[str]:
+    """Tensor names with their first number as a range, ``model.layers.0-3.mlp.up_proj.weight``; a layer of
+    which all tensors are there (``whole`` counts them) as ``model.layers.0-3.*``.
+    """
+    names = list(names)
+    here = Counter(map(_layer, names))
     groups: dict[str, list[int]] = {}
     for name in names:
         match = _NUMBER.search(name)
         if match is None:
             groups.setdefault(name, [])
-        else:
-            groups.setdefault(f"{name[: match.start(1)]}\0{name[match.end(1) :]}", []).append(int(match[1]))
+            continue
+        tail = ".*" if here[_layer(name)] == whole[_layer(name)] else name[match.end(1) :]
+        groups.setdefault(f"{name[: match.start(1)]}\0{tail}", []).append(int(match[1]))
     return [pattern.replace("\0", _ranges(numbers)) for pattern, numbers in groups.items()]
+
+
+def _layer(name: str) -> str:
+    """The part of a tensor's name that names its layer; the whole name outside of layers."""
+    match = _NUMBER.search(name)
+    return name[: match.end(1)] if match else name
 
 
 def _ranges(numbers: list[int]) -> str:

@@ -2,8 +2,8 @@
 
     python mergekit_runner.py TASKS.json
 
-TASKS: ``merges``, pairs of a recipe file and the folder for its result; ``bias``, a file with deltas (rows, n),
-how often to drop from them, density, epsilon and the file for the mean.
+TASKS: ``merges``, pairs of a recipe file and the folder for its result; ``bias``, a file with deltas of shape
+(rows, n), how often to drop from them, density, epsilon and the file for the mean.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Beside mergekit itself: deterministic methods agree, and its della has the bias that ours has not.
 
-Needs an installed mergekit 0.1.5 (scripts/compare makes one) and is skipped without.  All of its merges run in
-one process.  Two results agree where, at every element, they differ by at most 1e-6 of the largest magnitude that
-has a part in it: the base's value, the experts', or the result's.  The deltas are as large as the base, so that
-this bound holds for them too.
+Needs an installed mergekit 0.1.5 (scripts/compare makes one) and is skipped without; all of its merges run in
+one process.  Two results agree where, at every element, they differ by at most 1e-6 of the largest magnitude
+that has a part in it: the base's value, the experts', or the result's.  The deltas are as large as the base, so
+that this bound holds for them too.
 """
 
 from __future__ import annotations
@@ -26,18 +26,19 @@ ROOT = Path(__file__).parent.parent
 TOLERANCE = 1e-6
 HIDDEN, WIDE, LAYERS, VOCABULARY = 32, 48, 5, 64
 EXPERTS = ("code", "math", "story")  # in the order of their names, which is the order in which ours are added
+HALF = "tale"  # the last expert once more, in float16
 QUANTUM = 2.0**-24
 DENSITY, EPSILON = 0.5, 0.15
 DRAWS, BIAS_SHAPE = 500, (8, 1000)
 
-Tensors = dict[str, NDArray[np.float32]]
+Tensors = dict[str, NDArray[np.floating[Any]]]
 
 
 # ---- recipes ----------------------------------------------------------------------------------------------
 
 
 def recipe(method: str, own: Any = None, shared: Any = None, **keys: Any) -> dict[str, Any]:
-    """``own``: the parameters of each expert (one set for all, or a list); a weight is added if it has none."""
+    """``own``: the parameters of each expert (one set for all, or a list); a weight is added where missing."""
     sets = own if isinstance(own, list) else [own or {}] * len(EXPERTS)
     weights = (0.5, 0.3, 0.9)
     models = [
@@ -57,6 +58,16 @@ def with_base(made: dict[str, Any], **parameters: float) -> dict[str, Any]:
 def shared_only(made: dict[str, Any]) -> dict[str, Any]:
     """The same with no parameters of the models' own."""
     return {**made, "models": [{"model": entry["model"]} for entry in made["models"]]}
+
+
+def with_half(made: dict[str, Any]) -> dict[str, Any]:
+    """The same with one expert more, which is stored in float16."""
+    return {**made, "models": [*made["models"], {"model": HALF, "parameters": {"weight": 0.4}}]}
+
+
+def other_order(made: dict[str, Any]) -> dict[str, Any]:
+    """The same with the models listed the other way round."""
+    return {**made, "models": made["models"][::-1]}
 
 
 NEGATIVE = [{"weight": 0.7}, {"weight": -0.4}, {"weight": 1.1}]
@@ -79,6 +90,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "linear, normalize false": recipe("linear", shared={"normalize": False}),
     "linear, negative": recipe("linear", NEGATIVE),
     "linear, gradients": recipe("linear", GRADIENTS),
+    "linear, half precision": with_half(recipe("linear")),
     "linear, filters": recipe("linear", FILTERS),
     "linear, base among the models": with_base(recipe("linear"), weight=0.25),
     "linear, base_model listed": with_base(recipe("linear", base_model="base"), weight=0.25),
@@ -87,6 +99,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "task_arithmetic, negative": recipe("task_arithmetic", NEGATIVE, {"normalize": True, "lambda": 0.7}),
     "task_arithmetic, gradients": recipe("task_arithmetic", GRADIENTS, {"lambda": [0.5, 1.5]}),
     "task_arithmetic, filters": recipe("task_arithmetic", FILTERS),
+    "task_arithmetic, half precision": with_half(recipe("task_arithmetic")),
     "task_arithmetic, base listed": with_base(recipe("task_arithmetic")),
     "task_arithmetic, base listed with a weight": with_base(recipe("task_arithmetic"), weight=3.0),
     "task_arithmetic, one weight for all": shared_only(recipe("task_arithmetic", shared={"weight": 0.4})),
@@ -102,6 +115,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "ties, negative": recipe("ties", [{**mine, "density": 0.6} for mine in NEGATIVE]),
     "ties, gradients": recipe("ties", GRADIENTS, {"density": [0.3, 0.9], "lambda": [1, 0.5, 1]}),
     "ties, filters": recipe("ties", FILTERS, {"density": [{"filter": "norm", "value": 1}, {"value": 0.5}]}),
+    "ties, another order": other_order(recipe("ties", {"density": 0.5})),
     "ties, base listed": with_base(recipe("ties", {"density": 0.5})),
     "breadcrumbs": recipe("breadcrumbs", {"density": 0.8}),
     "breadcrumbs, gamma": recipe("breadcrumbs", {"density": 0.6, "gamma": 0.1}, {"lambda": 0.6}),
@@ -147,7 +161,7 @@ def shapes() -> Iterator[tuple[str, tuple[int, ...]]]:
 def models() -> dict[str, Tensors]:
     """The base and the experts: random multiples of 2^-24, so that every delta is exact in float32.
 
-    No two magnitudes of an expert's deltas are equal within a tensor, because the tools break ties differently.
+    No two magnitudes of an expert's deltas are equal within a tensor: the tools break ties differently.
     Modulo 8 the magnitudes of the three experts are 1, 2 and 4, so no vote of equal weights can be tied.
     """
     made: dict[str, Tensors] = {name: {} for name in ("base", *EXPERTS)}
@@ -160,6 +174,7 @@ def models() -> dict[str, Tensors]:
             sizes = rng.choice(1 << 17, size, replace=False) * 8 + residue
             values = base + sizes * rng.choice((-1, 1), size)
             made[expert][name] = (values * QUANTUM).astype(np.float32).reshape(shape)
+    made[HALF] = {name: values.astype(np.float16) for name, values in made[EXPERTS[-1]].items()}
     return made
 
 
@@ -204,7 +219,7 @@ def mergekit_python() -> str:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the models, every recipe as NUMBER.yml, and mergekit's result of it as mergekit-NUMBER."""
+    """A folder with the models, every recipe as NUMBER.yml, mergekit's result of it as mergekit-NUMBER."""
     python = mergekit_python()
     folder = tmp_path_factory.mktemp("mergekit")
     for name, tensors in models().items():
@@ -234,7 +249,7 @@ def test_every_tensor_agrees(place: Path, tmp_path: Path, name: str, compat: boo
     number = list(RECIPES).index(name)
     della.merge(place / f"{number}.yml", tmp_path / "out", compat=compat, fsync=False, threads=1)
     ours, theirs = load(tmp_path / "out"), load(place / f"mergekit-{number}")
-    inputs = [load(place / model) for model in ("base", *EXPERTS)]
+    inputs = [load(place / model) for model in ("base", *EXPERTS, HALF)]
     assert ours.keys() == theirs.keys()
     for tensor, expected in theirs.items():
         assert ours[tensor].dtype == expected.dtype == np.float32
