@@ -188,7 +188,7 @@ def versions(mergekit: Path | None) -> Iterator[tuple[str, str]]:
     if mergekit:
         code = (
             "import sys; from importlib.metadata import version as v\n"
-            "print('Python ' + sys.version.split()[0], *(n + ' ' + v(n) for n in ('mergekit', 'torch')), sep=', ')"
+            "print('Python', sys.version.split()[0] + ', mergekit', v('mergekit') + ', torch', v('torch'))"
         )
         command = [str(mergekit.parent / "python"), "-c", code]
         yield THEIRS, subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()

@@ -24,14 +24,11 @@ from della.checkpoint.source import Source
 from della.checkpoint.writer import StagedOutput
 from della.dtypes import Array, round_to, widen
 from della.errors import CheckpointError, OutputError
-from della.merging import compat, reference
-from della.merging import fuse as kernels
+from della.merging import cast, compat, reference
 from della.merging.tensor import Band, TensorMerge, Tile, Workspace, cut, find_bands
 from della.plan import TILE, Job, Plan
 
 _COPY_BYTES = 1 << 22
-# The bits of infinities and NaNs in the storage types that have an exponent of all ones.
-_SPECIAL = {"F16": np.uint16(0x7C00), "BF16": np.uint16(0x7F80), "F32": np.uint32(0x7F800000)}
 
 
 @dataclass(frozen=True)
@@ -191,7 +188,7 @@ class _Run:
             total.fill(0)
             for k, tensor, expert in job.inputs:
                 values = self._read(self.plan.models[k], tensor, start, count, "values")
-                kernels.accumulate(total, np.float32(expert.weight), values)
+                cast.accumulate(total, np.float32(expert.weight), values)
             if job.choice.fuse != "sum":
                 np.divide(total, total_weight, out=total)
             yield self._narrow(job, total, start)
@@ -270,8 +267,13 @@ class _Run:
         size = tensor.dtype.bytes
         raw = self._workspace.array("raw", (count * size,), np.uint8)
         source.read_into(tensor, start * size, raw.data)
-        values = widen(raw.view(tensor.dtype.numpy), self._workspace.array(name, (count,)))
-        if not kernels.all_clear(values.view(np.uint32), _SPECIAL["F32"]):
+        values = self._workspace.array(name, (count,))
+        if tensor.dtype.name == "BF16":
+            finite = cast.widen_bf16(raw.view(np.uint16), values.view(np.uint32))
+        else:
+            widen(raw.view(tensor.dtype.numpy), values)
+            finite = cast.all_clear(values.view(np.uint32), cast.SPECIAL["F32"])
+        if not finite:
             raise _nonfinite(source, tensor, values, start)
         return values
 
@@ -285,13 +287,15 @@ class _Run:
         """Rounded to the storage dtype of the output; refused where that makes an infinity or a NaN."""
         if job.dtype.name == "BF16" and values.dtype == np.float32:
             stored = self._workspace.array("stored", (values.size,), np.uint16)
-            kernels.round_bf16(values.reshape(-1).view(np.uint32), stored)
+            cast.round_bf16(values.reshape(-1).view(np.uint32), stored)
             bits = stored
         else:
             stored = round_to(values.reshape(-1), job.dtype)
-            bits = stored.view(_SPECIAL[job.dtype.name].dtype) if job.dtype.name in _SPECIAL else stored
-        special = _SPECIAL.get(job.dtype.name)
-        clear = kernels.all_clear(bits, special) if special is not None else np.isfinite(stored).all()
+            bits = (
+                stored.view(cast.SPECIAL[job.dtype.name].dtype) if job.dtype.name in cast.SPECIAL else stored
+            )
+        special = cast.SPECIAL.get(job.dtype.name)
+        clear = cast.all_clear(bits, special) if special is not None else np.isfinite(stored).all()
         if not clear:
             wide = widen(stored.view(job.dtype.numpy))
             first = int(np.flatnonzero(~np.isfinite(wide))[0])

@@ -119,6 +119,7 @@ def test_code_must_be_one_return_line() -> None:
 def test_recipes_state_only_what_their_method_uses(tmp_path: Path) -> None:
     by_method = {setting.method: setting.recipe(tmp_path) for setting in SETTINGS}
     assert set(by_method) == {"task_arithmetic", "ties", "dare_ties", "della"}
+    assert len({setting.folder(tmp_path) for setting in SETTINGS}) == len(SETTINGS)
     assert "density" not in by_method["task_arithmetic"]
     assert "epsilon" in by_method["della"]
     assert "epsilon" not in by_method["dare_ties"]

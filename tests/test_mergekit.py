@@ -1,9 +1,9 @@
-"""Beside mergekit itself: deterministic methods agree, and its della has the bias that ours has not.
+"""Beside mergekit itself: deterministic methods agree, compat repeats it to the bit, and its della is biased.
 
 Needs an installed mergekit 0.1.5 (scripts/compare makes one) and is skipped without; all of its merges run in
 one process.  Two results agree where, at every element, they differ by at most 1e-6 of the largest magnitude
-that has a part in it: the base's value, the experts', or the result's.  The deltas are as large as the base, so
-that this bound holds for them too.
+that has a part in it: the base's value, the experts', or the result's.  The deltas are as large as the base,
+so this bound holds for them too.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -38,7 +39,7 @@ Tensors = dict[str, NDArray[np.floating[Any]]]
 
 
 def recipe(method: str, own: Any = None, shared: Any = None, **keys: Any) -> dict[str, Any]:
-    """``own``: the parameters of each expert (one set for all, or a list); a weight is added where missing."""
+    """``own``: the parameters of each expert (one set for all, or a list), a weight added where missing."""
     sets = own if isinstance(own, list) else [own or {}] * len(EXPERTS)
     weights = (0.5, 0.3, 0.9)
     models = [
@@ -136,6 +137,19 @@ RECIPES: dict[str, dict[str, Any]] = {
     "dare_linear, filters": recipe("dare_linear", FILTERS, {"lambda": 0.5}),
 }  # fmt: skip
 
+# Not those that choose by magnitude: in bf16 many are equal, and mergekit's sort is unstable.
+EXACT = [
+    name
+    for name, made in RECIPES.items()
+    if made["merge_method"].startswith(("task_arithmetic", "dare", "della")) and "half" not in name
+]
+
+
+def in_bf16(made: dict[str, Any]) -> dict[str, Any]:
+    """The same for the models of the folder bf16."""
+    models = [{**entry, "model": f"bf16/{entry['model']}"} for entry in made["models"]]
+    return {**made, "models": models, "base_model": "bf16/base", "dtype": "bfloat16"}
+
 
 # ---- checkpoints ------------------------------------------------------------------------------------------
 
@@ -191,7 +205,7 @@ def save(folder: Path, tensors: Tensors) -> None:
         "tie_word_embeddings": False,
         "torch_dtype": "float32",
     }
-    folder.mkdir()
+    folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
@@ -219,15 +233,20 @@ def mergekit_python() -> str:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the models, every recipe as NUMBER.yml, mergekit's result of it as mergekit-NUMBER."""
+    """A folder with the models, every recipe as NUMBER.yml, mergekit's result of it as mergekit-NUMBER.
+
+    Those in bf16 are bf16-NUMBER.yml and mergekit-bf16-NUMBER.
+    """
     python = mergekit_python()
     folder = tmp_path_factory.mktemp("mergekit")
     for name, tensors in models().items():
         save(folder / name, tensors)
-    merges = []
-    for number, made in enumerate(RECIPES.values()):
+        save(folder / "bf16" / name, {key: np.asarray(t, ml_dtypes.bfloat16) for key, t in tensors.items()})
+    recipes = {str(number): made for number, made in enumerate(RECIPES.values())}
+    recipes |= {f"bf16-{number}": in_bf16(RECIPES[name]) for number, name in enumerate(EXACT)}
+    for number, made in recipes.items():
         (folder / f"{number}.yml").write_text(json.dumps(made))
-        merges.append((f"{number}.yml", f"mergekit-{number}"))
+    merges = [(f"{number}.yml", f"mergekit-{number}") for number in recipes]
     np.save(folder / "delta.npy", bias_delta())
     bias = {"delta": "delta.npy", "draws": DRAWS, "density": DENSITY, "epsilon": EPSILON, "out": "mean.npy"}
     (folder / "tasks.json").write_text(json.dumps({"merges": merges, "bias": bias}))
@@ -257,6 +276,16 @@ def test_every_tensor_agrees(place: Path, tmp_path: Path, name: str, compat: boo
         scale = np.max([*parts, np.abs(expected)], axis=0)
         off = np.abs(ours[tensor].astype(np.float64) - expected) / scale
         assert off.max() <= TOLERANCE, f"{tensor}: element {off.argmax()} is off by {off.max():.2e}"
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_compat_repeats_bf16_to_the_bit(place: Path, tmp_path: Path, name: str) -> None:
+    number = EXACT.index(name)
+    della.merge(place / f"bf16-{number}.yml", tmp_path / "out", compat=True, fsync=False, threads=1)
+    ours, theirs = load(tmp_path / "out"), load(place / f"mergekit-bf16-{number}")
+    assert ours.keys() == theirs.keys()
+    different = [tensor for tensor, expected in theirs.items() if not np.array_equal(ours[tensor], expected)]
+    assert different == []
 
 
 def bias_delta() -> NDArray[np.float32]:

@@ -157,6 +157,19 @@ def _collect(keys: Any, bucket: Any, twice: Any, cursor: Any, place: Any, packed
 @inlined
 def _rank_bucket(packed: Any, begin: Any, end: Any, twice: Any) -> None:
     """Ranks inside one mixed bucket, whose elements stand in ``packed`` from ``begin`` to ``end``."""
+    low = high = packed[begin] >> np.uint64(32)
+    for i in range(begin + 1, end):
+        low, high = min(low, packed[i] >> np.uint64(32)), max(high, packed[i] >> np.uint64(32))
+    lows, highs = 0, 0
+    for i in range(begin, end):
+        lows += packed[i] >> np.uint64(32) == low
+        highs += packed[i] >> np.uint64(32) == high
+    if lows + highs == end - begin:  # two values, as in most: no need to sort
+        of_low, of_high = np.int32(2 * begin + lows - 1), np.int32(2 * (begin + lows) + highs - 1)
+        for i in range(begin, end):
+            index = packed[i] & np.uint64(0xFFFFFFFF)
+            twice[index] = of_low if packed[i] >> np.uint64(32) == low else of_high
+        return
     _sort(packed, begin, end)
     first = begin
     while first < end:

@@ -149,32 +149,3 @@ def fuse(
                     above[i] /= divisor[r, begin + i]
             for i in range(size):
                 out[r, begin + i] = base[r, begin + i] + scale * above[i]
-
-
-@kernel
-def accumulate(total: Any, weight: Any, values: Any) -> None:
-    """total += weight * values, flat."""
-    for i in range(total.shape[0]):
-        total[i] += weight * values[i]
-
-
-@kernel
-def all_clear(bits: Any, special: Any) -> Any:
-    """Whether no value (flat, as unsigned bits) has all bits of ``special``: its exponent's, for inf and
-    NaN.
-    """
-    none = special ^ special
-    found = none
-    for i in range(bits.shape[0]):
-        found |= special if (bits[i] & special) == special else none
-    return found == none
-
-
-@kernel
-def round_bf16(values: Any, out: Any) -> None:
-    """float32 bits (flat uint32) to bfloat16 bits (uint16), to nearest even; a NaN stays a (quiet) NaN."""
-    for i in range(out.shape[0]):
-        x = values[i]
-        rounded = (x + np.uint32(0x7FFF) + ((x >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-        quiet = (x >> np.uint32(16)) | np.uint32(0x40)
-        out[i] = np.uint16(quiet if (x & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000) else rounded)
