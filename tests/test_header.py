@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,6 @@ from della.errors import CheckpointError
 
 F32 = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
 MERGED = [dtype for dtype in DTYPES.values() if dtype.kind != "opaque"]
-MOST_SECONDS = 0.05
 
 
 def blob(header: object, data: bytes = b"") -> bytes:
@@ -28,11 +26,7 @@ def blob(header: object, data: bytes = b"") -> bytes:
 
 
 def parse(raw: bytes) -> Header:
-    started = time.thread_time()
-    try:
-        return parse_header(raw, len(raw), "m.safetensors")
-    finally:
-        assert time.thread_time() - started < MOST_SECONDS
+    return parse_header(raw, len(raw), "m.safetensors")
 
 
 def ours(raw: bytes) -> dict[str, tuple[str, list[int], bytes]] | None:
@@ -215,19 +209,6 @@ def test_a_named_pipe_and_a_folder_do_not_hang(tmp_path: Any) -> None:
     with pytest.raises(CheckpointError) as caught:
         read_header(tmp_path)
     assert str(caught.value) == f"{tmp_path}: cannot be read (Is a directory)"
-
-
-def test_300_tensors_take_well_under_5_ms() -> None:
-    plan = [(f"model.layers.{n // 9}.part{n % 9}.weight", DTYPES["BF16"], (64, 32)) for n in range(300)]
-    raw, _ = build_header(plan)
-
-    def once() -> float:
-        started = time.perf_counter()
-        build_header(plan)
-        parse_header(raw, len(raw) + 300 * 4096, "m")
-        return time.perf_counter() - started
-
-    assert min(once() for _ in range(10)) < 0.005
 
 
 names = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1).filter(

@@ -104,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Merge, score, print."""
     parser = argparse.ArgumentParser(prog="python -m della.demo.run", description=main.__doc__)
     parser.add_argument(
-        "--out", type=Path, default=Path("della-demo"), help="where the merges go (%(default)s)"
+        "--out", type=Path, default=Path("demo-out"), help="where the merges go (%(default)s)"
     )
     parser.add_argument("--items", type=int, default=ITEMS, help="test problems a task (%(default)s)")
     options = parser.parse_args(arguments)
