@@ -162,9 +162,9 @@ def weight_bytes(folder: Path) -> int:
 
 
 def compute_seconds(result: Run) -> float:
-    """What `della merge --json` says that it took: everything but starting Python and reading headers."""
+    """The seconds in which `della merge --json` says that it merged tensors."""
     events = (json.loads(line) for line in result.said.splitlines() if line.startswith("{"))
-    return next(float(event["seconds"]) for event in events if event.get("event") == "done")
+    return next(float(event["merging_seconds"]) for event in events if event.get("event") == "done")
 
 
 def fresh_installation(scratch: Path, env: Mapping[str, str]) -> Installation:
@@ -181,10 +181,7 @@ def fresh_installation(scratch: Path, env: Mapping[str, str]) -> Installation:
 def versions(mergekit: Path | None) -> Iterator[tuple[str, str]]:
     """The versions of both sides."""
     names = ("della", "numpy", "numba", "ml_dtypes")
-    yield (
-        OURS,
-        ", ".join([f"Python {sys.version.split()[0]}", *(f"{name} {version(name)}" for name in names)]),
-    )
+    yield OURS, ", ".join(["Python " + sys.version.split()[0], *(f"{n} {version(n)}" for n in names)])
     if mergekit:
         code = (
             "import sys; from importlib.metadata import version as v\n"

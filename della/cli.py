@@ -18,7 +18,7 @@ import typer
 from della.errors import DellaError
 
 if TYPE_CHECKING:
-    from della.run import Progress
+    from della.run import Progress, Result
 
 app = typer.Typer(
     name="della",
@@ -106,7 +106,7 @@ def merge(
                     plan, out, threads=threads, overwrite=overwrite, fsync=not no_fsync,
                     shard_bytes=_size(shard_size), progress=progress,
                 )  # fmt: skip
-            say.done(result.out, result.seconds, plan.bytes_read, plan.bytes_written)
+            say.done(result, plan.bytes_read, plan.bytes_written)
 
 
 @app.command()
@@ -243,13 +243,18 @@ class _Speaker:
                 f"{p.tensors} of {p.of_tensors} tensors", file=sys.stderr, flush=True,
             ))  # fmt: skip
 
-    def done(self, out: Path, seconds: float, read: int, written: int) -> None:
+    def done(self, result: Result, read: int, written: int) -> None:
         if self.as_json:
             self._json(
-                event="done", out=str(out), seconds=round(seconds, 3), bytes_read=read, bytes_written=written
+                event="done",
+                out=str(result.out),
+                seconds=round(result.seconds, 3),
+                merging_seconds=round(result.merging_seconds, 3),
+                bytes_read=read,
+                bytes_written=written,
             )
         elif not self.quiet:
-            print(f"{out}: {written / 1e6:,.0f} MB in {seconds:.1f} s", file=sys.stderr)
+            print(f"{result.out}: {written / 1e6:,.0f} MB in {result.seconds:.1f} s", file=sys.stderr)
 
     def _json(self, **fields: Any) -> None:
         print(json.dumps(fields), flush=True)

@@ -44,11 +44,14 @@ class Progress:
 
 @dataclass(frozen=True)
 class Result:
-    """A finished merge: where it is, its manifest, and the seconds of wall time it took."""
+    """A finished merge: where it is, its manifest, the seconds of wall time it took, and those of them in
+    which tensors were merged (without staging, side files and the wait for the disk).
+    """
 
     out: Path
     manifest: dict[str, Any]
     seconds: float
+    merging_seconds: float
 
 
 class _Stopped(Exception):
@@ -69,7 +72,9 @@ def run(
     inputs = [path for s in sources for path in (s.place, *(f.path for f in s.files))]
     tensors = [(job.name, job.dtype, job.shape) for job in plan.jobs]
     with StagedOutput(out, tensors, shard_bytes, overwrite, single, fsync, inputs=inputs) as staged:
+        staged_at = time.monotonic()
         hashes = _Run(plan, staged, tile, progress).all(threads)
+        merging = time.monotonic() - staged_at
         manifest = build_manifest(
             recipe=plan.recipe.text,
             method=plan.recipe.merge_method,
@@ -83,7 +88,7 @@ def run(
         if not single:
             _add_side_files(plan, staged, out.name, manifest)
         staged.commit()
-    return Result(out, manifest, time.monotonic() - started)
+    return Result(out, manifest, time.monotonic() - started, merging)
 
 
 def _add_side_files(plan: Plan, staged: StagedOutput, title: str, manifest: dict[str, Any]) -> None:

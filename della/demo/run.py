@@ -11,13 +11,15 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from della.demo import EXPERTS, TRIO
-from della.demo.score import ITEMS, kept_gains, score
+from della.demo.score import ITEMS, kept_gains, load_tokenizer, score
+from della.errors import DellaError
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,8 @@ SETTINGS = (
     Setting("della, drop 0.9", "della", lambda_=1.0, density=0.1, epsilon=0.1, normalize=True),
 )
 
+MOST_ITEMS = 300
+
 Scores = Mapping[str, float]
 
 
@@ -100,32 +104,44 @@ def merge_all(out: Path) -> float:
     return time.monotonic() - began
 
 
+def demonstrate(out: Path, items: int) -> None:
+    """Merge into ``out``, score on ``items`` test problems a task, and print the table."""
+    load_tokenizer(TRIO / "base")  # first, so that a missing package is told before any work
+    began = time.monotonic()
+    took = merge_all(out)
+    scores = {name: score(TRIO / name, "test", items) for name in ("base", *EXPERTS)}
+    experts = {name: scores[name] for name in EXPERTS}
+    rows: list[tuple[str, str, Scores, float | None]] = [("base", "", scores["base"], None)]
+    rows += [(f"{name} expert", "", experts[name], None) for name in EXPERTS]
+    for setting in SETTINGS:
+        merged = score(setting.folder(out), "test", items)
+        kept = kept_gains(merged, scores["base"], experts).values()
+        rows.append((setting.name, str(setting), merged, sum(kept) / len(kept)))
+    print(f"\n{table(rows)}\n")
+    print(
+        f"{items} held-out problems a task: one standard error of Math and Code is up to "
+        f"{50 / math.sqrt(items):.1f} points.\n"
+        "Kept gain: the mean over the tasks of (merge - base) / (own expert - base).\n"
+        f"The merges took {took:.1f} s, everything {time.monotonic() - began:.1f} s; "
+        f"models and recipes are in {out}."
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Merge, score, print."""
+    """Merge the demo trio with four methods, score every model on held-out problems, print a table."""
     parser = argparse.ArgumentParser(prog="python -m della.demo.run", description=main.__doc__)
     parser.add_argument(
         "--out", type=Path, default=Path("demo-out"), help="where the merges go (%(default)s)"
     )
     parser.add_argument("--items", type=int, default=ITEMS, help="test problems a task (%(default)s)")
     options = parser.parse_args(arguments)
-    began = time.monotonic()
-    took = merge_all(options.out)
-    scores = {name: score(TRIO / name, "test", options.items) for name in ("base", *EXPERTS)}
-    experts = {name: scores[name] for name in EXPERTS}
-    rows: list[tuple[str, str, Scores, float | None]] = [("base", "", scores["base"], None)]
-    rows += [(f"{name} expert", "", experts[name], None) for name in EXPERTS]
-    for setting in SETTINGS:
-        merged = score(setting.folder(options.out), "test", options.items)
-        kept = kept_gains(merged, scores["base"], experts).values()
-        rows.append((setting.name, str(setting), merged, sum(kept) / len(kept)))
-    print(f"\n{table(rows)}\n")
-    print(
-        f"{options.items} held-out problems a task: one standard error of Math and Code is up to "
-        f"{50 / math.sqrt(options.items):.1f} points.\n"
-        "Kept gain: the mean over the tasks of (merge - base) / (own expert - base).\n"
-        f"The merges took {took:.1f} s, everything {time.monotonic() - began:.1f} s; "
-        f"models and recipes are in {options.out}."
-    )
+    if not 1 <= options.items <= MOST_ITEMS:
+        parser.error(f"--items must be from 1 to {MOST_ITEMS}: the test split has not many more problems")
+    try:
+        demonstrate(options.out, options.items)
+    except DellaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
     return 0
 
 

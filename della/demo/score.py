@@ -10,6 +10,7 @@ import numpy as np
 
 from della.demo import tasks
 from della.demo.llama import Llama
+from della.errors import DellaError
 
 MOST_NEW_TOKENS = 48
 ITEMS = 120
@@ -33,9 +34,11 @@ class Tokenizer(Protocol):
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer of a Hugging Face folder, from its tokenizer.json."""
-    import tokenizers
-
+    """The tokenizer of a Hugging Face folder, from its tokenizer.json; DellaError without the extra demo."""
+    try:
+        import tokenizers
+    except ModuleNotFoundError as error:
+        raise DellaError("the demo needs the package tokenizers; pip install 'della[demo]'") from error
     loaded: Tokenizer = tokenizers.Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
     return loaded
 

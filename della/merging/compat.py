@@ -46,8 +46,14 @@ def merge(
     if choice.fuse != "sum":
         mixed = mixed / divisor
     if choice.lambda_ != 1:
-        mixed = mixed * dtype.type(choice.lambda_)
+        mixed = _times(mixed, choice.lambda_)
     return np.asarray(base + mixed)
+
+
+def _times(values: Array, factor: float) -> Array:
+    """By a Python number, which torch does not round to the dtype first."""
+    wide = np.float64 if values.dtype == np.float64 else np.float32
+    return np.asarray((values.astype(wide) * wide(factor)).astype(values.dtype))
 
 
 def _sum(values: Array) -> Array:
