@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from della.errors import RecipeError
-from della.plan import TILE, Plan, default_threads, make_plan
+from della.planning import TILE, Plan, default_threads, make_plan
 from della.recipe import Recipe, read_recipe
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from della.plan import Job, Plan
+from della.planning import Job, Plan
 from della.version import __version__
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)

@@ -91,7 +91,7 @@ def merge(
     """Merge models as RECIPE says and write the result to OUT."""
     with _errors(debug, as_json):
         from della.api import read
-        from della.plan import default_threads, make_plan
+        from della.planning import default_threads, make_plan
 
         threads = threads or default_threads()
         with make_plan(read(recipe, seed, overrides or (), _is_compat(compat))) as plan:
@@ -122,7 +122,7 @@ def plan(
     """Show what a merge would do, from the headers of the models alone."""
     with _errors(debug, as_json):
         from della import api
-        from della.plan import default_threads
+        from della.planning import default_threads
         from della.show import plan_json, plan_text
 
         threads = threads or default_threads()

@@ -26,7 +26,7 @@ from della.dtypes import Array, round_to, widen
 from della.errors import CheckpointError, OutputError
 from della.merging import cast, compat, reference
 from della.merging.tensor import Band, TensorMerge, Tile, Workspace, cut, find_bands
-from della.plan import TILE, Job, Plan
+from della.planning import TILE, Job, Plan
 
 _COPY_BYTES = 1 << 22
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from della.plan import Job, Plan
+from della.planning import Job, Plan
 
 _NUMBER = re.compile(r"\.(\d+)(?=\.)")
 
