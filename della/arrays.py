@@ -1,12 +1,11 @@
-"""Merging arrays in memory: NumPy arrays, ml_dtypes arrays, and torch CPU tensors (zero copy, torch never
-imported).
+"""Merging arrays in memory: NumPy arrays, ml_dtypes arrays, and torch CPU tensors (torch is never imported).
 
-Results are NumPy arrays; a torch caller wraps them with ``torch.from_numpy`` (for bfloat16: of a view as
-int16, viewed as bfloat16 again).
+Inputs are used where they lie, without a copy in another format; results are of the kind of the base.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,7 +16,8 @@ import numpy as np
 from della.dtypes import Array, of_array, round_to, widen
 from della.errors import CheckpointError, RecipeError, listing, nearest
 from della.merging import reference
-from della.merging.methods import METHODS, Choice, Expert, Method, check_settings, choice, expert
+from della.merging.methods import METHODS, Choice, Expert, Method, check_settings, choice
+from della.merging.methods import expert as make_expert
 from della.random import DEFAULT_SEED
 
 _TILE = 1 << 17
@@ -41,7 +41,7 @@ def magprune(
     method = METHODS["della_linear"]
     _check(method, shared, [own])
     picked = replace(choice(method, shared), vote="none", fuse="sum")
-    return _merge(picked, np.zeros_like(values), [values], [_expert(expert, own)], seed, name)
+    return _merge(picked, np.zeros_like(values), [values], [make_expert(expert, own)], seed, name)
 
 
 def merge_tensors(
@@ -49,7 +49,7 @@ def merge_tensors(
     density: Sequence[float] | float = 1.0, epsilon: Sequence[float] | float | None = None,
     gamma: Sequence[float] | float | None = None, names: Sequence[str] | None = None,
     seed: int = DEFAULT_SEED, name: str = "tensor", **parameters: Any,
-) -> Array:  # fmt: skip
+) -> Any:  # fmt: skip
     """Merge one tensor: Drop, Elect, Fuse as in ``della merge``, with the same bytes as a merge of
     checkpoints.
 
@@ -59,7 +59,8 @@ def merge_tensors(
     recipe's shared parameters (``lambda_``, ``rank_by``, ``rescale``, ``vote``, ``fuse``, ``normalize``,
     ...).
 
-    Returns an array of the base's dtype (the first expert's for "linear").  Raises RecipeError or
+    Returns an array (a torch tensor for a torch base) of the base's dtype, or of the first expert's for
+    "linear".  Raises RecipeError or
     CheckpointError.
     """
     row, shared = _method(method), _shared(_method(method), parameters)
@@ -83,14 +84,14 @@ def merge_tensors(
     identities = list(names) if names is not None else [f"expert{k}" for k in range(1, len(models) + 1)]
     if len(identities) != len(models) or len(set(identities)) != len(models):
         raise RecipeError(f"names: expected {len(models)} different names, found {identities}")
-    made = [_expert(i, o) for i, o in zip(identities, own, strict=True)]
+    made = [make_expert(i, o) for i, o in zip(identities, own, strict=True)]
     merged = _merge(choice(row, shared), None if base is None else root, models, made, seed, name)
-    return round_to(merged, of_array(root))
+    return _like(experts[0] if base is None else base, round_to(merged, of_array(root)))
 
 
 def merge_state_dicts(
     base: Mapping[str, Any] | None, experts: Sequence[Mapping[str, Any]], **options: Any
-) -> dict[str, Array]:
+) -> dict[str, Any]:
     """`merge_tensors` over whole models given as mappings from names to arrays; the options are its own, but
     ``name``.
 
@@ -105,11 +106,10 @@ def merge_state_dicts(
     for name, value in root.items():
         array = _as_array(value, name, floats_only=False)
         if not of_array(array).is_float:
-            merged[name] = array.copy()
-            continue
-        merged[name] = merge_tensors(
-            None if base is None else array, [e[name] for e in experts], name=name, **options
-        )
+            merged[name] = _like(value, array.copy())
+        else:
+            own = [e[name] for e in experts]
+            merged[name] = merge_tensors(None if base is None else value, own, name=name, **options)
     return merged
 
 
@@ -157,7 +157,7 @@ def _fast(
 
 def _as_array(value: Any, what: str, *, floats_only: bool = True) -> Array:
     """A view of an array or of a torch CPU tensor; RecipeError for anything that is neither."""
-    if type(value).__module__.partition(".")[0] == "torch":
+    if _is_torch(value):
         value = _from_torch(value, what)
     array = np.asarray(value)
     try:
@@ -166,6 +166,11 @@ def _as_array(value: Any, what: str, *, floats_only: bool = True) -> Array:
         raise CheckpointError(f"{what}: dtype {array.dtype} is not one that models are stored in") from None
     if floats_only and not dtype.is_float:
         raise CheckpointError(f"{what}: dtype {array.dtype}; only floats are merged")
+    if dtype.is_float and not np.isfinite(array).all():
+        first = np.flatnonzero(~np.isfinite(array))[0]
+        raise CheckpointError(
+            f"{what}: holds NaN or infinity (element {first} is {array.reshape(-1)[first]})"
+        )
     return array
 
 
@@ -178,10 +183,23 @@ def _from_torch(tensor: Any, what: str) -> Array:
     twin = getattr(ml_dtypes, name, None)
     if twin is None:
         return np.asarray(tensor.numpy())
-    integer = getattr(
-        __import__("sys").modules["torch"], "int16" if np.dtype(twin).itemsize == 2 else "uint8"
-    )
-    return np.asarray(tensor.view(integer).numpy()).view(twin)
+    integer = "int16" if np.dtype(twin).itemsize == 2 else "uint8"
+    return np.asarray(tensor.view(getattr(sys.modules["torch"], integer)).numpy()).view(twin)
+
+
+def _like(template: Any, result: Array) -> Any:
+    """The result as a torch tensor over the same memory where the template is one, else as it is."""
+    if not _is_torch(template):
+        return result
+    torch = sys.modules["torch"]
+    if not hasattr(ml_dtypes, result.dtype.name):
+        return torch.from_numpy(result)
+    bits = result.view(np.int16 if result.dtype.itemsize == 2 else np.uint8)
+    return torch.from_numpy(bits).view(getattr(torch, result.dtype.name))
+
+
+def _is_torch(value: Any) -> bool:
+    return type(value).__module__.partition(".")[0] == "torch"
 
 
 def _method(name: str) -> Method:
@@ -213,14 +231,8 @@ def _check(method: Method, shared: Mapping[str, Any], models: Sequence[Mapping[s
     for own in models:
         for key, value in own.items():
             p = method.parameters.get(key)
-            if p and not (p.low if p.low is not None else -np.inf) <= value <= (
-                p.high if p.high is not None else np.inf
-            ):
+            if p and p.low is not None and p.high is not None and not p.low <= value <= p.high:
                 raise RecipeError(f"{key} {value:g}: expected a value from {p.low:g} to {p.high:g}")
     said = check_settings(method, shared, models)
     if said:
         raise RecipeError(said)
-
-
-def _expert(identity: str, own: Mapping[str, Any]) -> Expert:
-    return expert(identity, own)

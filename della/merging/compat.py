@@ -1,7 +1,7 @@
 """``compat: mergekit``: the rules of mergekit 0.1.5 in plain NumPy, for those who need to repeat an old
 merge.
 
-Every operation rounds to the merge dtype, ranks live in that dtype with ties broken by position, survivors
+Every operation rounds to the merge dtype (of linear, only the inputs and the result), ranks live in that dtype with ties broken by position, survivors
 share one l1 factor per tensor, and a tied vote is positive.  Only the draws are ours: mergekit's come from an
 unseeded generator.
 """
@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from della.dtypes import widen
+from della.merging import reference
 from della.merging.methods import Choice, Expert
 from della.random import stream_key, uniforms
 
@@ -28,6 +30,9 @@ def merge(
     """
     assert choice.compat is not None
     dtype = choice.compat.numpy
+    if choice.drop == "average":
+        rounded = [widen(m.astype(dtype)) for m in models]
+        return reference.average(rounded, experts, choice.fuse != "sum").astype(dtype)
     base = base.astype(dtype)
     weights = np.array([e.weight for e in experts]).astype(dtype)
     weights = weights.reshape(-1, *(1 for _ in base.shape))

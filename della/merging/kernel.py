@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import numba
+from numba.core import event
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -22,3 +23,19 @@ def kernel(function: F) -> F:
 def inlined(function: F) -> F:
     """A piece of kernels: compiled into each of them."""
     return numba.njit(nogil=True, error_model="numpy", boundscheck=False)(function)  # type: ignore
+
+
+class _Listener(event.Listener):
+    def __init__(self, callback: Callable[[], None]) -> None:
+        self.callback = callback
+
+    def on_start(self, _: Any) -> None:
+        self.callback()
+
+    def on_end(self, _: Any) -> None:
+        pass
+
+
+def on_compile(callback: Callable[[], None]) -> None:
+    """Call ``callback`` from now on whenever a kernel is compiled; not where it is found on disk."""
+    event.register("numba:compile", _Listener(callback))  # type: ignore[no-untyped-call]

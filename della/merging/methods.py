@@ -237,6 +237,10 @@ def check_settings(
         return (
             f"fuse: calibrated is computed for at most 8 experts, and here are {len(models)}; use fuse: mean"
         )
+    if method.drop == "average" and what.fuse != "sum" and models:
+        total = sum(expert("", own).weight for own in models)
+        if abs(total) < 1e-8:
+            return f"the weights add up to {total:g}, so they have no mean; use normalize: false"
     if what.rescale == "per_element" and method.drop in ("top", "band"):
         return f"rescale: per_element needs keep probabilities, and {method.name} has none; use l1 or none"
     for own in models:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from della.merging import drop as kernels
 from della.merging import fuse as fusing
-from della.merging import reference
+from della.merging import largest, reference
 from della.merging.methods import Choice, Expert
 from della.random import stream_key, systematic_shift
 
@@ -203,10 +203,10 @@ class TensorMerge:
     def _drop_by_size(self, t: int, delta: Array) -> None:
         bits = delta.view(np.uint32)
         if self._bands is None:
-            kernels.drop_largest_rows(bits, reference.band(self.experts[t], delta.shape[1])[1])
+            largest.drop_largest_rows(bits, reference.band(self.experts[t], delta.shape[1])[1])
             return
         b = self._bands[t]
-        kernels.drop_band(
+        largest.drop_band(
             bits.reshape(-1), np.uint32(b.high), b.skip, np.uint32(b.low), b.take, self._seen[t]
         )
 
@@ -256,7 +256,7 @@ class TensorMerge:
 
 def _row_sums(values: Array) -> Array:
     sums = np.empty(values.shape[0])
-    kernels.row_sums(values, sums)
+    largest.row_sums(values, sums)
     return sums
 
 
@@ -273,13 +273,13 @@ def find_bands(
     upper = np.zeros((len(experts), 1 << 16), np.int64)
     for deltas in passes():
         for t in range(len(experts)):
-            kernels.count_upper(deltas[t].reshape(-1).view(np.uint32), upper[t])
+            largest.count_upper(deltas[t].reshape(-1).view(np.uint32), upper[t])
     wanted = [_positions(choice, e, size) for e in experts]
     coarse = [[_locate(upper[t], p) for p in wanted[t]] for t in range(len(experts))]
     lower = {(t, half): np.zeros(1 << 15, np.int64) for t in range(len(experts)) for half, _ in coarse[t]}
     for deltas in passes():
         for (t, half), counts in lower.items():
-            kernels.count_lower(deltas[t].reshape(-1).view(np.uint32), np.uint32(half), counts)
+            largest.count_lower(deltas[t].reshape(-1).view(np.uint32), np.uint32(half), counts)
     return [_band(wanted[t], coarse[t], lower, t) for t in range(len(experts))]
 
 
