@@ -5,6 +5,7 @@ Inputs are used where they lie, without a copy in another format; results are of
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -13,8 +14,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from della.dtypes import Array, of_array, round_to, widen
-from della.errors import CheckpointError, RecipeError, listing, nearest
+from della.dtypes import Array, DType, of_array, round_to, widen
+from della.errors import CheckpointError, OutputError, RecipeError, listing, nearest
 from della.merging import reference
 from della.merging.methods import METHODS, Choice, Expert, Method, check_settings, choice
 from della.merging.methods import expert as make_expert
@@ -26,7 +27,7 @@ _TILE = 1 << 17
 def magprune(
     delta: Any, density: float, epsilon: float = 0.15, *, seed: int = DEFAULT_SEED, name: str = "delta",
     expert: str = "expert", rank_by: str = "row", ladder: str = "symmetric", rescale: str = "per_element",
-) -> Array:  # fmt: skip
+) -> Any:  # fmt: skip
     """Drop by MAGPRUNE (arXiv 2406.11617, section 2.1): keep each delta with a probability that grows with
     the rank of its magnitude in its row, from density - epsilon to density + epsilon, and divide survivors by
     it.
@@ -36,12 +37,14 @@ def magprune(
     shape. Raises RecipeError for values out of range.
     """
     values = widen(_as_array(delta, "delta"))
-    shared = {"rank_by": rank_by, "ladder": ladder, "rescale": rescale}
-    own = {"weight": 1.0, "density": density, "epsilon": epsilon}
     method = METHODS["della_linear"]
+    shared = _shared(method, {"rank_by": rank_by, "ladder": ladder, "rescale": rescale})
+    own = {"weight": 1.0, "density": density, "epsilon": epsilon}
     _check(method, shared, [own])
     picked = replace(choice(method, shared), vote="none", fuse="sum")
-    return _merge(picked, np.zeros_like(values), [values], [make_expert(expert, own)], seed, name)
+    return _like(
+        delta, _merge(picked, np.zeros_like(values), [values], [make_expert(expert, own)], seed, name)
+    )
 
 
 def merge_tensors(
@@ -60,23 +63,24 @@ def merge_tensors(
     ...).
 
     Returns an array (a torch tensor for a torch base) of the base's dtype, or of the first expert's for
-    "linear".  Raises RecipeError or
-    CheckpointError.
+    "linear", whose base has no part.  Raises RecipeError, CheckpointError or OutputError.
     """
     row, shared = _method(method), _shared(_method(method), parameters)
-    models = [_as_array(e, f"expert {k}") for k, e in enumerate(experts, 1)]
+    models = [_as_array(e, f"{name} of expert {k}") for k, e in enumerate(experts, 1)]
     if not models:
         raise RecipeError("no experts: at least one is needed")
     if base is None and row.needs_base:
         raise RecipeError(f"{method} needs a base")
-    root = models[0] if base is None else _as_array(base, "base")
+    base = base if row.needs_base else None
+    root = models[0] if base is None else _as_array(base, f"{name} of the base")
     if row.drop == "top" and shared.get("scope") == "model":
         raise RecipeError(
             "scope: model needs the whole model; merge checkpoints instead, or use scope: tensor"
         )
     for k, model in enumerate(models, 1):
         if model.shape != root.shape:
-            raise CheckpointError(f"expert {k} has shape {list(model.shape)}, expected {list(root.shape)}")
+            shapes = f"has shape {list(model.shape)}, expected {list(root.shape)}"
+            raise CheckpointError(f"{name} of expert {k}: {shapes}")
     columns = {"weight": weights, "density": density, "epsilon": epsilon, "gamma": gamma}
     own = [{k: _pick(k, v, t, len(models)) for k, v in columns.items()} for t in range(len(models))]
     own = [{k: v for k, v in one.items() if v is not None} for one in own]
@@ -86,7 +90,7 @@ def merge_tensors(
         raise RecipeError(f"names: expected {len(models)} different names, found {identities}")
     made = [make_expert(i, o) for i, o in zip(identities, own, strict=True)]
     merged = _merge(choice(row, shared), None if base is None else root, models, made, seed, name)
-    return _like(experts[0] if base is None else base, round_to(merged, of_array(root)))
+    return _like(experts[0] if base is None else base, _rounded(merged, of_array(root), name))
 
 
 def merge_state_dicts(
@@ -95,10 +99,12 @@ def merge_state_dicts(
     """`merge_tensors` over whole models given as mappings from names to arrays; the options are its own, but
     ``name``.
 
-    Tensors that are not float are copied from the base.  Raises CheckpointError where an expert lacks a
-    tensor.
+    Tensors that are not float are copied from the base; what it lacks is left out.  Raises CheckpointError
+    where an expert lacks a tensor.
     """
-    root = experts[0] if base is None else base
+    if not experts:
+        raise RecipeError("no experts: at least one is needed")
+    root = experts[0] if base is None or not _method(options.get("method", "della")).needs_base else base
     lacking = [f"expert {k} lacks {name}" for k, e in enumerate(experts, 1) for name in root if name not in e]
     if lacking:
         raise CheckpointError(listing(lacking))
@@ -109,7 +115,7 @@ def merge_state_dicts(
             merged[name] = _like(value, array.copy())
         else:
             own = [e[name] for e in experts]
-            merged[name] = merge_tensors(None if base is None else value, own, name=name, **options)
+            merged[name] = merge_tensors(value if root is base else None, own, name=name, **options)
     return merged
 
 
@@ -122,16 +128,17 @@ def _merge(
     name: str,
 ) -> Array:
     """The merge in arithmetic values: by the kernels, or by the reference where an input is float64."""
-    wide = [widen(np.ascontiguousarray(m)) for m in models]
-    root = None if base is None else widen(np.ascontiguousarray(base))
+    wide = [widen(np.asarray(m, order="C")) for m in models]
+    root = None if base is None else widen(np.asarray(base, order="C"))
     double = any(a.dtype == np.float64 for a in (*wide, *([] if root is None else [root])))
-    if root is None or double or root.size == 0:
-        real = np.float64 if double else np.float32
-        wide = [m.astype(real) for m in wide]
+    if root is not None and root.size and not double:
+        return _fast(picked, root, wide, experts, seed, name)
+    real = np.float64 if double else np.float32
+    wide = [m.astype(real) for m in wide]
+    with np.errstate(all="ignore"):  # infinities are told when the result is rounded
         if root is None:
             return reference.average(wide, experts, picked.fuse != "sum")
         return reference.merge(picked, root.astype(real), wide, experts, seed, name)
-    return _fast(picked, root, wide, experts, seed, name)
 
 
 def _fast(
@@ -153,6 +160,17 @@ def _fast(
     for tile in tiles():
         merge.apply(tile, out[tile.start : tile.start + tile.base.size].reshape(tile.base.shape), workspace)
     return out.reshape(base.shape)
+
+
+def _rounded(values: Array, dtype: DType, name: str) -> Array:
+    stored = round_to(values, dtype)
+    bad = np.flatnonzero(~np.isfinite(stored))
+    if bad.size:
+        raise OutputError(
+            f"{name}: element {bad[0]} becomes {stored.reshape(-1)[bad[0]]} when it is rounded to "
+            f"{dtype.torch_name}; give arrays of a wider dtype, or a smaller lambda_"
+        )
+    return stored
 
 
 def _as_array(value: Any, what: str, *, floats_only: bool = True) -> Array:
@@ -214,9 +232,22 @@ def _shared(method: Method, parameters: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in shared.items():
         if key not in known:
             raise RecipeError(f"{method.name} has no parameter {key!r}{nearest(key, known)}")
-        if known[key].choices and not isinstance(value, bool) and value not in known[key].choices:
-            raise RecipeError(f"{key}: {value!r} is not one of {', '.join(known[key].choices)}")
+        p = known[key]
+        kinds = p.kind if isinstance(p.kind, tuple) else (p.kind,)
+        if isinstance(value, bool) and bool in kinds:
+            continue
+        if p.choices and value not in p.choices:
+            raise RecipeError(f"{key}: {value!r} is not one of {', '.join(p.choices)}")
+        if not p.choices and not (float in kinds and _is_number(value)):
+            wanted = "a number" if float in kinds else "true or false"
+            raise RecipeError(f"{key}: expected {wanted}, found {value!r}")
     return shared
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is a finite number, of Python or NumPy."""
+    real = isinstance(value, (int, float, np.number)) and not isinstance(value, (bool, complex))
+    return bool(real and np.isfinite(value))
 
 
 def _pick(name: str, value: Sequence[float] | float | None, t: int, experts: int) -> float | None:
@@ -231,6 +262,8 @@ def _check(method: Method, shared: Mapping[str, Any], models: Sequence[Mapping[s
     for own in models:
         for key, value in own.items():
             p = method.parameters.get(key)
+            if not math.isfinite(value):
+                raise RecipeError(f"{key}: expected a finite number, found {value:g}")
             if p and p.low is not None and p.high is not None and not p.low <= value <= p.high:
                 raise RecipeError(f"{key} {value:g}: expected a value from {p.low:g} to {p.high:g}")
     said = check_settings(method, shared, models)

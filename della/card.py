@@ -1,4 +1,4 @@
-"""Side files of a merged model: config.json with the right dtype, and the model card README.md."""
+"""Side files of a merged model: config.json with the right dtype, no remote code, and the model card."""
 
 from __future__ import annotations
 
@@ -7,25 +7,52 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from della.planning import Job, Plan
+from della.checkpoint.manifest import versions
+from della.checkpoint.source import HUB_ID, Source
+from della.checkpoint.strict import json_object
+from della.planning import CODE, Job, Plan
 from della.version import __version__
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+_MOST_CONFIG = 10_000_000
+_DTYPES = ("dtype", "torch_dtype")
 
 
 def config_json(config: Mapping[str, Any], jobs: Sequence[Job]) -> bytes:
     """The base's config.json with the dtype that most of the merged weights have, and without remote code."""
-    written = {key: value for key, value in config.items() if key != "auto_map"}
     sizes: Counter[str] = Counter()
     for job in jobs:
         if job.dtype.is_float:
             sizes[job.dtype.torch_name] += job.nbytes
-    if sizes:
-        key = "dtype" if "dtype" in written else "torch_dtype"
-        written[key] = sizes.most_common(1)[0][0]
-    return (json.dumps(written, indent=2, ensure_ascii=False) + "\n").encode()
+    dtype = sizes.most_common(1)[0][0] if sizes else None
+    written = _rewritten(config, dtype)
+    if dtype is not None and not any(key in written for key in _DTYPES):
+        written["torch_dtype"] = dtype
+    return _json(written)
+
+
+def _rewritten(config: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:
+    """The parts of a model (text_config, vision_config) state their dtype too."""
+    written = {key: value for key, value in config.items() if key not in CODE}
+    for key, value in written.items():
+        if key in _DTYPES and dtype is not None:
+            written[key] = dtype
+        elif isinstance(value, dict) and key.endswith("_config"):
+            written[key] = _rewritten(value, dtype)
+    return written
+
+
+def without_code(path: Path) -> bytes | Path:
+    """A side file as it is, or, where it points to code outside the library, its content without that."""
+    if path.suffix != ".json" or path.stat().st_size > _MOST_CONFIG or b'"auto_map"' not in path.read_bytes():
+        return path
+    return _json(_rewritten(json_object(path.read_bytes(), str(path)), None))
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def model_card(plan: Plan, title: str) -> bytes:
@@ -34,16 +61,12 @@ def model_card(plan: Plan, title: str) -> bytes:
     Names from recipes are data here: front matter is dumped as JSON (which is YAML), text is escaped, and the
     recipe stands in a fence longer than any in it.
     """
-    recipe = plan.recipe
-    references = list(
-        dict.fromkeys(
-            ([recipe.base_model] if recipe.base_model else []) + [m.reference for m in recipe.models]
-        )
-    )
-    on_hub = [r.partition("@")[0] for r in references if _HUB_ID.fullmatch(r.partition("@")[0])]
+    recipe, made_with = plan.recipe, {"della": __version__, **versions()}
+    on_hub = list(dict.fromkeys(name for s in (plan.base, *plan.models) if (name := _hub_name(s))))
+    library = "diffusers" if "_class_name" in plan.base.config else "transformers"
     front: dict[str, Any] = {"base_model": on_hub} if on_hub else {}
-    front |= {"base_model_relation": "merge"} if on_hub else {}
-    front |= {"library_name": "transformers", "tags": ["merge", "della", recipe.merge_method]}
+    front |= {"base_model_relation": "merge", "library_name": library}
+    front |= {"tags": ["merge", "della", recipe.merge_method]}
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", recipe.text)), default=0))
     lines = [
         "---",
@@ -52,7 +75,9 @@ def model_card(plan: Plan, title: str) -> bytes:
         "",
         f"# {_plain(title)}",
         "",
-        f"A merge made with della {__version__}: method `{recipe.merge_method}`, seed {recipe.seed}.",
+        f"A merge: method `{recipe.merge_method}`, seed {recipe.seed}, made with "
+        + ", ".join(f"{name} {version}" for name, version in made_with.items())
+        + ".",
         "",
         *_models(plan),
         "",
@@ -63,11 +88,17 @@ def model_card(plan: Plan, title: str) -> bytes:
         fence,
         "",
         *_departures(plan.departures),
-        "`della.json` holds the versions, the identity of every input and a hash of every tensor; "
+        "`della.json` holds the identity of every input and a hash of every tensor; "
         "the same recipe and seed give the same weights, byte for byte.",
         "",
     ]
     return "\n".join(lines).encode()
+
+
+def _hub_name(source: Source) -> str | None:
+    """owner/name of a model of the Hub; folders of this machine mean nothing to others."""
+    match = HUB_ID.fullmatch(source.reference)
+    return match["repo"] if match and source.revision else None
 
 
 def _models(plan: Plan) -> Iterable[str]:

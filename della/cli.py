@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -90,21 +91,22 @@ def merge(
 ) -> None:
     """Merge models as RECIPE says and write the result to OUT."""
     with _errors(debug, as_json):
-        from della.api import read
-        from della.planning import default_threads, make_plan
+        from della.api import open_plan, read
+        from della.planning import default_threads
 
-        threads = threads or default_threads()
-        with make_plan(read(recipe, seed, overrides or (), _is_compat(compat))) as plan:
+        shard_bytes = _size(shard_size)
+        with open_plan(read(recipe, seed, overrides or (), _is_compat(compat)), out, overwrite) as plan:
             say = _Speaker(quiet, as_json)
             for text in (*plan.notes, *plan.departures):
                 say.note(text)
+            from della.merging.kernel import on_compile
             from della.run import run
 
-            say.about_compiling()
+            on_compile(say.compiling)
             with say.progress() as progress:
                 result = run(
-                    plan, out, threads=threads, overwrite=overwrite, fsync=not no_fsync,
-                    shard_bytes=_size(shard_size), progress=progress,
+                    plan, out, threads=threads or default_threads(), overwrite=overwrite,
+                    fsync=not no_fsync, shard_bytes=shard_bytes, progress=progress,
                 )  # fmt: skip
             say.done(result, plan.bytes_read, plan.bytes_written)
 
@@ -168,30 +170,37 @@ def _errors(debug: bool, as_json: bool) -> Iterator[None]:
     """Errors as one sentence and an exit code; a traceback only with --debug."""
     try:
         yield
-    except DellaError as error:
-        if debug:
-            raise
-        if as_json:
-            print(
-                json.dumps({"event": "error", "exit_code": error.exit_code, "message": str(error)}),
-                flush=True,
-            )
-        print(f"della: {error}", file=sys.stderr)
-        raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
-        print("della: stopped; the output is as it was", file=sys.stderr)
-        raise typer.Exit(130) from None
+        code, message = 130, "stopped; the output is as it was"
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         raise typer.Exit(1) from None
     except Exception as error:
+        known = isinstance(error, DellaError)
+        code, message = getattr(error, "exit_code", 1), str(error)
+        if not known:
+            message = f"a defect of della, please report it: {type(error).__name__}: {error}"
         if debug:
-            raise
-        print(
-            f"della: a defect of della, please report it: {type(error).__name__}: {error} (details: --debug)",
-            file=sys.stderr,
-        )
-        raise typer.Exit(1) from None
+            traceback.print_exc()
+        elif not known:
+            message += " (details: --debug)"
+    else:
+        return
+    if as_json:
+        _print_json(event="error", exit_code=code, message=message)
+    _tell(f"della: {message}")
+    raise typer.Exit(code)
+
+
+def _print_json(**fields: Any) -> None:
+    sys.stdout.write(json.dumps(fields) + "\n")
+    sys.stdout.flush()
+
+
+def _tell(line: str) -> None:
+    """A line on stderr, in one piece whatever other threads write."""
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
 
 
 class _Speaker:
@@ -199,36 +208,25 @@ class _Speaker:
 
     def __init__(self, quiet: bool, as_json: bool) -> None:
         self.quiet, self.as_json = quiet, as_json
-        self.compiling = False
+        self.has_compiled = False
 
     def note(self, text: str) -> None:
         if self.as_json:
-            self._json(event="note", message=text)
+            _print_json(event="note", message=text)
         elif not self.quiet:
-            print(f"note: {text}", file=sys.stderr)
+            _tell(f"note: {text}")
 
-    def about_compiling(self) -> None:
-        """Tell, once and only if it happens, that kernels are compiled on the first run."""
-        from numba.core import event
-
-        speaker = self
-
-        class Listener(event.Listener):
-            def on_start(self, _: Any) -> None:
-                if not speaker.compiling:
-                    speaker.compiling = True
-                    speaker.note("compiling kernels for this processor; later runs find them on disk")
-
-            def on_end(self, _: Any) -> None:
-                pass
-
-        event.register("numba:compile", Listener())  # type: ignore[no-untyped-call]
+    def compiling(self) -> None:
+        """Tell, once, that kernels are compiled on the first run."""
+        if not self.has_compiled:
+            self.has_compiled = True
+            self.note("compiling kernels for this processor; later runs find them on disk")
 
     @contextmanager
     def progress(self) -> Iterator[Callable[[Progress], None] | None]:
         """What to call with each Progress."""
         if self.as_json:
-            yield _paced(1.0, lambda p: self._json(
+            yield _paced(1.0, lambda p: _print_json(
                 event="progress", bytes=p.done, total=p.total, tensors=p.tensors, of=p.of_tensors,
                 tensor=p.name,
             ))  # fmt: skip
@@ -238,14 +236,14 @@ class _Speaker:
             with _bar() as update:
                 yield update
         else:
-            yield _paced(5.0, lambda p: print(
+            yield _paced(5.0, lambda p: _tell(
                 f"{100 * p.done / max(p.total, 1):3.0f} %  {p.done / 1e6:,.0f} of {p.total / 1e6:,.0f} MB  "
-                f"{p.tensors} of {p.of_tensors} tensors", file=sys.stderr, flush=True,
+                f"{p.tensors} of {p.of_tensors} tensors"
             ))  # fmt: skip
 
     def done(self, result: Result, read: int, written: int) -> None:
         if self.as_json:
-            self._json(
+            _print_json(
                 event="done",
                 out=str(result.out),
                 seconds=round(result.seconds, 3),
@@ -254,18 +252,16 @@ class _Speaker:
                 bytes_written=written,
             )
         elif not self.quiet:
-            print(f"{result.out}: {written / 1e6:,.0f} MB in {result.seconds:.1f} s", file=sys.stderr)
-
-    def _json(self, **fields: Any) -> None:
-        print(json.dumps(fields), flush=True)
+            _tell(f"{result.out}: {written / 1e6:,.0f} MB in {result.seconds:.1f} s")
 
 
 def _paced(seconds: float, tell: Callable[[Progress], None]) -> Callable[[Progress], None]:
+    """``tell`` at most every so many seconds, and at the end."""
     last = time.monotonic()
 
     def update(progress: Progress) -> None:
         nonlocal last
-        if time.monotonic() - last >= seconds:
+        if progress.tensors == progress.of_tensors or time.monotonic() - last >= seconds:
             last = time.monotonic()
             tell(progress)
 

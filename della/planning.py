@@ -21,8 +21,17 @@ from della.merging.methods import Choice, Expert, choice, expert
 from della.merging.reference import row_length
 from della.recipe import Recipe
 
-TILE = 1 << 17  # elements of a tile: large enough to forget Python's overhead, small enough for the caches
+TILE = 1 << 18  # elements of a tile: large enough to forget Python's overhead, small enough for the caches
+CODE = ("auto_map", "custom_pipelines")  # keys of config.json that name code outside the library
 _LAYER = re.compile(r"(.*?)\.(\d+)\.")
+# Settings that mergekit does not know, at what it does.
+_USUAL = {
+    "rank_by": "row",
+    "ladder": "symmetric",
+    "coupling": "independent",
+    "scope": "tensor",
+    "lambda_scaling": "constant",
+}
 # Rough costs for the estimate, measured on one core of a 2-core server: nanoseconds per element and expert.
 _NANOSECONDS = {"magprune": 3.5, "bernoulli": 1.2, "top": 3.2, "band": 3.5, "none": 0.8, "average": 0.6}
 _BYTES_PER_SECOND, _START_SECONDS, _START_MEMORY = 2.0e9, 0.8, 150 << 20
@@ -148,7 +157,9 @@ def make_plan(recipe: Recipe, *, weights: bool = True) -> Plan:
 
         problems = []
         references = [m.reference for m in recipe.models]
-        for reference in dict.fromkeys(([recipe.base_model] if recipe.base_model else []) + references):
+        has_part = recipe.method.needs_base or recipe.base_model in references
+        template = recipe.base_model if recipe.base_model and has_part else references[0]
+        for reference in dict.fromkeys([template, *references]):
             try:
                 source(reference)
             except CheckpointError as error:
@@ -156,12 +167,14 @@ def make_plan(recipe: Recipe, *, weights: bool = True) -> Plan:
         if problems:
             raise CheckpointError(listing(problems))
         models = tuple(source(r) for r in references)
-        base = source(recipe.base_model) if recipe.base_model and recipe.method.needs_base else models[0]
+        base = source(template)
         depths = _depths(base.tensors)
         recipe.check((name, *depths[name]) for name in base.tensors)
-        notes = list(recipe.notes) + _check_fit(base, models)
+        notes = [*recipe.notes, *_check_fit(base, models)]
         jobs = tuple(_job(recipe, name, depths[name][0], base, models) for name in base.tensors)
         _check_scope(jobs)
+        _check_compat(recipe, jobs)
+        notes += [*_storage(models, jobs), *_code(base)]
         plan = Plan(
             recipe, base, models, jobs, tuple(notes), tuple(_departures(recipe, jobs)), stack.pop_all()
         )
@@ -201,7 +214,12 @@ def _check_fit(base: Source, models: Sequence[Source]) -> list[str]:
         where = f"{model.reference}: against {base.reference}"
         missing = [n for n in base.tensors if n not in model.tensors]
         extra = [n for n in model.tensors if n not in base.tensors]
-        if missing:
+        if missing == ["lm_head.weight"]:
+            problems.append(
+                f"{where}: ties its head to the embeddings where the base has a lm_head.weight of its own; "
+                "untie this model: save it with tie_word_embeddings: false"
+            )
+        elif missing:
             problems.append(f"{where}: lacks {_some(missing)}; all models must be fine-tunes of one base")
         if "lm_head.weight" in extra and any("embed_tokens" in n for n in base.tensors):
             problems.append(
@@ -223,7 +241,8 @@ def _misfits(base: Source, model: Source) -> Iterator[str]:
             continue
         if theirs.shape != ours.shape:
             hint = ""
-            if len(ours.shape) == 2 and theirs.shape[1:] == ours.shape[1:] and "embed" in name + "lm_head":
+            rows_alone = len(ours.shape) == 2 and theirs.shape[1:] == ours.shape[1:]
+            if rows_alone and ("embed" in name or "lm_head" in name):
                 hint = "; if the vocabulary was extended, merge a version of it without the added rows"
             yield f"{name} has shape {list(theirs.shape)}, expected {list(ours.shape)}{hint}"
         elif theirs.dtype.is_float != ours.dtype.is_float:
@@ -249,37 +268,108 @@ def _job(recipe: Recipe, name: str, t: float, base: Source, models: Sequence[Sou
 
 
 def _check_scope(jobs: Sequence[Job]) -> None:
-    """With scope: model there is one threshold for the model, so each expert has one density."""
+    """With scope: model there is one threshold for the model: each expert has one density, and one type."""
     whole = [job for job in jobs if job.choice and job.choice.drop == "top" and job.choice.scope == "model"]
     if len({tuple(e.density for _, _, e in job.inputs) for job in whole}) > 1:
         raise RecipeError(
             "scope: model chooses one threshold for the whole model, so density must be the same for all "
             "tensors; use scope: tensor, or a density without gradient and filter"
         )
+    double = [job.name for job in whole if job.exact_double]
+    if double:
+        raise RecipeError(
+            f"scope: model compares all tensors in float32, and {_some(double)} of an input is float64; "
+            "use scope: tensor, or save that model in float32 first"
+        )
+
+
+def _check_compat(recipe: Recipe, jobs: Sequence[Job]) -> None:
+    """mergekit's rules cannot be followed where it has no such option; nothing is ignored in silence."""
+    for job in jobs if recipe.compat else ():
+        found = [f"{k}: {v}" for k, usual in _USUAL.items() if (v := getattr(job.choice, k, usual)) != usual]
+        if job.choice and job.choice.fuse == "calibrated":
+            found.append("fuse: calibrated")
+        if job.choice and job.choice.vote == "unweighted":
+            found.append("vote: unweighted")
+        if recipe.method.defaults.get("vote") == "unweighted":
+            found = [f"merge_method {recipe.merge_method}"]
+        if found:
+            raise RecipeError(
+                f"compat: mergekit has no {', '.join(found)}; remove it, or do without compat (--compat)"
+            )
+
+
+def _storage(models: Sequence[Source], jobs: Sequence[Job]) -> list[str]:
+    """A note for each model that is stored in another type than the base."""
+    found: dict[str, None] = {}
+    for job in jobs:
+        for k, tensor, _ in job.inputs:
+            if tensor.dtype is not job.base.dtype:
+                theirs, ours = tensor.dtype.torch_name, job.base.dtype.torch_name
+                result = f"the result is stored in {job.dtype.torch_name}"
+                found[f"{models[k].reference}: stored in {theirs}, the base in {ours}; {result}"] = None
+    return list(found)
+
+
+def _code(base: Source) -> list[str]:
+    found = [key for key in CODE if key in base.config]
+    said = f"{base.reference}: config.json names code of its own ({', '.join(found)})"
+    return [f"{said}; it is never run, and left out of the result"] if found else []
+
+
+# ---- departures from mergekit ------------------------------------------------------------------------------
 
 
 def _departures(recipe: Recipe, jobs: Sequence[Job]) -> list[str]:
     """What this recipe computes otherwise than mergekit 0.1.5 does, a line each."""
-    merged = [job for job in jobs if job.choice is not None]
+    merged = [(job, job.choice) for job in jobs if job.choice is not None and job.elements]
+    random = recipe.method.drop in ("magprune", "bernoulli") and any(
+        0 < e.density < 1 for job, _ in merged for _, _, e in job.inputs
+    )
     if recipe.compat:
         same = "compat mergekit: mergekit's own rules, but with seeded draws instead of an unseeded generator"
-        return [same] if recipe.method.drop in ("magprune", "bernoulli") else []
-    found = []
-    dropping = any(e.density not in (0.0, 1.0) for job in merged for _, _, e in job.inputs)
-    random = recipe.method.drop in ("magprune", "bernoulli") and dropping
-    if random and any(job.choice.rescale == "per_element" for job in merged if job.choice):
-        found.append(
-            "rescale: each survivor is divided by its keep probability (mergekit: one l1 factor, biased)"
-        )
-    if recipe.method.drop == "magprune" and dropping:
-        found.append(
-            "ranks are exact integers with ties averaged (mergekit: ranks in the dtype of the tensor)"
-        )
-    if any(job.choice.vote != "none" for job in merged if job.choice):
-        found.append("a tied sign vote elects nothing (mergekit: the positive sign)")
-    narrow = (recipe.dtype.bits < 32) if recipe.dtype else any(job.base.dtype.bits < 32 for job in merged)
-    if narrow and recipe.method.needs_base:
-        found.append("arithmetic is float32 and rounds once (mergekit: in the merge dtype)")
-    if random:
-        found.append(f"draws come from seed {recipe.seed}, the same on every machine (mergekit: unseeded)")
-    return found
+        return [same] if random else []
+    ranked = [
+        job.shape
+        for job, choice in merged
+        if choice.drop == "magprune" and choice.rank_by in ("row", "tensor")
+        if any(0 < e.density < 1 and e.epsilon > 0 for _, _, e in job.inputs)
+    ]
+    lines = {
+        "rescale: each survivor is divided by its keep probability (mergekit: one l1 factor, biased)": (
+            random and any(choice.rescale == "per_element" for _, choice in merged)
+        ),
+        "ranks are exact integers with ties averaged (mergekit: ranks in the dtype of the tensor)": (
+            bool(ranked)
+        ),
+        "a row of a tensor with three or more axes is what feeds one output (mergekit: the second axis)": (
+            any(len(shape) > 2 for shape in ranked)
+        ),
+        "a density that leaves a tensor less than one delta leaves it none (mergekit: one)": any(
+            choice.drop == "top" and 0 < e.density * job.elements < 1
+            for job, choice in merged
+            for _, _, e in job.inputs
+        ),
+        "a tied sign vote elects nothing (mergekit: the positive sign)": any(
+            choice.vote != "none" and len(job.inputs) > 1 for job, choice in merged
+        ),
+        _ARITHMETIC: any(_rounds(recipe, job) for job, _ in merged),
+        f"draws come from seed {recipe.seed}, the same on every machine (mergekit: unseeded)": random,
+    }
+    return [line for line, applies in lines.items() if applies]
+
+
+_ARITHMETIC = "arithmetic is float32 (or float64, as an input) and rounds once (mergekit: in the merge dtype)"
+
+
+def _rounds(recipe: Recipe, job: Job) -> bool:
+    """Whether mergekit would compute this tensor in another type, or round its inputs to the merge dtype."""
+    ours = "F64" if job.exact_double else "F32"
+    if recipe.method.needs_base:
+        return (recipe.dtype or job.base.dtype).name != ours
+    # linear: float32 sums of inputs in the merge dtype
+    if recipe.dtype is None:
+        return False
+    theirs = "F64" if recipe.dtype.name == "F64" else "F32"
+    kept = all(t.dtype is recipe.dtype or t.dtype.bits < recipe.dtype.bits for _, t, _ in job.inputs)
+    return theirs != ours or not kept

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from della.card import config_json, model_card
-from della.checkpoint.layout import Tensor
+from della.card import config_json, model_card, without_code
+from della.checkpoint.layout import STEMS, Tensor
 from della.checkpoint.manifest import NAME, build_manifest, dump
 from della.checkpoint.source import Source
 from della.checkpoint.writer import StagedOutput
@@ -28,6 +28,7 @@ from della.merging import cast, compat, reference
 from della.merging.tensor import Band, TensorMerge, Tile, Workspace, cut, find_bands
 from della.planning import TILE, Job, Plan
 
+METADATA = {"format": "pt"}  # some versions of transformers refuse a file without it
 _COPY_BYTES = 1 << 22
 
 
@@ -71,7 +72,11 @@ def run(
     sources = dict.fromkeys((plan.base, *plan.models))
     inputs = [path for s in sources for path in (s.place, *(f.path for f in s.files))]
     tensors = [(job.name, job.dtype, job.shape) for job in plan.jobs]
-    with StagedOutput(out, tensors, shard_bytes, overwrite, single, fsync, inputs=inputs) as staged:
+    stem = next((s for s in STEMS if plan.base.files[0].name.startswith(s)), STEMS[0])
+    with StagedOutput(
+        out, tensors, shard_bytes, overwrite, single, fsync, METADATA, inputs=inputs, stem=stem
+    ) as staged:
+        cast.widen_bf16(np.zeros(0, np.uint16), np.zeros(0, np.uint32))  # Numba's own start takes 0.1 s
         staged_at = time.monotonic()
         hashes = _Run(plan, staged, tile, progress).all(threads)
         merging = time.monotonic() - staged_at
@@ -95,7 +100,7 @@ def _add_side_files(plan: Plan, staged: StagedOutput, title: str, manifest: dict
     if plan.base.config:
         staged.add_file("config.json", config_json(plan.base.config, plan.jobs))
     for path in plan.base.side_files():
-        staged.add_file(path.name, path)
+        staged.add_file(path.name, without_code(path))
     staged.add_file("README.md", model_card(plan, title))
     staged.add_file(NAME, dump(manifest))
 
@@ -132,7 +137,7 @@ class _Run:
 
     def _one(self, job: Job, bands: list[Band] | None) -> None:
         digest = xxhash.xxh3_128()
-        start = 0
+        start = told = 0
         for stored in self._stored(job, bands):
             if self.stop.is_set():
                 raise _Stopped
@@ -140,7 +145,9 @@ class _Run:
             self.staged.write(job.name, start, raw)
             digest.update(raw)
             start += raw.nbytes
-            self._advance(job, raw.nbytes * (job.nbytes + job.bytes_read) // max(job.nbytes, 1))
+            now = (job.bytes_read + job.nbytes) * start // job.nbytes
+            self._advance(job, now - told)
+            told = now
         self.hashes[job.name] = digest.hexdigest()
         self._advance(job, 0, finished=1)
 
@@ -206,11 +213,15 @@ class _Run:
         real = np.float64 if job.exact_double else np.float32
         experts = [e for _, _, e in job.inputs]
         models = [widen(self._array(self.plan.models[k], t)).astype(real) for k, t, _ in job.inputs]
-        if job.choice.drop == "average":
-            return reference.average(models, experts, job.choice.fuse != "sum")
-        base = widen(self._array(self.plan.base, job.base)).astype(real)
-        merge = reference.merge if job.choice.compat is None else compat.merge
-        return merge(job.choice, base, models, experts, self.plan.recipe.seed, job.name)
+        average = job.choice.drop == "average"
+        base = models[0] if average else widen(self._array(self.plan.base, job.base)).astype(real)
+        seed = self.plan.recipe.seed
+        with np.errstate(all="ignore"):  # infinities are told when the result is rounded
+            if job.choice.compat is not None:
+                return compat.merge(job.choice, base, models, experts, seed, job.name)
+            if average:
+                return reference.average(models, experts, job.choice.fuse != "sum")
+            return reference.merge(job.choice, base, models, experts, seed, job.name)
 
     # ---- thresholds of the whole model (ties, scope: model) ----
 

@@ -43,11 +43,13 @@ def _tensor(job: Job, references: list[str], method: str) -> dict[str, Any]:
 
 def _references(plan: Plan) -> list[str]:
     """The models as the recipe writes them; one that stands there twice is told apart by occurrence."""
-    seen: dict[str, int] = {}
-    names = []
+    names: list[str] = []
     for model in plan.recipe.models:
-        seen[model.reference] = count = seen.get(model.reference, 0) + 1
-        names.append(model.reference if count == 1 else f"{model.reference}#{count}")
+        name, count = model.reference, 1
+        while name in names:
+            count += 1
+            name = f"{model.reference}#{count}"
+        names.append(name)
     return names
 
 

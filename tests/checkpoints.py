@@ -67,3 +67,10 @@ def save_model(out: Path, value: float = 0.0, **options: Any) -> Path:
 
 def tree(folder: Path) -> dict[str, bytes | None]:
     return {str(p): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
+
+
+def numbers(out: Path) -> list[float]:
+    """What `save_model` stored."""
+    with open_source(str(out)) as source:
+        values: list[float] = source.read("w").tolist()
+    return values

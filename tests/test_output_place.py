@@ -12,11 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import PLAN, put, save_model, tree
+from checkpoints import PLAN, numbers, put, save_model, tree
 from safetensors.numpy import save_file
 
 from della.checkpoint import disk, writer
-from della.checkpoint.source import open_source
 from della.checkpoint.writer import StagedOutput, check_place
 from della.dtypes import DTYPES
 from della.errors import OutputError
@@ -40,7 +39,7 @@ def test_one_single_file(tmp_path: Path) -> None:
     )
     save_model(out, 2.0, single_file=True, overwrite=True)
     assert os.listdir(tmp_path) == [out.name]
-    assert open_source(str(out)).read("w").tolist() == [2.0, 2.0]
+    assert numbers(out) == [2.0, 2.0]
     assert refusal(tmp_path / "m", single_file=True) == (
         f"{tmp_path}/m: one file was asked for; its name must end in .safetensors"
     )
@@ -73,7 +72,7 @@ def test_overwrite_swaps(tmp_path: Path, exchange: bool, monkeypatch: pytest.Mon
     save_model(out, 2.0, overwrite=True)
     assert os.listdir(tmp_path) == ["out"]
     assert os.listdir(out) == ["model.safetensors"]
-    assert open_source(str(out)).read("w").tolist() == [2.0, 2.0]
+    assert numbers(out) == [2.0, 2.0]
 
 
 @pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "aside"])
@@ -105,7 +104,7 @@ def test_a_swap_cut_short_is_undone_or_ended(tmp_path: Path) -> None:
     out.rename(disk.aside(out))
     with pytest.raises(OutputError, match="exists already"), StagedOutput(out, PLAN):
         pass
-    assert open_source(str(out)).read("w").tolist() == [1.0, 1.0], "the old model is back"
+    assert numbers(out) == [1.0, 1.0], "the old model is back"
     disk.aside(out).mkdir()
     save_model(out, 2.0, overwrite=True)
     assert os.listdir(tmp_path) == ["out"]
@@ -222,7 +221,7 @@ def test_a_killed_run_leaves_out_as_it_was_and_is_taken_over(tmp_path: Path, exi
     assert tree(out) == before
     save_model(out, 2.0, overwrite=True)
     assert os.listdir(tmp_path) == ["out"]
-    assert open_source(str(out)).read("w").tolist() == [2.0, 2.0]
+    assert numbers(out) == [2.0, 2.0]
 
 
 def test_a_link_in_the_place_of_the_staging_folder_is_not_followed(tmp_path: Path) -> None:

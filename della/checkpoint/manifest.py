@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Mapping, Sequence
+from importlib import metadata
 from typing import Any
-
-import numpy as np
 
 from della.checkpoint.source import Source
 from della.version import __version__
 
 NAME = "della.json"
+
+
+def versions() -> dict[str, str]:
+    """Of everything but della itself that could change a byte."""
+    others = {name: metadata.version(name) for name in ("numpy", "numba", "ml_dtypes")}
+    return {"python": platform.python_version(), **others}
 
 
 def build_manifest(
@@ -25,7 +30,7 @@ def build_manifest(
     return {
         "format": 1,
         "tool": {"name": "della", "version": __version__},
-        "versions": {"python": platform.python_version(), "numpy": np.__version__},
+        "versions": versions(),
         "recipe": recipe,
         "merge_method": method,
         "seed": seed,

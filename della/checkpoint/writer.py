@@ -137,6 +137,7 @@ class StagedOutput:
         self._lock = threading.Lock()
         self._fds: list[int] = []
         self._claim: int | None = None
+        self._made: list[Path] = []
 
     @property
     def nbytes(self) -> int:
@@ -147,7 +148,7 @@ class StagedOutput:
         self._check_place()
         try:
             with explained(self.out.parent):
-                _make_folders(self.out.parent, self._fsync)
+                self._make_folders()
                 self._claim = disk.claim(self.staging, self.out)
                 disk.recover(self.out)
             self._check_place()  # another run may have ended, or been recovered, before the claim
@@ -258,10 +259,21 @@ class StagedOutput:
             os.close(self._claim)
             self._claim = None
 
+    def _make_folders(self) -> None:
+        missing = [step for step in (self.out.parent, *self.out.parent.parents) if not step.exists()]
+        for step in reversed(missing):
+            step.mkdir(exist_ok=True)
+            self._made.append(step)
+            if self._fsync:
+                disk.sync_folder(step.parent)
+
     def _abandon(self) -> None:
         if self._claim is not None:
             shutil.rmtree(self.staging, ignore_errors=True)
         self._close()
+        for folder in reversed(self._made):
+            with suppress(OSError):  # something else is in it by now
+                folder.rmdir()
 
 
 def _read_side_file(path: Path) -> bytes:
@@ -336,11 +348,3 @@ def check_space(folder: Path, needed: int) -> None:
             f"{folder}: the result needs {needed + MARGIN_BYTES:,} bytes, {free:,} are free; "
             "free some space, or write to another disk"
         )
-
-
-def _make_folders(folder: Path, fsync: bool) -> None:
-    missing = [step for step in (folder, *folder.parents) if not step.exists()]
-    for step in reversed(missing):
-        step.mkdir(exist_ok=True)
-        if fsync:
-            disk.sync_folder(step.parent)

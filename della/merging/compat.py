@@ -1,9 +1,9 @@
 """``compat: mergekit``: the rules of mergekit 0.1.5 in plain NumPy, for those who need to repeat an old
 merge.
 
-Every operation rounds to the merge dtype (of linear, only the inputs and the result), ranks live in that dtype with ties broken by position, survivors
-share one l1 factor per tensor, and a tied vote is positive.  Only the draws are ours: mergekit's come from an
-unseeded generator.
+Every operation rounds to the merge dtype (of linear, only inputs and result), ranks live in that dtype with
+ties broken by position, survivors share one l1 factor per tensor, and a tied vote is positive.  Only the
+draws are ours: mergekit's come from an unseeded generator.
 """
 
 from __future__ import annotations

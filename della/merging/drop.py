@@ -128,13 +128,13 @@ def _find_mixed(table: Any, union: Any, shift: Any, start: Any, mixed: Any, list
         start[b + 1] = np.int32(count)
         mixed[b] = np.int32(np.uint32(table[b]) != np.uint32(count * (union[b] & lower)))
     mixed[1] = np.int32(start[2] > 1)
-    total, found = np.int32(0), 0
+    total, found = np.int32(0), np.int32(0)
     start[0] = 0
     for b in range(table.shape[0]):
         total += start[b + 1]
         start[b + 1] = total
-        listed[found] = b
-        found += np.int64(mixed[b])
+        listed[np.uint32(found)] = b
+        found += mixed[b]
     return found
 
 

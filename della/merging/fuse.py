@@ -1,7 +1,10 @@
 """Elect and Fuse, fast: the kernels behind reference.elect and reference.fuse, on tiles (float32,
 C-contiguous).
 
-``dropped`` is (experts, rows, n) in canonical order.  Votes: 0 none, 1 weighted, 2 unweighted, 3 count.
+``dropped`` holds delta' of the experts in canonical order, each (rows, n).  ``weights`` and ``votes`` (what
+an expert's delta' counts for in the vote) are as many numbers.  Few experts come as tuples: their number is
+then known to the compiler, which keeps all that belongs to one position in registers.  ``votes`` is None
+where nothing is elected.
 """
 
 from __future__ import annotations
@@ -12,8 +15,7 @@ import numpy as np
 
 from della.merging.kernel import inlined, kernel
 
-VOTES = {"none": 0, "weighted": 1, "unweighted": 2, "count": 3}
-_BLOCK = 2048  # positions that pass through all stages together: they stay in the first cache
+MOST_UNROLLED = 8
 
 
 @inlined
@@ -21,49 +23,29 @@ def _sign(x: Any) -> Any:
     return np.float32(np.float32(x > 0) - np.float32(x < 0))
 
 
-@inlined
-def _elect(weights: Any, vote: Any, dropped: Any, r: Any, begin: Any, signs: Any) -> None:
-    """The elected signs of positions ``begin ..`` of row ``r`` into ``signs``."""
+@kernel
+def elect(votes: Any, by_count: Any, dropped: Any, signs: Any) -> None:
+    """reference.elect into ``signs``, flat; ones where ``votes`` is None."""
     for i in range(signs.shape[0]):
-        signs[i] = np.float32(0)
-    for t in range(weights.shape[0]):
-        values = dropped[t, r, begin : begin + signs.shape[0]]
-        if vote == 3:
-            for i in range(signs.shape[0]):
-                signs[i] += _sign(weights[t] * values[i])
-        else:
-            w = weights[t] if vote == 1 else _sign(weights[t])
-            for i in range(signs.shape[0]):
-                signs[i] += w * values[i]
-    for i in range(signs.shape[0]):
-        signs[i] = _sign(signs[i])
+        total = np.float32(0)
+        if votes is not None:
+            for t in range(len(dropped)):
+                vote = votes[t] * dropped[t][i]
+                total += vote if by_count is None else _sign(vote)
+        signs[i] = np.float32(1) if votes is None else _sign(total)
 
 
 @kernel
-def elect(weights: Any, vote: Any, dropped: Any, signs: Any) -> None:
-    """reference.elect into ``signs`` (rows, n); ones where ``vote`` is 0."""
-    rows, n = signs.shape
-    for r in range(rows):
-        if vote == 0:
-            signs[r, :] = 1
-            continue
-        for begin in range(0, n, _BLOCK):
-            _elect(weights, vote, dropped, r, begin, signs[r, begin : min(n, begin + _BLOCK)])
-
-
-@kernel
-def count_elected(weights: Any, vote: Any, dropped: Any, signs: Any, counts: Any) -> None:
-    """Into ``counts`` (experts, rows, 2): how many of an expert's deltas are nonzero, and how many are
-    elected.
-    """
-    experts, rows, n = dropped.shape
-    for t in range(experts):
-        for r in range(rows):
+def count_elected(weights: Any, voted: Any, dropped: Any, signs: Any, counts: Any) -> None:
+    """Into ``counts`` (experts, rows, 2): how many deltas of an expert (``dropped``: (experts, rows, n)) are
+    nonzero, and how many of those are elected."""
+    for t in range(len(dropped)):
+        for r in range(signs.shape[0]):
             nonzero, elected = 0, 0
-            for i in range(n):
+            for i in range(signs.shape[1]):
                 value = dropped[t, r, i]
+                agrees = not voted or (_sign(weights[t] * value) == signs[r, i] and signs[r, i] != 0)
                 nonzero += value != 0
-                agrees = vote == 0 or (_sign(weights[t] * value) == signs[r, i] and signs[r, i] != 0)
                 elected += (value != 0) & agrees
             counts[t, r, 0], counts[t, r, 1] = nonzero, elected
 
@@ -100,52 +82,30 @@ def calibrate(weights: Any, deltas: Any, q: Any, signs: Any, out: Any) -> None:
 
 @kernel
 def fuse(
-    base: Any,
-    weights: Any,
-    vote: Any,
-    mean: Any,
-    scale: Any,
-    dropped: Any,
-    factors: Any,
-    divisor: Any,
-    out: Any,
-) -> None:
-    """reference.fuse into ``out`` (rows, n).
+    base: Any, weights: Any, votes: Any, by_count: Any, mean: Any, scale: Any, dropped: Any, factors: Any,
+    divisor: Any, out: Any,
+) -> None:  # fmt: skip
+    """reference.fuse into ``out``; everything flat.
 
-    ``factors``: (experts, rows or 1) of the adaptive scaling, or (experts, 0) for none.  ``divisor``: (rows,
-    n) of the calibration, or (0, n) for none.
+    ``factors``: one number for each expert from the adaptive scaling, or None.  ``divisor``: of the
+    calibration, or None.
     """
-    rows, n = base.shape
-    signs, above = np.empty(_BLOCK, np.float32), np.empty(_BLOCK, np.float32)
-    below = np.empty(_BLOCK, np.float32)
-    for r in range(rows):
-        for begin in range(0, n, _BLOCK):
-            size = min(n - begin, _BLOCK)
-            if vote != 0:
-                _elect(weights, vote, dropped, r, begin, signs[:size])
-            for i in range(size):
-                above[i] = np.float32(0)
-                below[i] = np.float32(0)
-            for t in range(weights.shape[0]):
-                w = weights[t]
-                factor = factors[t, r % factors.shape[1]] if factors.shape[1] > 0 else np.float32(1)
-                values = dropped[t, r, begin : begin + size]
-                if vote == 0:
-                    for i in range(size):
-                        above[i] += w * values[i] * factor
-                        below[i] += w
-                else:
-                    for i in range(size):
-                        part = w * values[i]
-                        agrees = ((part > 0) & (signs[i] > 0)) | ((part < 0) & (signs[i] < 0))
-                        above[i] += part * factor if agrees else np.float32(0)
-                        below[i] += w if agrees else np.float32(0)
-            if mean:
-                for i in range(size):
-                    empty = below[i] == 0 if vote != 0 else abs(below[i]) < 1e-8
-                    above[i] /= np.float32(1) if empty else below[i]
-            if divisor.shape[0] > 0:
-                for i in range(size):
-                    above[i] /= divisor[r, begin + i]
-            for i in range(size):
-                out[r, begin + i] = base[r, begin + i] + scale * above[i]
+    for i in range(base.shape[0]):
+        total, above, below = np.float32(0), np.float32(0), np.float32(0)
+        if votes is not None:  # as in elect; a function for it would keep LLVM from vectorising
+            for t in range(len(dropped)):
+                vote = votes[t] * dropped[t][i]
+                total += vote if by_count is None else _sign(vote)
+        for t in range(len(dropped)):
+            part = weights[t] * dropped[t][i]
+            agrees = True if votes is None else ((part > 0) & (total > 0)) | ((part < 0) & (total < 0))
+            if factors is not None:
+                part = part * factors[t]
+            above += part if agrees else np.float32(0)
+            below += weights[t] if agrees else np.float32(0)
+        if mean:
+            empty = abs(below) < 1e-8 if votes is None else below == 0
+            above /= np.float32(1) if empty else below
+        if divisor is not None:
+            above /= divisor[i]
+        out[i] = base[i] + scale * above

@@ -62,7 +62,7 @@ def average_ranks(magnitudes: Array) -> Array:
 def ladder(choice: Choice, expert: Expert, n: int) -> tuple[float, float]:
     """(q of rank 0, step of q per half rank) for a group of n deltas: q_i = low + step * 2 a_i."""
     d, e = expert.density, expert.epsilon
-    if d in (0.0, 1.0):
+    if d in (0.0, 1.0) or n == 0:
         return d, 0.0
     if choice.ladder == "paper":  # q = 1 - [(p - e) + (2e/n) r], r = n - 1 - a
         return d + e - 2 * e / n * (n - 1), e / n

@@ -22,8 +22,6 @@ from della.merging.methods import Choice, Expert
 from della.random import stream_key, systematic_shift
 
 Array = npt.NDArray[Any]
-_NO_FACTORS = np.ones((1, 0), np.float32)
-_NO_DIVISOR = np.ones((0, 1), np.float32)
 
 
 @dataclass(frozen=True)
@@ -94,11 +92,12 @@ class TensorMerge:
     ) -> None:  # fmt: skip
         self.name, self.size, self.choice, self.experts, self.seed = name, size, choice, experts, seed
         self.weights = np.array([e.weight for e in experts], np.float32)
-        self.vote = fusing.VOTES[choice.vote]
+        self.votes = _votes(choice, self.weights)
+        self.by_count = True if choice.vote == "count" else None
         self._bands = bands
         self._tables: list[tuple[Array, Array, Array]] = []
         self._rescale: list[np.float32] = []
-        self._factors = np.ones((len(experts), 0), np.float32)
+        self._factors: Array | None = None
         self._seen = np.zeros((len(experts), 2), np.int64)
 
     # ---- numbers of the whole tensor ----
@@ -117,7 +116,7 @@ class TensorMerge:
         if choice.rescale == "l1":
             self._rescale = self._l1_factors(tiles())
         if choice.lambda_scaling == "tensor":
-            self._factors = self._tensor_factors(tiles())
+            self._factors = self._tensor_factors(tiles())[:, 0]
         self._seen[:] = 0
 
     def _l1_factors(self, tiles: Iterable[Tile]) -> list[np.float32]:
@@ -152,23 +151,39 @@ class TensorMerge:
             q = workspace.array("q", tile.deltas.shape)
             deltas = workspace.array("deltas", tile.deltas.shape)
             deltas[:] = tile.deltas
-        dropped = self._drop_all(tile, q)
-        factors, divisor = self._factors, _NO_DIVISOR
-        if self.choice.lambda_scaling in ("row", "row_inverse"):
-            factors = self._adaptive(self._counts(dropped))
+        dropped = self._drop_all(tile, q).reshape(len(self.experts), -1)
+        divisor = None
         if q is not None:
             signs, divisor = workspace.array("signs", (rows, n)), workspace.array("divisor", (rows, n))
-            fusing.elect(self.weights, self.vote, dropped, signs)
+            fusing.elect(_few(self.votes), self.by_count, _few(dropped), signs.reshape(-1))
             fusing.calibrate(self.weights, deltas, q, signs, divisor)
-        mean = self.choice.fuse != "sum"
+            divisor = divisor.reshape(-1)
+        base, out = tile.base.reshape(-1), out.reshape(-1)
+        if self.choice.lambda_scaling not in ("row", "row_inverse"):
+            self._fuse(base, dropped, self._factors, divisor, out)
+            return
+        factors = self._adaptive(self._counts(tile.deltas))
+        for r in range(rows):
+            at = slice(r * n, (r + 1) * n)
+            by_row = None if divisor is None else divisor[at]
+            self._fuse(base[at], dropped[:, at], factors[:, r], by_row, out[at])
+
+    def _fuse(
+        self, base: Array, dropped: Array, factors: Array | None, divisor: Array | None, out: Array
+    ) -> None:
         scale = np.float32(self.choice.lambda_ if self.choice.lambda_scaling == "constant" else 1.0)
-        fusing.fuse(tile.base, self.weights, self.vote, mean, scale, dropped, factors, divisor, out)
+        fusing.fuse(
+            base, _few(self.weights), _few(self.votes), self.by_count, self.choice.fuse != "sum", scale,
+            _few(dropped), _few(factors), divisor, out,
+        )  # fmt: skip
 
     def _counts(self, dropped: Array) -> Array:
+        """(experts, rows, 2): the nonzero and the elected deltas of each expert in each row."""
         signs = np.empty(dropped.shape[1:], np.float32)
-        fusing.elect(self.weights, self.vote, dropped, signs)
+        flat = dropped.reshape(len(dropped), -1)
+        fusing.elect(_few(self.votes), self.by_count, _few(flat), signs.reshape(-1))
         counts = np.empty((*dropped.shape[:2], 2), np.int64)
-        fusing.count_elected(self.weights, self.vote, dropped, signs, counts)
+        fusing.count_elected(self.weights, self.votes is not None, dropped, signs, counts)
         return counts
 
     def _adaptive(self, counts: Array) -> Array:
@@ -252,6 +267,18 @@ class TensorMerge:
             low, step = reference.ladder(choice, expert, self.size)
             kernels.probability_from_table(delta.view(np.uint32), *self._tables[t], low, step, probabilities)
         kernels.drop_given(delta, probabilities, key, shift, start, self._per_element)
+
+
+def _votes(choice: Choice, weights: Array) -> Array | None:
+    """What each expert's delta' counts for in the vote; None where there is none."""
+    if choice.vote == "none":
+        return None
+    return np.asarray(np.sign(weights)) if choice.vote == "unweighted" else weights
+
+
+def _few(values: Array | None) -> Any:
+    """Few experts as a tuple, so that the compiler knows their number."""
+    return tuple(values) if values is not None and len(values) <= fusing.MOST_UNROLLED else values
 
 
 def _row_sums(values: Array) -> Array:

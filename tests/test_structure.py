@@ -1,0 +1,165 @@
+"""How the house is laid out: who may import whom, which library stands where, and what is too long."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import della
+
+ROOT = Path(__file__).parent.parent
+MOST_LINES, MOST_LINES_OF_A_FUNCTION = 400, 60
+
+# A module imports only from those above it.  "della" is the package's own __init__.py.
+ORDER = (
+    *("errors", "dtypes", "random", "version"),
+    *(
+        f"checkpoint.{name}"
+        for name in ("strict", "header", "layout", "source", "disk", "writer", "manifest")
+    ),
+    *(f"merging.{name}" for name in ("methods", "reference", "compat", "kernel", "cast", "drop", "largest")),
+    *("merging.fuse", "merging.tensor"),
+    *(f"recipe{part}" for part in ("_tree", "_yaml", "_settings", "_types", "_overrides", "")),
+    *("planning", "show", "card", "run", "arrays", "api", "della"),
+    *("demo", "demo.tasks", "demo.llama", "demo.score", "demo.run", "cli"),
+)
+# Where a library may be imported; nowhere if it is not said.
+FENCES = {
+    "yaml": ["recipe_yaml"],
+    "huggingface_hub": ["checkpoint.source"],
+    "numba": ["merging.kernel"],
+    "typer": ["cli"],
+    "rich": ["cli"],
+    "tokenizers": ["demo.score"],
+    "torch": [],
+    "transformers": [],
+    "safetensors": [],
+}
+PUBLIC = [
+    "CheckpointError", "DellaError", "OutputError", "RecipeError", "__version__", "magprune", "merge",
+    "merge_state_dicts", "merge_tensors", "plan",
+]  # fmt: skip
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package by its name inside it."""
+    found = {}
+    for path in sorted((ROOT / "della").rglob("*.py")):
+        name = ".".join(path.relative_to(ROOT / "della").with_suffix("").parts)
+        found["della" if name == "__init__" else name.removesuffix(".__init__")] = path
+    return found
+
+
+def imports(path: Path) -> Iterator[str]:
+    """What a module imports, wherever in it: ``x.y`` for ``import x.y``, ``x.y`` and ``x.y.z`` for ``from x.y
+    import z``.
+    """
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative imports are not used"
+            yield str(node.module)
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id != "__import__", f"{path}: an import in disguise"
+
+
+def own_imports(path: Path) -> set[str]:
+    """The modules of della that a module imports; ``from della.x import name`` is an import of della.x."""
+    known = modules()
+    found = set()
+    for name in imports(path):
+        inside = name.removeprefix("della.")
+        if name == "della" or (name != inside and inside in known):
+            found.add(inside)
+    parents = {name.rpartition(".")[0] for name in found}
+    return {name for name in found if known[name].name != "__init__.py" or name not in parents}
+
+
+def test_every_module_has_its_place() -> None:
+    packages = {
+        name for name, path in modules().items() if not path.read_text().partition('"""\n')[2].strip()
+    }
+    assert packages == {"checkpoint", "merging"}, "packages hold a docstring and nothing else"
+    assert sorted(set(modules()) - packages) == sorted(ORDER)
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_a_module_imports_only_from_above(name: str) -> None:
+    above = {*ORDER[: ORDER.index(name)], "merging", "checkpoint"}
+    assert own_imports(modules()[name]) <= above
+
+
+def test_imports_are_seen_wherever_they_stand() -> None:
+    cli = own_imports(modules()["cli"])
+    assert {"errors", "api", "run", "merging.kernel"} <= cli, "inside functions too"
+    assert own_imports(modules()["della"]) == {"errors", "version", "api", "arrays"}
+    assert own_imports(modules()["merging.tensor"]) >= {"merging.drop", "merging.methods", "random"}
+
+
+def test_libraries_stay_behind_their_fences() -> None:
+    homes: dict[str, list[str]] = {library: [] for library in FENCES}
+    for name, path in modules().items():
+        for library in {imported.partition(".")[0] for imported in imports(path)} & FENCES.keys():
+            homes[library].append(name)
+    assert homes == FENCES
+
+
+def test_the_design_names_every_module() -> None:
+    design = (ROOT / "docs/design.md").read_text()
+    names = {path.name for name, path in modules().items() if not name.startswith(("demo", "recipe_"))}
+    assert [
+        name for name in sorted(names - {"__init__.py"}) if name not in design and name != "recipe.py"
+    ] == []
+
+
+def test_what_is_public() -> None:
+    assert della.__all__ == PUBLIC
+    for name in PUBLIC:
+        assert getattr(della, name) is not None
+        assert name in dir(della)
+    with pytest.raises(AttributeError, match=r"^module 'della' has no attribute 'nothing'$"):
+        _ = della.nothing
+
+
+def test_importing_any_module_does_not_replace_a_public_name() -> None:
+    names = [f"della.{name}" for name in ORDER if name != "della" and not name.startswith("demo")]
+    program = f"import della, {', '.join(names)}; print(*(callable(getattr(della, n)) for n in {PUBLIC[5:]}))"
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["True"] * 5
+
+
+def test_importing_della_is_cheap() -> None:
+    program = "import sys, della; print(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    loaded = {name.partition(".")[0] for name in run.stdout.split()}
+    heavy = {"numpy", "numba", "ml_dtypes", "yaml", "typer", "rich", "huggingface_hub", "xxhash", "torch"}
+    assert not loaded & heavy
+    assert {name for name in run.stdout.split() if name.startswith("della")} == {
+        "della", "della.errors", "della.version",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("folder", ["della", "benchmarks", "training"])
+def test_nothing_is_too_long(folder: str) -> None:
+    paths = sorted((ROOT / folder).rglob("*.py"))
+    assert paths
+    too_long = []
+    for path in paths:
+        text = path.read_text()
+        lines = len(text.splitlines())
+        if lines > MOST_LINES:
+            too_long.append(f"{path}: {lines} lines")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
+                length = (node.end_lineno or first) - first + 1
+                if length > MOST_LINES_OF_A_FUNCTION:
+                    too_long.append(f"{path}: {node.name}: {length} lines")
+    assert too_long == []
