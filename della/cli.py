@@ -26,6 +26,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain text: half the time to start, and the same in a pipe
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Merge fine-tuned models of one base into one model: DELLA, DARE, TIES, task arithmetic and more.",
 )
@@ -129,7 +130,8 @@ def plan(
 
         threads = threads or default_threads()
         with api.plan(recipe, seed=seed, overrides=overrides or (), compat=_is_compat(compat)) as made:
-            print(json.dumps(plan_json(made, threads), indent=1) if as_json else plan_text(made, threads))
+            text = json.dumps(plan_json(made, threads), indent=1) if as_json else plan_text(made, threads)
+            print(text, flush=True)
 
 
 def _is_compat(value: str | None) -> bool:
@@ -192,6 +194,10 @@ def _errors(debug: bool, as_json: bool) -> Iterator[None]:
     raise typer.Exit(code)
 
 
+def _size_text(count: int) -> str:
+    return f"{count / 1e6:,.0f} MB" if count >= 1e7 else f"{count / 1e3:,.0f} kB"
+
+
 def _print_json(**fields: Any) -> None:
     sys.stdout.write(json.dumps(fields) + "\n")
     sys.stdout.flush()
@@ -237,7 +243,7 @@ class _Speaker:
                 yield update
         else:
             yield _paced(5.0, lambda p: _tell(
-                f"{100 * p.done / max(p.total, 1):3.0f} %  {p.done / 1e6:,.0f} of {p.total / 1e6:,.0f} MB  "
+                f"{100 * p.done / max(p.total, 1):3.0f} %  {_size_text(p.done)} of {_size_text(p.total)}  "
                 f"{p.tensors} of {p.of_tensors} tensors"
             ))  # fmt: skip
 
@@ -252,7 +258,7 @@ class _Speaker:
                 bytes_written=written,
             )
         elif not self.quiet:
-            _tell(f"{result.out}: {written / 1e6:,.0f} MB in {result.seconds:.1f} s")
+            _tell(f"{result.out}: {_size_text(written)} in {result.seconds:.1f} s")
 
 
 def _paced(seconds: float, tell: Callable[[Progress], None]) -> Callable[[Progress], None]:

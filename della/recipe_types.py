@@ -71,7 +71,7 @@ class Recipe:
         Raises RecipeError with the first few places where they break.
         """
         seen: set[Any] = set()
-        complaints: dict[str, None] = {}
+        complaints: dict[tuple[Place, str, str], str] = {}
         for tensor, t, label in points:
             shared, models = self.resolve(tensor, t)
             key = (tuple(shared.values()), *(tuple(own.values()) for own in models))
@@ -80,28 +80,29 @@ class Recipe:
             seen.add(key)
             if check_settings(self.method, shared, models):
                 where = f"at {label} ({clip(tensor)})" if label and tensor else f"at {label}" if label else ""
-                complaints |= dict.fromkeys(self._complaints(tensor, where, shared, models))
+                for place, who, said in self._complaints(tensor, shared, models):
+                    at = ", ".join(part for part in (where, who) if part)
+                    text = f"{place}: {at}: {said}" if at else f"{place}: {said}"
+                    complaints.setdefault((place, who, said), text)  # the same everywhere is told once
             if len(complaints) >= _MOST_COMPLAINTS:
                 break
         if complaints:
-            raise RecipeError(listing(list(complaints)))
+            raise RecipeError(listing(list(complaints.values())))
 
     def _complaints(
-        self, tensor: str, where: str, shared: Mapping[str, Any], models: Sequence[Mapping[str, Any]]
-    ) -> Iterable[str]:
+        self, tensor: str, shared: Mapping[str, Any], models: Sequence[Mapping[str, Any]]
+    ) -> Iterable[tuple[Place, str, str]]:
         said = check_settings(self.method, shared, [])
         alone = (
             [None] * len(models) if said else [check_settings(self.method, shared, [own]) for own in models]
         )
         if not any(alone):
             said = said or check_settings(self.method, shared, models)
-            place = self._cause(str(said), {}, tensor) or self.place
-            yield f"{place}: {where}: {said}" if where else f"{place}: {said}"
+            yield self._cause(str(said), {}, tensor) or self.place, "", str(said)
         for entry, reason in zip(self.models, alone, strict=True):
             if reason:
                 place = self._cause(reason, entry.parameters, tensor) or entry.place
-                who = f"for {entry.identity!r}"
-                yield f"{place}: {where}, {who}: {reason}" if where else f"{place}: {who}: {reason}"
+                yield place, f"for {entry.identity!r}", reason
 
     def _cause(self, sentence: str, own: Mapping[str, Setting], tensor: str) -> Place | None:
         """Where the first parameter that the sentence names was written."""

@@ -2,9 +2,10 @@
 n)).
 
 Ranking is by counting, not by sorting.  The bits of |delta| as an integer grow with |delta|; their upper part
-names a bucket (hundreds of buckets per power of two, so heavy tails cost nothing).  Deltas of 16-bit
-checkpoints have few distinct values, so almost every bucket holds one value only, and its rank follows from
-the counts.  The others are found by a checksum of their lower bits and sorted one by one.
+names a bucket (a fixed number for each power of two, so heavy tails cost nothing).  Deltas of 16-bit
+checkpoints have few significant bits, so nearly all keys are "plain": equal to each other in their bucket,
+their averaged rank follows from the counts.  The few "odd" ones, with lower bits set, are compared with the
+other odd ones of their bucket.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _GAMMA, _MIX1, _MIX2 = np.uint64(GAMMA), np.uint64(MIX1), np.uint64(MIX2)
 _MAGNITUDE = np.uint32(0x7FFFFFFF)
 _TICKS = np.int64((1 << 24) - 1)
 _TICK = np.float32(2.0**-24)
-_HEAP_FROM = 24  # a bucket of more values than this is heap-sorted: insertion would be quadratic
+_FEW = 24  # more odd keys than this in one bucket are sorted: comparing all with all would be quadratic
 
 
 @inlined
@@ -80,26 +81,14 @@ def _heap_sort(values: Any, begin: Any, end: Any) -> None:
 
 
 @inlined
-def _sort(values: Any, begin: Any, end: Any) -> None:
-    if end - begin > _HEAP_FROM:
-        _heap_sort(values, begin, end)
-        return
-    for i in range(begin + 1, end):
-        value = values[i]
-        j = i
-        while j > begin and values[j - 1] > value:
-            values[j] = values[j - 1]
-            j -= 1
-        values[j] = value
+def _count(keys: Any, shift: Any, bucket: Any, table: Any, odd: Any) -> Any:
+    """Assign each key its bucket and count: ``table`` becomes (odd keys << 32) + plain keys of each bucket,
+    and ``odd`` the list of odd ones; how many they are.
 
-
-@inlined
-def _count(keys: Any, shift: Any, bucket: Any, union: Any, table: Any) -> None:
-    """Assign each key its bucket and count them: ``table`` becomes (count << 32) + the sum of the keys' lower
-    bits, ``union`` the OR of its keys.  Bucket 0 is for zeros alone, bucket 1 for all that is far below the
-    largest.
+    Bucket 0 is for zeros.  A key is plain when its lower bits are zero: all plain keys of a bucket are equal,
+    and less than its odd ones.  In bucket 1, where all that is far below the largest goes, every key is odd.
     """
-    n, buckets = keys.shape[0], table.shape[0]
+    n, buckets = keys.shape[0], table.shape[0] - 1
     top = np.uint32(0)
     for i in range(n):
         top = max(top, keys[i])
@@ -108,69 +97,41 @@ def _count(keys: Any, shift: Any, bucket: Any, union: Any, table: Any) -> None:
         bucket[i] = max(np.int32(keys[i] >> shift) - floor, np.int32(1)) if keys[i] != 0 else np.int32(0)
     for b in range(buckets):
         table[b] = 0
-        union[b] = 0
-    lower, one = np.uint32((1 << shift) - 1), np.uint64(1 << 32)
+    lower, found = np.uint32((1 << shift) - 1), np.int32(0)
     for i in range(n):
-        b = np.uint32(bucket[i])
-        table[b] += one + np.uint64(keys[i] & lower)
-        union[b] |= keys[i]
-
-
-@inlined
-def _find_mixed(table: Any, union: Any, shift: Any, start: Any, mixed: Any, listed: Any) -> Any:
-    """Where each bucket starts, and a list of those with more than one distinct value; how many they are.
-    All values of a bucket are the same when the sum of their lower bits is their number times the OR of their
-    lower bits.
-    """
-    lower = np.uint32((1 << shift) - 1)
-    for b in range(table.shape[0]):
-        count = np.uint32(table[b] >> np.uint64(32))
-        start[b + 1] = np.int32(count)
-        mixed[b] = np.int32(np.uint32(table[b]) != np.uint32(count * (union[b] & lower)))
-    mixed[1] = np.int32(start[2] > 1)
-    total, found = np.int32(0), np.int32(0)
-    start[0] = 0
-    for b in range(table.shape[0]):
-        total += start[b + 1]
-        start[b + 1] = total
-        listed[np.uint32(found)] = b
-        found += mixed[b]
+        is_odd = ((keys[i] & lower) != 0) | (bucket[i] == 1)
+        table[np.uint32(bucket[i])] += np.uint64(1 << 32) if is_odd else np.uint64(1)
+        odd[np.uint32(found)] = i
+        found += np.int32(is_odd)
     return found
 
 
 @inlined
-def _collect(keys: Any, bucket: Any, twice: Any, cursor: Any, place: Any, packed: Any) -> None:
-    """Put the elements of mixed buckets (-1 in ``twice``) at their buckets' places in ``packed``, as (key,
-    index).
-    """
-    found = 0
-    for i in range(keys.shape[0]):
-        place[found] = i
-        found += np.int64(twice[i] < 0)
-    for k in range(found):
-        i = place[k]
-        b = np.uint32(bucket[i])
-        packed[cursor[b]] = (np.uint64(keys[i]) << np.uint64(32)) | np.uint64(i)
-        cursor[b] += np.int32(1)
+def _rank_odd(keys: Any, bucket: Any, table: Any, start: Any, odd: Any, packed: Any, twice: Any) -> None:
+    """Ranks of the odd keys into ``twice``; ``start`` says where the odd ones of each bucket begin."""
+    for k in range(odd.shape[0]):
+        b = np.uint32(bucket[odd[k]])
+        place = start[b] + np.int32(table[b] >> np.uint64(32)) - np.int32(1)
+        table[b] -= np.uint64(1 << 32)
+        packed[place] = (np.uint64(keys[odd[k]]) << np.uint64(32)) | np.uint64(odd[k])
+    for k in range(odd.shape[0]):
+        b = np.uint32(bucket[odd[k]])
+        begin, end = start[b], start[b + np.uint32(1)] - np.int32(np.uint32(table[b + np.uint32(1)]))
+        if end - begin <= _FEW:
+            less, not_more = begin, begin - np.int32(1)
+            for i in range(begin, end):
+                other = np.uint32(packed[i] >> np.uint64(32))
+                less += np.int32(other < keys[odd[k]])
+                not_more += np.int32(other <= keys[odd[k]])
+            twice[odd[k]] = less + not_more
+        elif packed[begin] & np.uint64(0xFFFFFFFF) == odd[k]:  # its last one: sort it once, for all
+            _rank_many(packed, begin, end, twice)
 
 
 @inlined
-def _rank_bucket(packed: Any, begin: Any, end: Any, twice: Any) -> None:
-    """Ranks inside one mixed bucket, whose elements stand in ``packed`` from ``begin`` to ``end``."""
-    low = high = packed[begin] >> np.uint64(32)
-    for i in range(begin + 1, end):
-        low, high = min(low, packed[i] >> np.uint64(32)), max(high, packed[i] >> np.uint64(32))
-    lows, highs = 0, 0
-    for i in range(begin, end):
-        lows += packed[i] >> np.uint64(32) == low
-        highs += packed[i] >> np.uint64(32) == high
-    if lows + highs == end - begin:  # two values, as in most: no need to sort
-        of_low, of_high = np.int32(2 * begin + lows - 1), np.int32(2 * (begin + lows) + highs - 1)
-        for i in range(begin, end):
-            index = packed[i] & np.uint64(0xFFFFFFFF)
-            twice[index] = of_low if packed[i] >> np.uint64(32) == low else of_high
-        return
-    _sort(packed, begin, end)
+def _rank_many(packed: Any, begin: Any, end: Any, twice: Any) -> None:
+    """Ranks of the odd keys of one bucket, which stand in ``packed`` from ``begin`` to ``end``."""
+    _heap_sort(packed, begin, end)
     first = begin
     while first < end:
         key = packed[first] >> np.uint64(32)
@@ -184,24 +145,21 @@ def _rank_bucket(packed: Any, begin: Any, end: Any, twice: Any) -> None:
 
 @inlined
 def _rank(
-    keys: Any, shift: Any, bucket: Any, union: Any, table: Any, start: Any, ranks: Any, listed: Any,
-    packed: Any, twice: Any,
-) -> None:  # fmt: skip
+    keys: Any, shift: Any, bucket: Any, table: Any, start: Any, ranks: Any, odd: Any, packed: Any, twice: Any
+) -> None:
     """reference.average_ranks of the integers ``keys`` into ``twice``; the other arrays are scratch."""
-    _count(keys, shift, bucket, union, table)
-    found = _find_mixed(table, union, shift, start, ranks, listed)
-    for b in range(table.shape[0]):
-        ranks[b] = start[b] + start[b + 1] - np.int32(1)
-    cursor = union.view(np.int32)  # the union has served
-    for k in range(found):
-        ranks[listed[k]] = -1
-        cursor[listed[k]] = start[listed[k]]
+    found = _count(keys, shift, bucket, table, odd)
+    total = np.int32(0)
+    for b in range(table.shape[0] - 1):
+        plain, more = np.int32(np.uint32(table[b])), np.int32(table[b] >> np.uint64(32))
+        ranks[b] = total + total + plain - np.int32(1)
+        start[b] = total + plain
+        total += plain + more
+    start[table.shape[0] - 1] = total
     for i in range(keys.shape[0]):
         twice[i] = ranks[np.uint32(bucket[i])]
     if found > 0:
-        _collect(keys, bucket, twice, cursor, packed[keys.shape[0] :], packed)
-    for k in range(found):
-        _rank_bucket(packed, start[listed[k]], start[listed[k] + 1], twice)
+        _rank_odd(keys, bucket, table, start, odd[:found], packed, twice)
 
 
 @inlined
@@ -223,13 +181,9 @@ def drop_ranked(
     bits = delta.view(np.uint32)
     keys, bucket, twice = np.empty(n, np.uint32), np.empty(n, np.int32), np.empty(n, np.int32)
     buckets = 1 << bucket_bits
-    union, table, ranks = (
-        np.empty(buckets, np.uint32),
-        np.empty(buckets, np.uint64),
-        np.empty(buckets, np.int32),
-    )
-    start, listed = np.empty(buckets + 1, np.int32), np.empty(buckets + 1, np.int64)
-    packed, u = np.empty(2 * n + 1, np.uint64), np.empty(n, np.float32)
+    table, start = np.zeros(buckets + 1, np.uint64), np.empty(buckets + 1, np.int32)
+    ranks, odd = np.empty(buckets, np.int32), np.empty(n + 1, np.int32)
+    packed, u = np.empty(n, np.uint64), np.empty(n, np.float32)
     bucket_shift = np.uint32(31 - bucket_bits if random_order else 26 - bucket_bits)
     for r in range(rows):
         first = start_element + r * n
@@ -239,7 +193,7 @@ def drop_ranked(
         else:
             for i in range(n):
                 keys[i] = bits[r, i] & _MAGNITUDE
-        _rank(keys, bucket_shift, bucket, union, table, start, ranks, listed, packed, twice)
+        _rank(keys, bucket_shift, bucket, table, start, ranks, odd, packed, twice)
         q = q_out[r % q_out.shape[0]]
         _probability(twice, low, step, q)
         _draw(key, first, shift, u)
@@ -247,10 +201,9 @@ def drop_ranked(
 
 
 def bucket_bits(n: int) -> int:
-    """How many buckets (as a power of two) rank a row of n: about one per element (measured best), so that
-    the sums of lower bits stay below 2^32.
-    """
-    return max(math.ceil(math.log2(max(n, 2))), 8)
+    """How many buckets (as a power of two) rank a row of n: fewer than elements, as was measured best."""
+    size = math.log2(max(n, 2))
+    return max(round(size / 2) + 4, math.ceil(size) - 3)
 
 
 # ---- other keep probabilities ------------------------------------------------------------------------------
