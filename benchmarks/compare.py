@@ -52,12 +52,17 @@ HELP_RUNS = 5
 
 
 def recipe(method: str, data: Path) -> dict[str, Any]:
-    """The recipe of a method, which both tools read: three experts, bf16 in and out."""
+    """The recipe of a method, which both tools read: a base and three experts, bf16 in and out.
+
+    linear takes the base as a fourth model: the comparison of methods is on the same inputs.
+    """
     models = [
         {"model": str(data / name), "parameters": {"weight": weight, **PARAMETERS[method]}}
         for name, weight in zip(EXPERTS, WEIGHTS, strict=True)
     ]
-    base = {} if method == "linear" else {"base_model": str(data / BASE)}
+    base: dict[str, Any] = {"base_model": str(data / BASE)}
+    if method == "linear":
+        models.append({"model": base.pop("base_model"), "parameters": {"weight": 1.0}})
     return {"models": models, "merge_method": method, **base, "dtype": "bfloat16"}
 
 
