@@ -245,7 +245,7 @@ class _Speaker:
             yield _paced(5.0, lambda p: _tell(
                 f"{100 * p.done / max(p.total, 1):3.0f} %  {_size_text(p.done)} of {_size_text(p.total)}  "
                 f"{p.tensors} of {p.of_tensors} tensors"
-            ))  # fmt: skip
+            ), at_once=False)  # fmt: skip
 
     def done(self, result: Result, read: int, written: int) -> None:
         if self.as_json:
@@ -261,9 +261,11 @@ class _Speaker:
             _tell(f"{result.out}: {_size_text(written)} in {result.seconds:.1f} s")
 
 
-def _paced(seconds: float, tell: Callable[[Progress], None]) -> Callable[[Progress], None]:
-    """``tell`` at most every so many seconds, and at the end."""
-    last = time.monotonic()
+def _paced(
+    seconds: float, tell: Callable[[Progress], None], *, at_once: bool = True
+) -> Callable[[Progress], None]:
+    """``tell`` at most every so many seconds, at the beginning (``at_once``) and at the end."""
+    last = time.monotonic() - (seconds if at_once else 0)
 
     def update(progress: Progress) -> None:
         nonlocal last

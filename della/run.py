@@ -28,7 +28,6 @@ from della.merging import cast, compat, reference
 from della.merging.tensor import Band, TensorMerge, Tile, Workspace, cut, find_bands
 from della.planning import TILE, Job, Plan
 
-METADATA = {"format": "pt"}  # some versions of transformers refuse a file without it
 _COPY_BYTES = 1 << 22
 
 
@@ -74,7 +73,7 @@ def run(
     tensors = [(job.name, job.dtype, job.shape) for job in plan.jobs]
     stem = next((s for s in STEMS if plan.base.files[0].name.startswith(s)), STEMS[0])
     with StagedOutput(
-        out, tensors, shard_bytes, overwrite, single, fsync, METADATA, inputs=inputs, stem=stem
+        out, tensors, shard_bytes, overwrite, single, fsync, inputs=inputs, stem=stem
     ) as staged:
         cast.widen_bf16(np.zeros(0, np.uint16), np.zeros(0, np.uint32))  # Numba's own start takes 0.1 s
         staged_at = time.monotonic()

@@ -92,6 +92,8 @@ def test_json_lines(place: Path) -> None:
     notes = [event["message"] for event in events if event["event"] == "note"]
     assert [note for note in notes if note != COMPILING] == list(NOTES)
     *_, progress, end = events
+    first = next(event for event in events if event["event"] == "progress")
+    assert 0 < first["bytes"] < first["total"] == 188988
     assert progress.pop("tensor")
     assert progress == {"event": "progress", "bytes": 188988, "total": 188988, "tensors": 40, "of": 40}
     assert 0 <= end.pop("merging_seconds") <= end.pop("seconds")

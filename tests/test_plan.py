@@ -377,6 +377,8 @@ def test_planning_reads_no_weights_however_large(tmp_path: Path, monkeypatch: py
         assert plan.seconds(1) > plan.seconds(4) > 0
         assert plan_json(plan, 1)["tensors"][0]["shape"] == [rows, 5000]
         assert "bfloat16" in plan_text(plan, 1)
+    for path in tmp_path.glob("*.safetensors"):  # some tools would copy the holes
+        path.unlink()
 
 
 def test_a_plan_is_a_pure_function_of_recipe_and_headers(folder: Path) -> None:

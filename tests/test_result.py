@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import platform
 from importlib import metadata
 from pathlib import Path
@@ -143,8 +144,9 @@ def test_side_files_are_the_bases_and_never_code(folder: Path, tmp_path: Path) -
 
 
 def umask() -> int:
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("Umask"))
-    return int(line.split()[1], 8)
+    before = os.umask(0)
+    os.umask(before)
+    return before
 
 
 @pytest.mark.parametrize(
@@ -296,6 +298,9 @@ HOSTILE_RECIPE = """\
 # ---
 # ```` ~~~~ </code></pre><script>alert(2)</script>
 # front: matter
+name: 'text
+  ````
+  </code></pre><script>alert(3)</script>'
 merge_method: task_arithmetic
 base_model: "{0}/base"
 models:

@@ -260,11 +260,12 @@ def test_compat_follows_mergekits_rules(models: Trio, tmp_path: Path, method: st
 
 
 def test_a_linear_merge_in_compat_rounds_its_inputs_to_the_merge_dtype(tmp_path: Path) -> None:
-    value = np.array([1 + 2.0**-9], np.float32)
-    save(tmp_path, {name: {"w": value} for name in EXPERTS})
+    values = np.array([[1 + 2.0**-8 + 2.0**-12], [1 + 2.0**-8 + 2.0**-12], [1]], np.float32)
+    save(tmp_path, {name: {"w": value} for name, value in zip(EXPERTS, values, strict=True)})
     made = recipe(tmp_path, "linear", [{}] * 3, {}, dtype="bfloat16", out_dtype="float32")
-    assert np.frombuffer(merged(made, tmp_path / "ours")["w"][2], np.float32) == value
-    assert np.frombuffer(merged(made, tmp_path / "theirs", compat=True)["w"][2], np.float32) == 1
+    ours, theirs = merged(made, tmp_path / "ours"), merged(made, tmp_path / "theirs", compat=True)
+    assert np.frombuffer(ours["w"][2], np.float32) == (values[0] + values[1] + values[2]) / np.float32(3)
+    assert np.frombuffer(theirs["w"][2], np.float32) == 1 + 2.0**-7
 
 
 def test_linear_needs_no_base_and_one_model_is_enough(tmp_path: Path) -> None:

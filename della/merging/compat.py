@@ -15,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 
 from della.dtypes import widen
-from della.merging import reference
 from della.merging.methods import Choice, Expert
 from della.random import stream_key, uniforms
 
@@ -31,8 +30,7 @@ def merge(
     assert choice.compat is not None
     dtype = choice.compat.numpy
     if choice.drop == "average":
-        rounded = [widen(m.astype(dtype)) for m in models]
-        return reference.average(rounded, experts, choice.fuse != "sum").astype(dtype)
+        return _average([widen(m.astype(dtype)) for m in models], experts, choice.fuse != "sum").astype(dtype)
     base = base.astype(dtype)
     weights = np.array([e.weight for e in experts]).astype(dtype)
     weights = weights.reshape(-1, *(1 for _ in base.shape))
@@ -53,6 +51,16 @@ def merge(
     if choice.lambda_ != 1:
         mixed = _times(mixed, choice.lambda_)
     return np.asarray(base + mixed)
+
+
+def _average(models: Sequence[Array], experts: Sequence[Expert], normalize: bool) -> Array:
+    """reference.average as torch computes it: each product is added before it is rounded (fma)."""
+    real = models[0].dtype.type
+    weights = [real(e.weight) for e in experts]
+    total = np.zeros_like(models[0])
+    for w, values in zip(weights, models, strict=True):
+        total = (total.astype(np.float64) + np.float64(w) * values.astype(np.float64)).astype(real)
+    return np.asarray(total / sum(weights, real(0)) if normalize else total)
 
 
 def _times(values: Array, factor: float) -> Array:
