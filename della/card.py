@@ -18,6 +18,7 @@ from della.version import __version__
 
 _MOST_CONFIG = 10_000_000
 _DTYPES = ("dtype", "torch_dtype")
+_PLAIN_NAME = re.compile(r"\w[\w.-]*", re.ASCII)
 
 
 def config_json(config: Mapping[str, Any], jobs: Sequence[Job]) -> bytes:
@@ -62,9 +63,9 @@ def model_card(plan: Plan, title: str) -> bytes:
     recipe stands in a fence longer than any in it.
     """
     recipe, made_with = plan.recipe, {"della": __version__, **versions()}
-    on_hub = list(dict.fromkeys(name for s in (plan.base, *plan.models) if (name := _hub_name(s))))
+    names = list(dict.fromkeys(name for s in (plan.base, *plan.models) if (name := _model_name(s))))
     library = "diffusers" if "_class_name" in plan.base.config else "transformers"
-    front: dict[str, Any] = {"base_model": on_hub} if on_hub else {}
+    front: dict[str, Any] = {"base_model": names} if names else {}
     front |= {"base_model_relation": "merge", "library_name": library}
     front |= {"tags": ["merge", "della", recipe.merge_method]}
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", recipe.text)), default=0))
@@ -95,10 +96,15 @@ def model_card(plan: Plan, title: str) -> bytes:
     return "\n".join(lines).encode()
 
 
-def _hub_name(source: Source) -> str | None:
-    """owner/name of a model of the Hub; folders of this machine mean nothing to others."""
+def _model_name(source: Source) -> str | None:
+    """owner/name of a model of the Hub; of a folder or file its last part, without the path to it, and None
+    where that cannot be a model's name (the Hub would refuse the card).
+    """
     match = HUB_ID.fullmatch(source.reference)
-    return match["repo"] if match and source.revision else None
+    if match and source.revision:
+        return match["repo"]
+    last = source.place.stem if source.place.is_file() else source.place.name
+    return last if _PLAIN_NAME.fullmatch(last) else None
 
 
 def _models(plan: Plan) -> Iterable[str]:

@@ -251,8 +251,11 @@ def test_the_card(folder: Path, tmp_path: Path) -> None:
     path.write_text(json.dumps(recipe(folder, "della", OWN, {}), indent=1))
     merge(str(path), tmp_path / "out", seed=None)  # type: ignore[arg-type]
     assert front_matter(tmp_path / "out") == {
-        "base_model_relation": "merge", "library_name": "transformers", "tags": ["merge", "della", "della"],
-    }  # fmt: skip
+        "base_model": ["base", *EXPERTS],
+        "base_model_relation": "merge",
+        "library_name": "transformers",
+        "tags": ["merge", "della", "della"],
+    }
     text = (tmp_path / "out/README.md").read_text()
     assert f"```yaml\n{path.read_text()}\n```\n" in text
     with della.plan(path) as plan:
@@ -265,7 +268,9 @@ def test_the_card(folder: Path, tmp_path: Path) -> None:
 
 
 def test_models_of_the_hub_stand_in_the_front_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Folders do not, even where their reference has the form owner/name: to others it means nothing."""
+    """Folders do by their last part, even where their reference has the form owner/name: paths mean nothing
+    to others.
+    """
     tensors = plain_trio()
     monkeypatch.chdir(tmp_path)
     save(tmp_path / "some", {name: tensors[name] for name in ("code",)})
@@ -284,7 +289,7 @@ def test_models_of_the_hub_stand_in_the_front_matter(tmp_path: Path, monkeypatch
     }
     told = merge(made, tmp_path / "out")
     assert front_matter(tmp_path / "out") == {
-        "base_model": ["owner/base", "owner/math"],
+        "base_model": ["owner/base", "owner/math", "code"],
         "base_model_relation": "merge",
         "library_name": "transformers",
         "tags": ["merge", "della", "della"],
@@ -316,6 +321,7 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
     out = tmp_path / f"{HOSTILE} out"
     merge(str(path), out)  # type: ignore[arg-type]
     assert front_matter(out) == {
+        "base_model": ["base"],
         "base_model_relation": "merge",
         "library_name": "transformers",
         "tags": ["merge", "della", "task_arithmetic"],
