@@ -28,6 +28,7 @@ from benchmarks import BASE, EXPERTS, data_folder, missing
 from benchmarks.measure import Failed, Installation, Run, installation, read_all, run
 from benchmarks.report import (
     FSYNC,
+    IN_TURN,
     OURS,
     TARGETS,
     THEIRS,
@@ -127,6 +128,12 @@ class Bench:
             self.keep(method, OURS, self.ours(method))
         for _ in range(rounds):
             self.keep(method, FSYNC, self.ours(method, fsync=True))
+
+    def in_turn(self, rounds: int) -> None:
+        """Our della and our linear, alternately: the machine's speed drifts between the methods."""
+        for _ in range(rounds):
+            for method in ("della", "linear"):
+                self.keep(method, IN_TURN, self.ours(method))
 
     def scale(self, method: str, rounds: int) -> None:
         """Ours on one thread and on two, alternately."""
@@ -269,6 +276,8 @@ def main() -> None:
             bench.alternate(method, options.rounds)
         if "della" in options.methods:
             bench.scale("della", options.rounds)
+        if {"della", "linear"} <= set(options.methods):
+            bench.in_turn(options.rounds)
     print(f"\n{table(figures(measured))}")
     if options.report:
         options.report.write_text(document(measured, told))

@@ -107,8 +107,16 @@ def _count(keys: Any, shift: Any, bucket: Any, table: Any, odd: Any) -> Any:
 
 
 @inlined
-def _rank_odd(keys: Any, bucket: Any, table: Any, start: Any, odd: Any, packed: Any, twice: Any) -> None:
-    """Ranks of the odd keys into ``twice``; ``start`` says where the odd ones of each bucket begin."""
+def _chance(low: Any, step: Any, twice: Any) -> Any:
+    """The keep probability of twice a rank."""
+    return np.float32(min(max(low + step * np.float64(twice), 0.0), 1.0))
+
+
+@inlined
+def _rank_odd(
+    keys: Any, bucket: Any, table: Any, start: Any, odd: Any, packed: Any, low: Any, step: Any, q: Any
+) -> None:
+    """Probabilities of the odd keys into ``q``; ``start`` says where the odd ones of each bucket begin."""
     for k in range(odd.shape[0]):
         b = np.uint32(bucket[odd[k]])
         place = start[b] + np.int32(table[b] >> np.uint64(32)) - np.int32(1)
@@ -123,14 +131,14 @@ def _rank_odd(keys: Any, bucket: Any, table: Any, start: Any, odd: Any, packed: 
                 other = np.uint32(packed[i] >> np.uint64(32))
                 less += np.int32(other < keys[odd[k]])
                 not_more += np.int32(other <= keys[odd[k]])
-            twice[odd[k]] = less + not_more
+            q[odd[k]] = _chance(low, step, less + not_more)
         elif packed[begin] & np.uint64(0xFFFFFFFF) == odd[k]:  # its last one: sort it once, for all
-            _rank_many(packed, begin, end, twice)
+            _rank_many(packed, begin, end, low, step, q)
 
 
 @inlined
-def _rank_many(packed: Any, begin: Any, end: Any, twice: Any) -> None:
-    """Ranks of the odd keys of one bucket, which stand in ``packed`` from ``begin`` to ``end``."""
+def _rank_many(packed: Any, begin: Any, end: Any, low: Any, step: Any, q: Any) -> None:
+    """Probabilities of the odd keys of one bucket, which stand in ``packed`` from ``begin`` to ``end``."""
     _heap_sort(packed, begin, end)
     first = begin
     while first < end:
@@ -139,15 +147,16 @@ def _rank_many(packed: Any, begin: Any, end: Any, twice: Any) -> None:
         while behind < end and packed[behind] >> np.uint64(32) == key:
             behind += 1
         for i in range(first, behind):
-            twice[packed[i] & np.uint64(0xFFFFFFFF)] = np.int32(first + behind - 1)
+            q[packed[i] & np.uint64(0xFFFFFFFF)] = _chance(low, step, first + behind - 1)
         first = behind
 
 
 @inlined
 def _rank(
-    keys: Any, shift: Any, bucket: Any, table: Any, start: Any, ranks: Any, odd: Any, packed: Any, twice: Any
-) -> None:
-    """reference.average_ranks of the integers ``keys`` into ``twice``; the other arrays are scratch."""
+    keys: Any, shift: Any, bucket: Any, table: Any, start: Any, ranks: Any, chances: Any, odd: Any,
+    packed: Any, low: Any, step: Any, q: Any,
+) -> None:  # fmt: skip
+    """low + step * reference.average_ranks of the integers ``keys`` into ``q``; other arrays are scratch."""
     found = _count(keys, shift, bucket, table, odd)
     total = np.int32(0)
     for b in range(table.shape[0] - 1):
@@ -156,16 +165,12 @@ def _rank(
         start[b] = total + plain
         total += plain + more
     start[table.shape[0] - 1] = total
+    for b in range(ranks.shape[0]):
+        chances[b] = _chance(low, step, ranks[b])
     for i in range(keys.shape[0]):
-        twice[i] = ranks[np.uint32(bucket[i])]
+        q[i] = chances[np.uint32(bucket[i])]
     if found > 0:
-        _rank_odd(keys, bucket, table, start, odd[:found], packed, twice)
-
-
-@inlined
-def _probability(twice: Any, low: Any, step: Any, q: Any) -> None:
-    for i in range(q.shape[0]):
-        q[i] = np.float32(min(max(low + step * np.float64(twice[i]), 0.0), 1.0))
+        _rank_odd(keys, bucket, table, start, odd[:found], packed, low, step, q)
 
 
 @kernel
@@ -179,10 +184,11 @@ def drop_ranked(
     """
     rows, n = delta.shape
     bits = delta.view(np.uint32)
-    keys, bucket, twice = np.empty(n, np.uint32), np.empty(n, np.int32), np.empty(n, np.int32)
+    keys, bucket = np.empty(n, np.uint32), np.empty(n, np.int32)
     buckets = 1 << bucket_bits
     table, start = np.zeros(buckets + 1, np.uint64), np.empty(buckets + 1, np.int32)
-    ranks, odd = np.empty(buckets, np.int32), np.empty(n + 1, np.int32)
+    ranks, chances = np.empty(buckets, np.int32), np.empty(buckets, np.float32)
+    odd = np.empty(n + 1, np.int32)
     packed, u = np.empty(n, np.uint64), np.empty(n, np.float32)
     bucket_shift = np.uint32(31 - bucket_bits if random_order else 26 - bucket_bits)
     for r in range(rows):
@@ -193,9 +199,8 @@ def drop_ranked(
         else:
             for i in range(n):
                 keys[i] = bits[r, i] & _MAGNITUDE
-        _rank(keys, bucket_shift, bucket, table, start, ranks, odd, packed, twice)
         q = q_out[r % q_out.shape[0]]
-        _probability(twice, low, step, q)
+        _rank(keys, bucket_shift, bucket, table, start, ranks, chances, odd, packed, low, step, q)
         _draw(key, first, shift, u)
         _sample(delta[r], q, u, per_element)
 

@@ -12,6 +12,7 @@ import numpy as np
 from della.merging.kernel import inlined, kernel
 
 _MAGNITUDE = np.uint32(0x7FFFFFFF)
+_BLOCK = 256
 
 
 @kernel
@@ -32,12 +33,8 @@ def count_lower(bits: Any, upper: Any, counts: Any) -> None:
             counts[key & np.uint32(0x7FFF)] += 1
 
 
-@kernel
-def drop_band(bits: Any, high: Any, skip: Any, low: Any, take: Any, seen: Any) -> None:
-    """Zero the bits of all deltas but those from the magnitude ``high`` (without its first ``skip``
-    occurrences) down to ``low`` (only its first ``take`` occurrences); everything flat.  ``seen`` counts the
-    occurrences of both from tile to tile.
-    """
+@inlined
+def _band_exactly(bits: Any, high: Any, skip: Any, low: Any, take: Any, seen: Any) -> None:
     for i in range(bits.shape[0]):
         key = bits[i] & _MAGNITUDE
         keep = low < key < high
@@ -46,6 +43,32 @@ def drop_band(bits: Any, high: Any, skip: Any, low: Any, take: Any, seen: Any) -
             seen[0] += key == high
             seen[1] += key == low
         bits[i] = bits[i] if keep else np.uint32(0)
+
+
+@kernel
+def drop_band(bits: Any, high: Any, skip: Any, low: Any, take: Any, seen: Any) -> None:
+    """Zero the bits of all deltas but those from the magnitude ``high`` (without its first ``skip``
+    occurrences) down to ``low`` (only its first ``take`` occurrences); everything flat.  ``seen`` counts the
+    occurrences of both from tile to tile.
+
+    Blocks in which no count runs out are kept by one comparison, which the compiler vectorises.
+    """
+    ceiling = high if skip > 0 else high + np.uint32(1)
+    for begin in range(0, bits.shape[0], _BLOCK):
+        block = bits[begin : begin + _BLOCK]
+        above, equal = np.int32(0), np.int32(0)
+        for i in range(block.shape[0]):
+            key = block[i] & _MAGNITUDE
+            above += np.int32(key >= ceiling)
+            equal += np.int32(key == low)
+        fits = seen[1] + equal <= take
+        if above == 0 and (fits or seen[1] >= take) and low < _MAGNITUDE:
+            floor = low if fits else low + np.uint32(1)
+            for i in range(block.shape[0]):
+                block[i] = block[i] if block[i] & _MAGNITUDE >= floor else np.uint32(0)
+            seen[1] += equal
+        else:
+            _band_exactly(block, high, skip, low, take, seen)
 
 
 @inlined
