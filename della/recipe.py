@@ -15,6 +15,7 @@ from typing import Any
 from della.dtypes import RECIPE_NAMES, DType
 from della.errors import RecipeError
 from della.merging.methods import ALL_PARAMETERS, LATER_METHODS, METHODS, Method, Parameter
+from della.random import DEFAULT_SEED
 from della.recipe_overrides import apply_overrides
 from della.recipe_settings import Setting, read_setting, read_value, suggest
 from della.recipe_tree import Items, Leaf, Node, Place, Problems, Table, clip, from_objects, show
@@ -22,8 +23,6 @@ from della.recipe_types import ModelEntry, Recipe
 from della.recipe_yaml import dump, load_text, parse
 
 __all__ = ["DEFAULT_SEED", "ModelEntry", "Recipe", "read_recipe"]
-
-DEFAULT_SEED = 42
 
 _TOP_KEYS = (
     *(

@@ -117,7 +117,6 @@ class TensorMerge:
             self._rescale = self._l1_factors(tiles())
         if choice.lambda_scaling == "tensor":
             self._factors = self._tensor_factors(tiles())[:, 0]
-        self._seen[:] = 0
 
     def _l1_factors(self, tiles: Iterable[Tile]) -> list[np.float32]:
         before: list[list[Array]] = [[] for _ in self.experts]
