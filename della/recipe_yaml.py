@@ -93,7 +93,14 @@ def parse(text: str, name: str, problems: Problems, *, place: Place | None = Non
         at = place or _place_at(text, bad.start(), name)
         raise RecipeError(f"{at}: the character U+{ord(bad[0]):04X} is not allowed in a recipe; remove it")
     try:
-        return _Composer(text, name, problems, place).document()
+        try:
+            return _Composer(text, name, problems, place, _LOADER).document()
+        except yaml.MarkedYAMLError as error:
+            if "nesting depth" not in str(error.problem):
+                raise
+        # libyaml scans ahead and stops far behind the level at which a recipe is refused; PyYAML's own
+        # parser is lazy, and gets there.
+        return _Composer(text, name, problems, place, yaml.SafeLoader).document()
     except yaml.MarkedYAMLError as error:
         at, said = _explain(error, text, name)
     except yaml.YAMLError as error:
@@ -104,8 +111,8 @@ def parse(text: str, name: str, problems: Problems, *, place: Place | None = Non
 class _Composer:
     """Parser events to nodes, with the bounds that PyYAML's own composer lacks."""
 
-    def __init__(self, text: str, name: str, problems: Problems, place: Place | None) -> None:
-        self.events: Iterator[Any] = iter(yaml.parse(text, Loader=_LOADER))
+    def __init__(self, text: str, name: str, problems: Problems, place: Place | None, loader: Any) -> None:
+        self.events: Iterator[Any] = iter(yaml.parse(text, Loader=loader))
         self.name, self.problems, self.fixed = name, problems, place
         self.values = self.expanded = 0
         self.anchors: dict[str, tuple[Node, int] | None] = {}
