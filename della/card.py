@@ -13,7 +13,9 @@ from typing import Any
 from della.checkpoint.manifest import versions
 from della.checkpoint.source import HUB_ID, Source
 from della.checkpoint.strict import json_object
-from della.planning import CODE, Job, Plan
+from della.errors import OutputError
+from della.fitting import CODE
+from della.jobs import Job, Plan
 from della.version import __version__
 
 _MOST_CONFIG = 10_000_000
@@ -21,35 +23,43 @@ _DTYPES = ("dtype", "torch_dtype")
 _PLAIN_NAME = re.compile(r"\w[\w.-]*", re.ASCII)
 
 
-def config_json(config: Mapping[str, Any], jobs: Sequence[Job]) -> bytes:
-    """The base's config.json with the dtype that most of the merged weights have, and without remote code."""
+def config_json(config: Mapping[str, Any], jobs: Sequence[Job], auto_map: bool = False) -> bytes:
+    """The base's config.json with the dtype that most of the merged weights have, and without the names of
+    remote code unless ``auto_map``.
+    """
     sizes: Counter[str] = Counter()
     for job in jobs:
         if job.dtype.is_float:
             sizes[job.dtype.torch_name] += job.nbytes
     dtype = sizes.most_common(1)[0][0] if sizes else None
-    written = _rewritten(config, dtype)
+    written = _rewritten(config, dtype, auto_map)
     if dtype is not None and not any(key in written for key in _DTYPES):
         written["torch_dtype"] = dtype
     return _json(written)
 
 
-def _rewritten(config: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:
+def _rewritten(config: Mapping[str, Any], dtype: str | None, auto_map: bool) -> dict[str, Any]:
     """The parts of a model (text_config, vision_config) state their dtype too."""
-    written = {key: value for key, value in config.items() if key not in CODE}
+    written = {key: value for key, value in config.items() if auto_map or key not in CODE}
     for key, value in written.items():
         if key in _DTYPES and dtype is not None:
             written[key] = dtype
         elif isinstance(value, dict) and key.endswith("_config"):
-            written[key] = _rewritten(value, dtype)
+            written[key] = _rewritten(value, dtype, auto_map)
     return written
 
 
-def without_code(path: Path) -> bytes | Path:
-    """A side file as it is, or, where it points to code outside the library, its content without that."""
-    if path.suffix != ".json" or path.stat().st_size > _MOST_CONFIG or b'"auto_map"' not in path.read_bytes():
-        return path
-    return _json(_rewritten(json_object(path.read_bytes(), str(path)), None))
+def side_file(path: Path, auto_map: bool = False) -> bytes:
+    """A side file as it is, or, where it points to code outside the library, its content without that
+    (unless ``auto_map``).  Raises OutputError where it cannot be read.
+    """
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be copied to the result ({error.strerror})") from error
+    if auto_map or path.suffix != ".json" or len(raw) > _MOST_CONFIG or b'"auto_map"' not in raw:
+        return raw
+    return _json(_rewritten(json_object(raw, str(path)), None, auto_map))
 
 
 def _json(value: Mapping[str, Any]) -> bytes:

@@ -23,7 +23,9 @@ from markdown_it import MarkdownIt
 
 import della
 from della.checkpoint import source
+from della.checkpoint.manifest import is_sealed
 from della.checkpoint.source import open_source
+from della.dtypes import DTYPES
 
 OWN: list[dict[str, Any]] = [{"density": 0.5}] * 3
 SIDE = {
@@ -210,7 +212,9 @@ def test_linear_takes_side_files_from_its_base_model_if_that_is_merged_too(
 def test_the_manifest(folder: Path, tmp_path: Path) -> None:
     path = put(tmp_path, {"r.yml": recipe(folder, "della", OWN, {}, dtype="float32")}) / "r.yml"
     told = merge(str(path), tmp_path / "out", seed=7)  # type: ignore[arg-type]
-    assert told == json.loads((tmp_path / "out/della.json").read_text())
+    stored = json.loads((tmp_path / "out/della.json").read_text())
+    assert is_sealed((tmp_path / "out/della.json").read_bytes())
+    assert told == {key: value for key, value in stored.items() if key != "seal"}
     with della.plan(path, seed=7) as plan:
         assert told["departures_from_mergekit"] == list(plan.departures)
     identities = {}
@@ -219,7 +223,14 @@ def test_the_manifest(folder: Path, tmp_path: Path) -> None:
         head = raw[: 8 + int.from_bytes(raw[:8], "little")]
         fingerprint = xxhash.xxh3_128(len(raw).to_bytes(8, "little") + head).hexdigest()
         file = {"name": "model.safetensors", "size": len(raw), "fingerprint": fingerprint}
-        identities[name] = {"reference": str(folder / name), "revision": None, "files": [file]}
+        tensors = {
+            key: xxhash.xxh3_128_hexdigest(raw)
+            for key, (dtype, _, raw) in load(folder / name).items()
+            if name == "base" or DTYPES[dtype].is_float  # what is copied is read from the base alone
+        }
+        identities[name] = {
+            "reference": str(folder / name), "revision": None, "files": [file], "tensors": tensors,
+        }  # fmt: skip
     assert told["inputs"] == {
         "base": identities["base"],
         "models": [{**identities[name], "identity": name} for name in EXPERTS],
@@ -345,11 +356,21 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
 def test_a_single_file_has_nothing_beside_it(folder: Path, tmp_path: Path) -> None:
     put(folder / "base", SIDE)
     (tmp_path / "place").mkdir()
-    merge(recipe(folder, "della", OWN, {}), tmp_path / "place/out.safetensors")
+    manifest = merge(recipe(folder, "della", OWN, {}), tmp_path / "place/out.safetensors")
     assert [path.name for path in (tmp_path / "place").iterdir()] == ["out.safetensors"]
     assert load(tmp_path / "place/out.safetensors") == as_stored(expected(plain_trio(), "della", OWN, {}))
     with safetensors.safe_open(tmp_path / "place/out.safetensors", "np") as file:
-        assert file.metadata() == {"format": "pt"}
+        metadata = file.metadata()
+    raw = (tmp_path / "place/out.safetensors").read_bytes()
+    assert is_sealed(raw[: 8 + int.from_bytes(raw[:8], "little")])
+    assert metadata.keys() == {"format", "della"}
+    told = json.loads(metadata["della"])
+    assert {key: value for key, value in told.items() if key != "seal"} == manifest
+    assert told["files"] == {}
+    assert told["tensors"] == {
+        name: xxhash.xxh3_128_hexdigest(raw)
+        for name, (_, _, raw) in load(tmp_path / "place/out.safetensors").items()
+    }
 
 
 def test_a_base_in_one_file_lends_the_config_beside_it(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from della.checkpoint.strict import json_object
 from della.dtypes import DTYPES, DType
-from della.errors import CheckpointError, listing, nearest
+from della.errors import CheckpointError, nearest
 
 LENGTH_BYTES = 8
 MOST_HEADER_BYTES = 100_000_000
@@ -243,5 +243,5 @@ def build_header(
             f"a header of {length:,} bytes; {MOST_HEADER_BYTES:,} is the most: use smaller shards"
         )
     if problems:
-        raise CheckpointError(listing(problems))
+        raise CheckpointError(*problems)
     return length.to_bytes(LENGTH_BYTES, "little") + text.ljust(length), spans

@@ -17,7 +17,7 @@ import xxhash
 from della.checkpoint.header import Header, parse_header, read_header
 from della.checkpoint.strict import json_object
 from della.dtypes import DType
-from della.errors import CheckpointError, listing
+from della.errors import CheckpointError
 
 MOST_CONFIG_BYTES = 10_000_000
 MOST_INDEX_BYTES = 100_000_000
@@ -214,7 +214,7 @@ def _read_index(folder: Path, name: str) -> dict[str, str]:
         if not _stays_inside(file)
     ]
     if bad:
-        raise CheckpointError(listing(bad))
+        raise CheckpointError(*bad)
     return weight_map
 
 
@@ -269,7 +269,7 @@ def _assemble(
     homes = _homes(folder, headers, problems) if index is None else _against(folder, headers, index, problems)
     _refuse_quantised(folder, homes, problems)
     if problems:
-        raise CheckpointError(listing(problems))
+        raise CheckpointError(*problems)
     tensors = {
         info.name: Tensor(
             info.name, info.dtype, info.shape, folder / name, header.data_start + info.begin, info.nbytes
