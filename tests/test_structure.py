@@ -20,7 +20,7 @@ ORDER = (
     *("errors", "dtypes", "random", "version"),
     *(
         f"checkpoint.{name}"
-        for name in ("strict", "header", "layout", "source", "disk", "writer", "manifest")
+        for name in ("strict", "header", "pickles", "layout", "source", "disk", "writer", "manifest")
     ),
     *(f"merging.{name}" for name in ("methods", "reference", "compat", "kernel", "cast", "drop", "largest")),
     *("merging.fuse", "merging.tensor"),
@@ -36,7 +36,7 @@ FENCES = {
     "typer": ["cli"],
     "rich": ["cli"],
     "tokenizers": ["demo.score"],
-    "torch": [],
+    "torch": ["checkpoint.pickles"],
     "transformers": [],
     "safetensors": [],
 }
