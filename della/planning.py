@@ -138,7 +138,9 @@ def _open_all(
     opened: dict[str, Source] = {}
     for reference in dict.fromkeys([_template(recipe), *(m.reference for m in recipe.models)]):
         with check:
-            opened[reference] = stack.enter_context(open_source(reference, base_dir=folder, weights=weights))
+            opened[reference] = stack.enter_context(
+                open_source(reference, base_dir=folder, weights=weights, allow_pickle=permissions.pickle)
+            )
     return opened
 
 

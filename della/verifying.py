@@ -17,8 +17,9 @@ from typing import Any
 import xxhash
 
 from della.checkpoint.header import Header, read_header
-from della.checkpoint.layout import PICKLES, confined
+from della.checkpoint.layout import confined
 from della.checkpoint.manifest import FORMAT, MANIFEST, MOST_BYTES, embedded, is_sealed
+from della.checkpoint.pickles import PICKLES
 from della.checkpoint.source import Source
 from della.checkpoint.staging import unfinished
 from della.checkpoint.strict import json_object

@@ -23,6 +23,7 @@ ORDER = (
         for name in (
             "strict",
             "header",
+            "pickles",
             "layout",
             "source",
             "disk",
@@ -48,7 +49,7 @@ FENCES = {
     "typer": ["cli"],
     "rich": ["speaker"],
     "tokenizers": ["demo.score"],
-    "torch": [],
+    "torch": ["checkpoint.pickles"],
     "transformers": [],
     "safetensors": [],
 }

@@ -93,7 +93,7 @@ def parse_header(raw_prefix: bytes, file_size: int, where: str) -> Header:
         )
     table = json_object(raw, where, only_integers=True)
     metadata = _metadata(table.pop(METADATA, {}), where)
-    infos = [_tensor(name, entry, where) for name, entry in table.items()]
+    infos = [tensor_info(name, entry, where) for name, entry in table.items()]
     infos.sort(key=lambda info: (info.begin, info.end))
     _check_layout(infos, file_size - data_start, where)
     return Header({info.name: info for info in infos}, metadata, data_start)
@@ -141,7 +141,8 @@ def _metadata(value: object, where: str) -> dict[str, str]:
     return value
 
 
-def _tensor(name: str, entry: object, where: str) -> TensorInfo:
+def tensor_info(name: str, entry: object, where: str) -> TensorInfo:
+    """One entry of a header, checked by itself: its name, dtype, shape and span.  Raises CheckpointError."""
     at = f"{where}: tensor {_short(name)}"
     if not name or "\0" in name:
         raise CheckpointError(f"{at}: a tensor's name must not be empty or contain NUL")

@@ -8,23 +8,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
 from della.checkpoint.header import Header, parse_header, read_header
+from della.checkpoint.pickles import PICKLES, pickle_refusal, read_pickle
 from della.checkpoint.strict import json_object
-from della.dtypes import DType
+from della.dtypes import Array, DType
 from della.errors import CheckpointError
 
 MOST_CONFIG_BYTES = 10_000_000
 MOST_INDEX_BYTES = 100_000_000
 STEMS = ("model", "diffusion_pytorch_model")
+PICKLE_STEMS = ("pytorch_model", "diffusion_pytorch_model")
 INDEX = ".safetensors.index.json"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)\.safetensors")
+SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)\.(safetensors|bin)")
 
 # Suffixes that only quantised models give to their tensors; nested ones (quant_state) carry more behind.
 QUANTISED = {
@@ -45,7 +46,10 @@ UNQUANTISED = "give the unquantised model that it was made from, and quantise th
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """Where one tensor lies: ``nbytes`` bytes from the absolute ``offset`` of ``file``, row-major."""
+    """Where one tensor lies: ``nbytes`` bytes from the absolute ``offset`` of ``file``, row-major.
+
+    A tensor that `Layout.held` holds is read from there, and its offset says nothing.
+    """
 
     name: str
     dtype: DType
@@ -57,7 +61,10 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """A file of weights; ``fingerprint`` is xxh3_128 (hex) of its size (8 bytes, little-endian), header."""
+    """A file of weights; ``fingerprint`` is xxh3_128 (hex) of its size (8 bytes, little-endian), header.
+
+    A pickle has no header: the table of `pickles.read_pickle` takes its place.
+    """
 
     name: str
     path: Path
@@ -75,28 +82,62 @@ class RawHeader:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """A folder, understood.  ``tensors`` run file by file, in the order of their data."""
+    """A folder, understood.  ``tensors`` run file by file, in the order of their data.
+
+    ``held`` has the bits of those tensors of pickles that cannot be read by offset (`pickles.copy_bytes`).
+    """
 
     tensors: dict[str, Tensor]
     files: list[File]
     config: dict[str, Any]
+    held: dict[str, Array] = field(default_factory=dict)
 
 
-def read_folder(folder: Path, remote: Mapping[str, RawHeader] | None = None) -> Layout:
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """How files of weights are called: ``stems`` by preference; others begin with one of ``prefixes``."""
+
+    suffix: str
+    stems: tuple[str, ...]
+    prefixes: tuple[str, ...]
+
+    @property
+    def index(self) -> str:
+        return self.suffix + ".index.json"
+
+    def found(self, names: Collection[str]) -> list[str]:
+        """Those of ``names`` that may hold a model's weights."""
+        fitting = [name for name in names if name.endswith(self.suffix) and name.startswith(self.prefixes)]
+        return [name for name in fitting if not name.startswith("adapter_model")]
+
+
+SAFETENSORS = Kind(".safetensors", STEMS, ("",))
+# Beside the weights, folders of pickles have optimizer.bin, training_args.bin and more of the kind.
+PICKLE = Kind(".bin", PICKLE_STEMS, PICKLE_STEMS)
+
+
+def read_folder(
+    folder: Path, remote: Mapping[str, RawHeader] | None = None, *, allow_pickle: bool = False
+) -> Layout:
     """The model in ``folder``; ``remote`` holds the headers of weight files that were not downloaded.
 
-    Raises CheckpointError.
+    With ``allow_pickle`` pickles are read where there are no safetensors.  Raises CheckpointError.
     """
     remote = remote or {}
     names = sorted({path.name for path in folder.iterdir()} | remote.keys())
-    files, index = weight_files(folder, names)
+    plain = SAFETENSORS.found(names) or any(name.endswith(INDEX) for name in names)
+    kind = PICKLE if allow_pickle and not plain else SAFETENSORS
+    files, index = weight_files(folder, names, kind)
     config = read_config(folder)
-    return _assemble(folder, files, index, config, remote)
+    return _assemble(folder, files, index, config, remote, kind)
 
 
-def read_single(path: Path) -> Layout:
-    """The model in one .safetensors file, with the config.json beside it.  Raises CheckpointError."""
-    return _assemble(path.parent, [path.name], None, read_config(path.parent), {}, named=path)
+def read_single(path: Path, *, allow_pickle: bool = False) -> Layout:
+    """The model in one file, with the config.json beside it.  Raises CheckpointError."""
+    kind = PICKLE if path.suffix in PICKLES else SAFETENSORS
+    if kind is PICKLE and not allow_pickle:
+        raise CheckpointError(pickle_refusal(path))
+    return _assemble(path.parent, [path.name], None, read_config(path.parent), {}, kind, named=path)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -116,15 +157,17 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def weight_files(folder: Path, names: Collection[str]) -> tuple[list[str], dict[str, str] | None]:
+def weight_files(
+    folder: Path, names: Collection[str], kind: Kind = SAFETENSORS, *, on_hub: bool = False
+) -> tuple[list[str], dict[str, str] | None]:
     """Which of the ``names`` in ``folder`` hold its weights, and its index (tensor -> file) if it has one.
 
     Raises CheckpointError where there are none, or more than one reading.
     """
-    for stem in STEMS:
-        index, single = stem + INDEX, stem + ".safetensors"
+    for stem in kind.stems:
+        index, single = stem + kind.index, stem + kind.suffix
         if index in names:
-            weight_map = _read_index(folder, index)
+            weight_map = _read_index(folder, index, kind)
             files = sorted(set(weight_map.values()))
             if single in names and single not in files:
                 raise CheckpointError(
@@ -134,16 +177,16 @@ def weight_files(folder: Path, names: Collection[str]) -> tuple[list[str], dict[
             return files, weight_map
         if single in names:
             return [single], None
-    found = [n for n in names if n.endswith(".safetensors") and not n.startswith("adapter_model")]
+    found = kind.found(names)
     shards = [SHARD.fullmatch(name) for name in found]
     if len(found) == 1 and not shards[0]:
         return found, None
     if not found:
-        raise CheckpointError(_why_no_weights(folder, names))
+        raise CheckpointError(_why_no_weights(folder, names, kind, on_hub))
     families = {(match["stem"], match["count"]) for match in shards if match}
     if not all(shards) or len(families) != 1:
         raise CheckpointError(
-            f"{folder}: several .safetensors files and no model{INDEX}: "
+            f"{folder}: several {kind.suffix} files and no {kind.stems[0]}{kind.index}: "
             f"{', '.join(found[:6])}; name the one file that is meant"
         )
     count = int(families.pop()[1])
@@ -174,31 +217,27 @@ def confined(folder: Path, name: str) -> Path:
     return path
 
 
-def _why_no_weights(folder: Path, names: Collection[str]) -> str:
+def _why_no_weights(folder: Path, names: Collection[str], kind: Kind, on_hub: bool) -> str:
     if "adapter_config.json" in names:
         return (
             f"{folder}: a LoRA adapter, not a whole model; adapters come in a later version: "
             "merge it into its base model first (peft: merge_and_unload), and give the result"
         )
     pickles = [name for name in names if name.endswith((*PICKLES, ".bin.index.json"))]
+    if pickles and kind is PICKLE:
+        return (
+            f"{folder}: expected {kind.stems[0]}{kind.suffix} or {kind.stems[0]}{kind.index}, "
+            f"found {', '.join(pickles[:6])}; name the one file that is meant"
+        )
     if pickles:
-        return pickle_refusal(folder / pickles[0])
+        return pickle_refusal(folder / pickles[0], on_hub=on_hub)
     if any(name.endswith(".gguf") for name in names):
         return f"{folder}: holds only GGUF files; give the safetensors model that they were made from"
     found = f"found {', '.join(sorted(names)[:6])}" if names else "the folder is empty"
     return f"{folder}: no model here: expected model.safetensors or model{INDEX}, {found}"
 
 
-def pickle_refusal(path: Path) -> str:
-    """Why a .bin or .pt file is not read, and how to convert its model."""
-    return (
-        f"{path}: a pickle, which can run any code when it is loaded, so it is not read. "
-        'If you trust its author, convert the folder once: python -c "from transformers import '
-        "AutoModelForCausalLM as M; M.from_pretrained('FOLDER', dtype='auto').save_pretrained('CONVERTED')\""
-    )
-
-
-def _read_index(folder: Path, name: str) -> dict[str, str]:
+def _read_index(folder: Path, name: str, kind: Kind) -> dict[str, str]:
     where = str(folder / name)
     path = confined(folder, name)
     if not path.is_file():
@@ -209,20 +248,20 @@ def _read_index(folder: Path, name: str) -> dict[str, str]:
     if any(not isinstance(file, str) for file in weight_map.values()):
         raise CheckpointError(f"{where}: weight_map must name a file for each tensor")
     bad = [
-        f"{where}: names {file[:200]!r}, which is not a .safetensors file of this folder"
+        f"{where}: names {file[:200]!r}, which is not a {kind.suffix} file of this folder"
         for file in sorted(set(weight_map.values()))
-        if not _stays_inside(file)
+        if not _stays_inside(file, kind.suffix)
     ]
     if bad:
         raise CheckpointError(*bad)
     return weight_map
 
 
-def _stays_inside(file: str) -> bool:
+def _stays_inside(file: str, suffix: str) -> bool:
     """Subfolders are fine; everything that some system could read as a way out is not."""
     parts = file.split("/")
     plain = not any(part in ("", ".", "..") for part in parts) and not set(file) & set("\\:\0")
-    return plain and file.endswith(".safetensors")
+    return plain and file.endswith(suffix)
 
 
 def _read_small(path: Path, most: int) -> bytes:
@@ -241,10 +280,12 @@ def _assemble(
     index: Mapping[str, str] | None,
     config: dict[str, Any],
     remote: Mapping[str, RawHeader],
+    kind: Kind,
     named: Path | None = None,
 ) -> Layout:
     """Headers of all files ``names``, held against the index; every problem is told at once."""
     headers: dict[str, Header] = {}
+    held: dict[str, dict[str, Array]] = {}
     files: list[File] = []
     problems: list[str] = []
     for name in names:
@@ -254,6 +295,8 @@ def _assemble(
             if name in remote:
                 raw, size = remote[name].raw, remote[name].size
                 header = parse_header(raw, size, str(folder / name))
+            elif path.is_file() and kind is PICKLE:
+                header, raw, size, held[name] = read_pickle(path, str(folder / name))
             elif path.is_file():
                 header, raw, size = read_header(path, str(folder / name))
             else:
@@ -278,7 +321,8 @@ def _assemble(
         for info in header.tensors.values()
         if homes[info.name] == name
     }
-    return Layout(tensors, files, config)
+    bits = {t: array for name, arrays in held.items() for t, array in arrays.items() if homes[t] == name}
+    return Layout(tensors, files, config, bits)
 
 
 def _homes(folder: Path, headers: Mapping[str, Header], problems: list[str]) -> dict[str, str]:
