@@ -6,6 +6,7 @@ index stay in the folder, links stay in the folder or in its hub cache, each ten
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Any
 import xxhash
 
 from della.checkpoint.header import Header, parse_header, read_header
-from della.checkpoint.strict import json_object
+from della.checkpoint.strict import AGAIN, json_object
 from della.dtypes import DType
 from della.errors import CheckpointError, listing
 
@@ -36,8 +37,11 @@ QUANTISED = {
     ".quant_state.bitsandbytes__nf4": "bitsandbytes 4-bit",
     ".quant_state.bitsandbytes__fp4": "bitsandbytes 4-bit",
     ".SCB": "bitsandbytes 8-bit",
-    ".weight_scale": "FP8",
+    ".weight_packed": "compressed-tensors",
+    ".weight_scale": "FP8 or INT8",
     ".weight_scale_inv": "FP8",
+    "_proj_blocks": "MXFP4",
+    ".W_q": "HQQ",
 }
 QUANTISERS = {"gptq": "GPTQ", "awq": "AWQ", "bitsandbytes": "bitsandbytes", "fp8": "FP8", "mxfp4": "MXFP4"}
 UNQUANTISED = "give the unquantised model that it was made from, and quantise the merge instead"
@@ -101,11 +105,15 @@ def read_single(path: Path) -> Layout:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of ``folder``, or {}; a quantised model is refused.  Raises CheckpointError."""
-    path = confined(folder, "config.json")
-    if not path.is_file():
+    place = folder / "config.json"
+    path = confined(folder, place.name)
+    if not os.path.lexists(place):
         return {}
-    config = json_object(_read_small(path, MOST_CONFIG_BYTES), str(folder / "config.json"))
-    quantisation = config.get("quantization_config") or config.get("quantization")
+    if not path.is_file():
+        raise CheckpointError(f"{place}: {why_no_file(path)}")
+    config = json_object(read_small(path, MOST_CONFIG_BYTES), str(place))
+    parts = [config, *(part for key, part in config.items() if key.endswith("_config"))]
+    quantisation = next(filter(None, map(_quantisation, parts)), None)
     if quantisation:
         method = quantisation.get("quant_method", "?") if isinstance(quantisation, dict) else "?"
         raise CheckpointError(
@@ -114,6 +122,11 @@ def read_config(folder: Path) -> dict[str, Any]:
             "If its tensors are in fact plain, remove quantization_config from config.json"
         )
     return config
+
+
+def _quantisation(config: object) -> object:
+    """What a configuration, or that of a part of a model (text_config), says about its quantisation."""
+    return isinstance(config, dict) and (config.get("quantization_config") or config.get("quantization"))
 
 
 def weight_files(folder: Path, names: Collection[str]) -> tuple[list[str], dict[str, str] | None]:
@@ -162,7 +175,9 @@ def confined(folder: Path, name: str) -> Path:
         home = folder.resolve()
         path = (home / name).resolve()
     except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"{folder / name}: the link cannot be followed ({error})") from None
+        raise CheckpointError(
+            f"{folder / name}: the link cannot be followed ({error}); put the file itself there"
+        ) from None
     roots = [home]
     for parent in home.parents:
         if parent.name == "snapshots" and parent.parent.name.startswith("models--"):
@@ -172,6 +187,13 @@ def confined(folder: Path, name: str) -> Path:
             f"{folder / name}: a link that leaves the folder, to {path}; put the file itself there"
         )
     return path
+
+
+def why_no_file(path: Path) -> str:
+    """What is wrong with a name of a folder that leads to ``path``, which is not a file."""
+    if path.exists():
+        return "not a regular file; put the file itself there"
+    return "a broken link; download the file again"
 
 
 def _why_no_weights(folder: Path, names: Collection[str]) -> str:
@@ -202,14 +224,14 @@ def _read_index(folder: Path, name: str) -> dict[str, str]:
     where = str(folder / name)
     path = confined(folder, name)
     if not path.is_file():
-        raise CheckpointError(f"{where}: a broken link; download the file again")
-    weight_map = json_object(_read_small(path, MOST_INDEX_BYTES), where).get("weight_map")
+        raise CheckpointError(f"{where}: {why_no_file(path)}")
+    weight_map = json_object(read_small(path, MOST_INDEX_BYTES), where).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{where}: expected an object weight_map (tensor -> file), found none")
+        raise CheckpointError(f"{where}: expected an object weight_map (tensor -> file), found none; {AGAIN}")
     if any(not isinstance(file, str) for file in weight_map.values()):
-        raise CheckpointError(f"{where}: weight_map must name a file for each tensor")
+        raise CheckpointError(f"{where}: weight_map must name a file for each tensor; {AGAIN}")
     bad = [
-        f"{where}: names {file[:200]!r}, which is not a .safetensors file of this folder"
+        f"{where}: names {file[:200]!r}, which is not a .safetensors file of this folder; {AGAIN}"
         for file in sorted(set(weight_map.values()))
         if not _stays_inside(file)
     ]
@@ -225,11 +247,17 @@ def _stays_inside(file: str) -> bool:
     return plain and file.endswith(".safetensors")
 
 
-def _read_small(path: Path, most: int) -> bytes:
+def check_small(path: Path, most: int) -> None:
+    """Refuses a file of more than ``most`` bytes (CheckpointError)."""
+    size = path.stat().st_size
+    if size > most:
+        raise CheckpointError(f"{path}: {size:,} bytes, and {most:,} is the most; {AGAIN}")
+
+
+def read_small(path: Path, most: int) -> bytes:
+    """What a file of at most ``most`` bytes holds.  Raises CheckpointError."""
+    check_small(path, most)
     try:
-        size = path.stat().st_size
-        if size > most:
-            raise CheckpointError(f"{path}: {size:,} bytes, and {most:,} is the most")
         return path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
@@ -257,8 +285,10 @@ def _assemble(
             elif path.is_file():
                 header, raw, size = read_header(path, str(folder / name))
             else:
-                why = "a broken link" if index is None else "the index names this file, but it is not there"
-                problems.append(f"{folder / name}: {why}; download it again")
+                why = why_no_file(path)
+                if index is not None and not os.path.lexists(folder / name):
+                    why = f"the index names this file, but it is not there; {AGAIN}"
+                problems.append(f"{folder / name}: {why}")
                 continue
         except CheckpointError as error:
             problems.append(str(error))
@@ -289,7 +319,7 @@ def _homes(folder: Path, headers: Mapping[str, Header], problems: list[str]) -> 
             if tensor in homes:
                 problems.append(
                     f"{folder}: tensor {tensor!r} stands in {homes[tensor]} and in {name}, "
-                    "and there is no index to say which one is meant"
+                    "and there is no index to say which one is meant; download the index again"
                 )
             homes[tensor] = name
     return homes
@@ -301,18 +331,24 @@ def _against(
     """tensor -> file as the index says; adds what the files say against it to ``problems``."""
     for tensor, name in index.items():
         if name in headers and tensor not in headers[name].tensors:
-            problems.append(f"{folder / name}: tensor {tensor!r} is missing, which the index expects here")
+            problems.append(
+                f"{folder / name}: tensor {tensor!r} is missing, which the index expects here; "
+                "download both again"
+            )
     for name, header in headers.items():
         for tensor, info in header.tensors.items():
             if tensor not in index:
-                problems.append(f"{folder / name}: tensor {tensor!r} is not in the index")
+                problems.append(
+                    f"{folder / name}: tensor {tensor!r} is not in the index; download both again"
+                )
                 continue
             home = headers.get(index[tensor])
             named = home.tensors.get(tensor) if home else None
             if named and (named.dtype, named.shape) != (info.dtype, info.shape):
                 problems.append(
                     f"{folder}: tensor {tensor!r} is {named.dtype.name} {list(named.shape)} "
-                    f"in {index[tensor]} but {info.dtype.name} {list(info.shape)} in {name}"
+                    f"in {index[tensor]} but {info.dtype.name} {list(info.shape)} in {name}; "
+                    "download both again"
                 )
     return dict(index)
 
