@@ -10,13 +10,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from della.checkpoint.layout import MOST_CONFIG_BYTES, read_small
 from della.checkpoint.manifest import versions
 from della.checkpoint.source import HUB_ID, Source
 from della.checkpoint.strict import json_object
 from della.planning import CODE, Job, Plan
 from della.version import __version__
 
-_MOST_CONFIG = 10_000_000
 _DTYPES = ("dtype", "torch_dtype")
 _PLAIN_NAME = re.compile(r"\w[\w.-]*", re.ASCII)
 
@@ -28,7 +28,7 @@ def config_json(config: Mapping[str, Any], jobs: Sequence[Job]) -> bytes:
         if job.dtype.is_float:
             sizes[job.dtype.torch_name] += job.nbytes
     dtype = sizes.most_common(1)[0][0] if sizes else None
-    written = _rewritten(config, dtype)
+    written = _rewritten(_without_code(config), dtype)
     if dtype is not None and not any(key in written for key in _DTYPES):
         written["torch_dtype"] = dtype
     return _json(written)
@@ -36,7 +36,7 @@ def config_json(config: Mapping[str, Any], jobs: Sequence[Job]) -> bytes:
 
 def _rewritten(config: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:
     """The parts of a model (text_config, vision_config) state their dtype too."""
-    written = {key: value for key, value in config.items() if key not in CODE}
+    written = dict(config)
     for key, value in written.items():
         if key in _DTYPES and dtype is not None:
             written[key] = dtype
@@ -45,11 +45,26 @@ def _rewritten(config: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:
     return written
 
 
+def _without_code(value: Any) -> Any:
+    """JSON without the keys that name code, at any depth."""
+    if isinstance(value, dict):
+        return {key: _without_code(child) for key, child in value.items() if key not in CODE}
+    return [_without_code(child) for child in value] if isinstance(value, list) else value
+
+
 def without_code(path: Path) -> bytes | Path:
-    """A side file as it is, or, where it points to code outside the library, its content without that."""
-    if path.suffix != ".json" or path.stat().st_size > _MOST_CONFIG or b'"auto_map"' not in path.read_bytes():
+    """A side file as it is, or, where it names code outside the library, its content without that.
+
+    Only configurations can name code; in a vocabulary the same keys are words.  Raises CheckpointError.
+    """
+    if not path.name.endswith("_config.json"):
         return path
-    return _json(_rewritten(json_object(path.read_bytes(), str(path)), None))
+    raw = read_small(path, MOST_CONFIG_BYTES)
+    if not any(key.encode() in raw for key in (*CODE, "\\u")):  # an escape may hide a key
+        return path
+    config = json_object(raw, str(path))
+    kept = _without_code(config)
+    return path if kept == config else _json(kept)
 
 
 def _json(value: Mapping[str, Any]) -> bytes:
@@ -93,7 +108,7 @@ def model_card(plan: Plan, title: str) -> bytes:
         "the same recipe and seed give the same weights, byte for byte.",
         "",
     ]
-    return "\n".join(lines).encode()
+    return "\n".join(lines).encode(errors="replace")  # the name of a folder need not be text
 
 
 def _model_name(source: Source) -> str | None:
