@@ -158,8 +158,8 @@ def writers(folder: Path, rounds: int) -> Outcome:
     outcome = Outcome("two writers at once")
     for seed, name in enumerate(("base", *EXPERTS)):
         save_model(folder / "large" / name, tensors(4, 600, seed))
-    recipe = {"merge_method": "della", "base_model": "large/base",
-              "models": [{"model": f"large/{e}", "parameters": {"density": 0.5}} for e in EXPERTS]}  # fmt: skip
+    models = [{"model": f"large/{expert}", "parameters": {"density": 0.5}} for expert in EXPERTS]
+    recipe = {"merge_method": "della", "base_model": "large/base", "models": models}
     (folder / "large.yml").write_text(json.dumps(recipe))
     out = folder / "contested/out"
     command = [sys.executable, "-c", WAITING, "merge", str(folder / "large.yml"), str(out), "--quiet"]

@@ -63,7 +63,7 @@ class Scene:
         return [sys.executable, "-m", "della.cli", "merge", str(recipe), str(out), *ARGUMENTS, *overwrite]
 
     def state(self, place: Path) -> str:
-        """ "absent", "old" or "new" if OUT is that to the byte, and `della verify` says so; else what is wrong."""
+        """Which of absent, old and new OUT is, to the byte and by `della verify`; else what is wrong."""
         found = tree(place / "out")
         known = [name for name, wanted in self.trees.items() if wanted == found]
         if not known:
@@ -73,7 +73,7 @@ class Scene:
         return known[0]
 
     def again(self, place: Path, start: str) -> tuple[str, int]:
-        """The same merge once more: what is then wrong ("" for nothing), and how many tensors it found done."""
+        """The same merge once more: what is then wrong ("" for nothing), and the tensors it found done."""
         result = della.merge(
             self.folder / "new.yml", place / "out", overwrite=start == "old" or (place / "out").exists(),
             fsync=False, **OPTIONS,

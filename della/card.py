@@ -18,7 +18,6 @@ from della.fitting import CODE
 from della.jobs import Job, Plan
 from della.version import __version__
 
-_MOST_CONFIG = 10_000_000
 _DTYPES = ("dtype", "torch_dtype")
 _PLAIN_NAME = re.compile(r"\w[\w.-]*", re.ASCII)
 
@@ -32,34 +31,46 @@ def config_json(config: Mapping[str, Any], jobs: Sequence[Job], auto_map: bool =
         if job.dtype.is_float:
             sizes[job.dtype.torch_name] += job.nbytes
     dtype = sizes.most_common(1)[0][0] if sizes else None
-    written = _rewritten(config, dtype, auto_map)
+    written = _rewritten(config if auto_map else _without_code(config), dtype)
     if dtype is not None and not any(key in written for key in _DTYPES):
         written["torch_dtype"] = dtype
     return _json(written)
 
 
-def _rewritten(config: Mapping[str, Any], dtype: str | None, auto_map: bool) -> dict[str, Any]:
+def _rewritten(config: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:
     """The parts of a model (text_config, vision_config) state their dtype too."""
-    written = {key: value for key, value in config.items() if auto_map or key not in CODE}
+    written = dict(config)
     for key, value in written.items():
         if key in _DTYPES and dtype is not None:
             written[key] = dtype
         elif isinstance(value, dict) and key.endswith("_config"):
-            written[key] = _rewritten(value, dtype, auto_map)
+            written[key] = _rewritten(value, dtype)
     return written
 
 
+def _without_code(value: Any) -> Any:
+    """JSON without the keys that name code, at any depth."""
+    if isinstance(value, dict):
+        return {key: _without_code(child) for key, child in value.items() if key not in CODE}
+    return [_without_code(child) for child in value] if isinstance(value, list) else value
+
+
 def side_file(path: Path, auto_map: bool = False) -> bytes:
-    """A side file as it is, or, where it points to code outside the library, its content without that
-    (unless ``auto_map``).  Raises OutputError where it cannot be read.
+    """A side file as it is, or, where it names code outside the library, its content without that (unless
+    ``auto_map``).  Only configurations can name code; in a vocabulary the same keys are words.
+
+    Raises OutputError where it cannot be read, CheckpointError for a configuration that is no JSON.
     """
     try:
         raw = path.read_bytes()
     except OSError as error:
         raise OutputError(f"{path}: cannot be copied to the result ({error.strerror})") from error
-    if auto_map or path.suffix != ".json" or len(raw) > _MOST_CONFIG or b'"auto_map"' not in raw:
+    names_code = any(key.encode() in raw for key in (*CODE, "\\u"))  # an escape may hide a key
+    if auto_map or not path.name.endswith("_config.json") or not names_code:
         return raw
-    return _json(_rewritten(json_object(raw, str(path)), None, auto_map))
+    config = json_object(raw, str(path))
+    kept = _without_code(config)
+    return raw if kept == config else _json(kept)
 
 
 def _json(value: Mapping[str, Any]) -> bytes:
@@ -103,7 +114,7 @@ def model_card(plan: Plan, title: str) -> bytes:
         "the same recipe and seed give the same weights, byte for byte.",
         "",
     ]
-    return "\n".join(lines).encode()
+    return "\n".join(lines).encode(errors="replace")  # the name of a folder need not be text
 
 
 def _model_name(source: Source) -> str | None:

@@ -179,7 +179,8 @@ class Compute:
             deltas = self._workspace.array("tile", (len(job.inputs), count))
             for t, each in enumerate(job.inputs):
                 values = self._read(each.source, each.tensor, start, count, "values", feeds[t + 1], base)
-                np.subtract(values, base, out=deltas[t])
+                with np.errstate(all="ignore"):  # an overflow is told when the result is rounded
+                    np.subtract(values, base, out=deltas[t])
             yield Tile(start, base.reshape(rows, n), deltas.reshape(-1, rows, n))
 
     def _read(

@@ -25,8 +25,8 @@ class DellaError(Exception):
     exit_code = 1
 
     def __init__(self, *problems: str) -> None:
-        self.problems = problems
-        super().__init__(listing(problems) if problems else "")
+        self.problems = tuple(map(printable, problems))
+        super().__init__(listing(self.problems) if problems else "")
 
 
 class RecipeError(DellaError):
@@ -58,6 +58,11 @@ def together(errors: Sequence[DellaError]) -> DellaError:
     first = min(errors, key=lambda error: error.exit_code)
     problems = [problem for error in errors for problem in error.problems]
     return type(first)(*dict.fromkeys(problems))
+
+
+def printable(text: str) -> str:
+    """``text`` without what would command a terminal: names in models may hold anything."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 def nearest(word: str, candidates: Iterable[str]) -> str:

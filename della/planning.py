@@ -84,6 +84,8 @@ def make_plan(
             depths = _depths(base.tensors)
             with check:
                 recipe.check((name, *depths[name]) for name in base.tensors)
+            with check:
+                base.side_files()
             problems, said = check_fit(recipe, base, models)
             notes += said
             with check:

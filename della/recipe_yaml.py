@@ -98,9 +98,10 @@ def parse(text: str, name: str, problems: Problems, *, place: Place | None = Non
         except yaml.MarkedYAMLError as error:
             if "nesting depth" not in str(error.problem):
                 raise
+            read = error.problem_mark.index if error.problem_mark else len(text)
         # libyaml scans ahead and stops far behind the level at which a recipe is refused; PyYAML's own
-        # parser is lazy, and gets there.
-        return _Composer(text, name, problems, place, yaml.SafeLoader).document()
+        # parser is lazy, and gets there.  It is slow, so it is not given more than libyaml read.
+        return _Composer(text[:read], name, problems, place, yaml.SafeLoader).document()
     except yaml.MarkedYAMLError as error:
         at, said = _explain(error, text, name)
     except yaml.YAMLError as error:

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from della.errors import printable
+
 if TYPE_CHECKING:
     from della.run import Progress, Result
     from della.verifying import Verdict
@@ -27,7 +29,7 @@ def print_json(**fields: Any) -> None:
 
 def tell(line: str) -> None:
     """A line on stderr, in one piece whatever other threads write."""
-    sys.stderr.write(line + "\n")
+    sys.stderr.write(printable(line) + "\n")
     sys.stderr.flush()
 
 

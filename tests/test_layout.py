@@ -54,7 +54,7 @@ def test_shards_without_an_index(tmp_path: Path) -> None:
     put(tmp_path, {names[1]: {"001": np.zeros(1)}})
     assert refusal(tmp_path) == (
         f"{tmp_path}: tensor '001' stands in {names[0]} and in {names[1]}, "
-        "and there is no index to say which one is meant"
+        "and there is no index to say which one is meant; download the index again"
     )
 
 
@@ -72,7 +72,8 @@ def test_a_tensor_in_two_shards_is_read_from_the_one_that_the_index_names(tmp_pa
         assert source.read("a").item() == 1.0
     both["a"] = np.array([[9.0]], np.float16)
     assert refusal(shards(tmp_path, **{"s2.safetensors": both})) == (
-        f"{tmp_path}: tensor 'a' is F32 [1] in s1.safetensors but F16 [1, 1] in s2.safetensors"
+        f"{tmp_path}: tensor 'a' is F32 [1] in s1.safetensors but F16 [1, 1] in s2.safetensors; "
+        "download both again"
     )
 
 
@@ -93,11 +94,13 @@ def test_all_that_is_wrong_with_shards_is_listed_at_once(tmp_path: Path) -> None
     )
     assert refusal(folder) == (
         "4 problems:\n"
-        f"  - {folder}/s3.safetensors: the index names this file, but it is not there; download it again\n"
+        f"  - {folder}/s3.safetensors: the index names this file, but it is not there; "
+        "download the file again\n"
         f"  - {folder}/s4.safetensors: truncated: its tensors take 8 bytes, found 7; "
         "download the file again\n"
-        f"  - {folder}/s1.safetensors: tensor 'd' is missing, which the index expects here\n"
-        f"  - {folder}/s2.safetensors: tensor 'x' is not in the index"
+        f"  - {folder}/s1.safetensors: tensor 'd' is missing, which the index expects here; "
+        "download both again\n"
+        f"  - {folder}/s2.safetensors: tensor 'x' is not in the index; download both again"
     )
 
 
@@ -130,7 +133,7 @@ def test_an_index_may_not_point_outside(tmp_path: Path, entry: str) -> None:
     folder = shards(tmp_path, **{"model.safetensors.index.json": index(a=entry, b="s2.safetensors")})
     assert refusal(folder) == (
         f"{folder}/model.safetensors.index.json: names {entry!r}, "
-        "which is not a .safetensors file of this folder"
+        "which is not a .safetensors file of this folder; download the file again"
     )
 
 
@@ -144,7 +147,7 @@ def test_an_index_may_not_point_outside(tmp_path: Path, entry: str) -> None:
         (b"[]", "expected a JSON object, found a list"),
         (b"{}", "expected an object weight_map (tensor -> file), found none"),
         (b'{"weight_map":{"a":1}}', "weight_map must name a file for each tensor"),
-        (b'{"weight_map":' + b"[" * 99_999, "JSON is nested too deeply; the file is damaged or hostile"),
+        (b'{"weight_map":' + b"[" * 99_999, "JSON is nested too deeply; download the file again"),
     ],
 )
 def test_a_bad_index(tmp_path: Path, content: bytes, why: str) -> None:

@@ -6,6 +6,7 @@ index stay in the folder, links stay in the folder or in its hub cache, each ten
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +17,8 @@ import xxhash
 
 from della.checkpoint.header import Header, parse_header, read_header
 from della.checkpoint.pickles import PICKLES, pickle_refusal, read_pickle
-from della.checkpoint.strict import json_object
+from della.checkpoint.quantised import quantised_tensors, refuse_quantised_config
+from della.checkpoint.strict import AGAIN, json_object
 from della.dtypes import Array, DType
 from della.errors import CheckpointError
 
@@ -26,22 +28,6 @@ STEMS = ("model", "diffusion_pytorch_model")
 PICKLE_STEMS = ("pytorch_model", "diffusion_pytorch_model")
 INDEX = ".safetensors.index.json"
 SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)\.(safetensors|bin)")
-
-# Suffixes that only quantised models give to their tensors; nested ones (quant_state) carry more behind.
-QUANTISED = {
-    ".qweight": "GPTQ or AWQ",
-    ".qzeros": "GPTQ or AWQ",
-    ".scales": "GPTQ, AWQ or MLX",
-    ".absmax": "bitsandbytes 4-bit",
-    ".quant_map": "bitsandbytes 4-bit",
-    ".quant_state.bitsandbytes__nf4": "bitsandbytes 4-bit",
-    ".quant_state.bitsandbytes__fp4": "bitsandbytes 4-bit",
-    ".SCB": "bitsandbytes 8-bit",
-    ".weight_scale": "FP8",
-    ".weight_scale_inv": "FP8",
-}
-QUANTISERS = {"gptq": "GPTQ", "awq": "AWQ", "bitsandbytes": "bitsandbytes", "fp8": "FP8", "mxfp4": "MXFP4"}
-UNQUANTISED = "give the unquantised model that it was made from, and quantise the merge instead"
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,18 +128,14 @@ def read_single(path: Path, *, allow_pickle: bool = False) -> Layout:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of ``folder``, or {}; a quantised model is refused.  Raises CheckpointError."""
-    path = confined(folder, "config.json")
-    if not path.is_file():
+    place = folder / "config.json"
+    path = confined(folder, place.name)
+    if not os.path.lexists(place):
         return {}
-    config = json_object(_read_small(path, MOST_CONFIG_BYTES), str(folder / "config.json"))
-    quantisation = config.get("quantization_config") or config.get("quantization")
-    if quantisation:
-        method = quantisation.get("quant_method", "?") if isinstance(quantisation, dict) else "?"
-        raise CheckpointError(
-            f"{folder}: a model quantised by {QUANTISERS.get(str(method), str(method)[:60])} "
-            f"(quantization_config in config.json) cannot be merged; {UNQUANTISED}. "
-            "If its tensors are in fact plain, remove quantization_config from config.json"
-        )
+    if not path.is_file():
+        raise CheckpointError(f"{place}: {why_no_file(path)}")
+    config = json_object(read_small(path, MOST_CONFIG_BYTES), str(place))
+    refuse_quantised_config(folder, config)
     return config
 
 
@@ -205,7 +187,9 @@ def confined(folder: Path, name: str) -> Path:
         home = folder.resolve()
         path = (home / name).resolve()
     except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"{folder / name}: the link cannot be followed ({error})") from None
+        raise CheckpointError(
+            f"{folder / name}: the link cannot be followed ({error}); put the file itself there"
+        ) from None
     roots = [home]
     for parent in home.parents:
         if parent.name == "snapshots" and parent.parent.name.startswith("models--"):
@@ -215,6 +199,13 @@ def confined(folder: Path, name: str) -> Path:
             f"{folder / name}: a link that leaves the folder, to {path}; put the file itself there"
         )
     return path
+
+
+def why_no_file(path: Path) -> str:
+    """What is wrong with a name of a folder that leads to ``path``, which is not a file."""
+    if path.exists():
+        return "not a regular file; put the file itself there"
+    return "a broken link; download the file again"
 
 
 def _why_no_weights(folder: Path, names: Collection[str], kind: Kind, on_hub: bool) -> str:
@@ -241,14 +232,14 @@ def _read_index(folder: Path, name: str, kind: Kind) -> dict[str, str]:
     where = str(folder / name)
     path = confined(folder, name)
     if not path.is_file():
-        raise CheckpointError(f"{where}: a broken link; download the file again")
-    weight_map = json_object(_read_small(path, MOST_INDEX_BYTES), where).get("weight_map")
+        raise CheckpointError(f"{where}: {why_no_file(path)}")
+    weight_map = json_object(read_small(path, MOST_INDEX_BYTES), where).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{where}: expected an object weight_map (tensor -> file), found none")
+        raise CheckpointError(f"{where}: expected an object weight_map (tensor -> file), found none; {AGAIN}")
     if any(not isinstance(file, str) for file in weight_map.values()):
-        raise CheckpointError(f"{where}: weight_map must name a file for each tensor")
+        raise CheckpointError(f"{where}: weight_map must name a file for each tensor; {AGAIN}")
     bad = [
-        f"{where}: names {file[:200]!r}, which is not a {kind.suffix} file of this folder"
+        f"{where}: names {file[:200]!r}, which is not a {kind.suffix} file of this folder; {AGAIN}"
         for file in sorted(set(weight_map.values()))
         if not _stays_inside(file, kind.suffix)
     ]
@@ -264,11 +255,17 @@ def _stays_inside(file: str, suffix: str) -> bool:
     return plain and file.endswith(suffix)
 
 
-def _read_small(path: Path, most: int) -> bytes:
+def check_small(path: Path, most: int) -> None:
+    """Refuses a file of more than ``most`` bytes (CheckpointError)."""
+    size = path.stat().st_size
+    if size > most:
+        raise CheckpointError(f"{path}: {size:,} bytes, and {most:,} is the most; {AGAIN}")
+
+
+def read_small(path: Path, most: int) -> bytes:
+    """What a file of at most ``most`` bytes holds.  Raises CheckpointError."""
+    check_small(path, most)
     try:
-        size = path.stat().st_size
-        if size > most:
-            raise CheckpointError(f"{path}: {size:,} bytes, and {most:,} is the most")
         return path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
@@ -300,8 +297,10 @@ def _assemble(
             elif path.is_file():
                 header, raw, size = read_header(path, str(folder / name))
             else:
-                why = "a broken link" if index is None else "the index names this file, but it is not there"
-                problems.append(f"{folder / name}: {why}; download it again")
+                why = why_no_file(path)
+                if index is not None and not os.path.lexists(folder / name):
+                    why = f"the index names this file, but it is not there; {AGAIN}"
+                problems.append(f"{folder / name}: {why}")
                 continue
         except CheckpointError as error:
             problems.append(str(error))
@@ -310,7 +309,7 @@ def _assemble(
         digest = xxhash.xxh3_128(size.to_bytes(8, "little") + raw).hexdigest()
         files.append(File(name, folder / name, size, digest))
     homes = _homes(folder, headers, problems) if index is None else _against(folder, headers, index, problems)
-    _refuse_quantised(folder, homes, problems)
+    problems += quantised_tensors(folder, homes)
     if problems:
         raise CheckpointError(*problems)
     tensors = {
@@ -333,7 +332,7 @@ def _homes(folder: Path, headers: Mapping[str, Header], problems: list[str]) -> 
             if tensor in homes:
                 problems.append(
                     f"{folder}: tensor {tensor!r} stands in {homes[tensor]} and in {name}, "
-                    "and there is no index to say which one is meant"
+                    "and there is no index to say which one is meant; download the index again"
                 )
             homes[tensor] = name
     return homes
@@ -345,28 +344,23 @@ def _against(
     """tensor -> file as the index says; adds what the files say against it to ``problems``."""
     for tensor, name in index.items():
         if name in headers and tensor not in headers[name].tensors:
-            problems.append(f"{folder / name}: tensor {tensor!r} is missing, which the index expects here")
+            problems.append(
+                f"{folder / name}: tensor {tensor!r} is missing, which the index expects here; "
+                "download both again"
+            )
     for name, header in headers.items():
         for tensor, info in header.tensors.items():
             if tensor not in index:
-                problems.append(f"{folder / name}: tensor {tensor!r} is not in the index")
+                problems.append(
+                    f"{folder / name}: tensor {tensor!r} is not in the index; download both again"
+                )
                 continue
             home = headers.get(index[tensor])
             named = home.tensors.get(tensor) if home else None
             if named and (named.dtype, named.shape) != (info.dtype, info.shape):
                 problems.append(
                     f"{folder}: tensor {tensor!r} is {named.dtype.name} {list(named.shape)} "
-                    f"in {index[tensor]} but {info.dtype.name} {list(info.shape)} in {name}"
+                    f"in {index[tensor]} but {info.dtype.name} {list(info.shape)} in {name}; "
+                    "download both again"
                 )
     return dict(index)
-
-
-def _refuse_quantised(folder: Path, tensors: Collection[str], problems: list[str]) -> None:
-    for tensor in tensors:
-        for suffix, method in QUANTISED.items():
-            if tensor.endswith(suffix):
-                problems.append(
-                    f"{folder}: a model quantised by {method} (tensor {tensor!r}) cannot be merged; "
-                    f"{UNQUANTISED}"
-                )
-                return

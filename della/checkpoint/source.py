@@ -20,13 +20,16 @@ import numpy as np
 from della.checkpoint.header import LENGTH_BYTES, header_length
 from della.checkpoint.layout import (
     INDEX,
+    MOST_CONFIG_BYTES,
     Layout,
     RawHeader,
     Tensor,
+    check_small,
     confined,
     read_folder,
     read_single,
     weight_files,
+    why_no_file,
 )
 from della.checkpoint.pickles import PICKLES, copy_bytes
 from della.dtypes import Array
@@ -124,10 +127,18 @@ class Source:
     def side_files(self) -> list[Path]:
         """Files of the tokenizer, the chat template and the generation settings, sorted by name.
 
-        Raises CheckpointError for a link that leaves the folder.
+        Raises CheckpointError for a link that leaves the folder, and for what is not a file.
         """
         names = [p.name for p in self.folder.iterdir() if p.name in SIDE_FILES or p.suffix == ".tiktoken"]
-        return [self.folder / name for name in sorted(names) if confined(self.folder, name).is_file()]
+        for name in names:
+            path = confined(self.folder, name)
+            if set(name) & set("\\:") or not name.isprintable():
+                raise CheckpointError(f"{self.folder}: {name!r} is no name for a file of a model; rename it")
+            if not path.is_file():
+                raise CheckpointError(f"{self.folder / name}: {why_no_file(path)}")
+            if name.endswith("_config.json"):
+                check_small(path, MOST_CONFIG_BYTES)
+        return [self.folder / name for name in sorted(names)]
 
     def close(self) -> None:
         with self._lock:
