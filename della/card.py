@@ -77,8 +77,9 @@ def _json(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def model_card(plan: Plan, title: str) -> bytes:
-    """README.md: front matter for the Hub, how the model was made, and the recipe.
+def model_card(plan: Plan) -> bytes:
+    """README.md: the recipe's name (or its models'), front matter for the Hub, how the model was made, and the
+    recipe.  It does not depend on the place of the result.
 
     Names from recipes are data here: front matter is dumped as JSON (which is YAML), text is escaped, and the
     recipe stands in a fence longer than any in it.
@@ -95,7 +96,7 @@ def model_card(plan: Plan, title: str) -> bytes:
         *(f"{key}: {json.dumps(value)}" for key, value in front.items()),
         "---",
         "",
-        f"# {_plain(title)}",
+        f"# {_plain(recipe.name or ' + '.join(model.identity for model in recipe.models))}",
         "",
         f"A merge: method `{recipe.merge_method}`, seed {recipe.seed}, made with "
         + ", ".join(f"{name} {version}" for name, version in made_with.items())

@@ -172,7 +172,7 @@ def _complete(plan: Plan, staged: StagedOutput, single: bool, auto_map: bool) ->
         manifest = _manifest(plan, staged.done, {})
         staged.rewrite_header(_tensors(plan), embed(manifest), sealed)
         return manifest
-    files = {"README.md": model_card(plan, staged.out.name)}
+    files = {"README.md": model_card(plan)}
     if plan.base.config:
         files["config.json"] = config_json(plan.base.config, plan.jobs, auto_map)
     files |= {path.name: side_file(path, auto_map) for path in plan.base.side_files()}

@@ -348,9 +348,20 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
     shown = [
         "".join(child.content for child in token.children or ()) for token in tokens if token.type == "inline"
     ]
-    assert shown[0] == out.name
+    assert shown[0] == "text ```` </code></pre><script>alert(3)</script>"
     assert f"expert: {tmp_path}/{HOSTILE}" in shown
     assert json.loads((out / "della.json").read_text())["recipe"] == path.read_text()
+
+
+def test_the_result_does_not_depend_on_its_place(folder: Path, tmp_path: Path) -> None:
+    made = recipe(folder, "della", OWN, {})
+    merge(made, tmp_path / "one")
+    merge(made, tmp_path / "deep/two")
+    merge({**made, "name": "My  *merge*"}, tmp_path / "named")
+    one, two = ({p.name: p.read_bytes() for p in (tmp_path / n).iterdir()} for n in ("one", "deep/two"))
+    assert one == two
+    assert "\n# math + code + story\n" in (tmp_path / "one/README.md").read_text()
+    assert "\n# My \\*merge\\*\n" in (tmp_path / "named/README.md").read_text()
 
 
 def test_a_single_file_has_nothing_beside_it(folder: Path, tmp_path: Path) -> None:
