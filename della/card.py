@@ -78,8 +78,8 @@ def _json(value: Mapping[str, Any]) -> bytes:
 
 
 def model_card(plan: Plan) -> bytes:
-    """README.md: the recipe's name (or its models'), front matter for the Hub, how the model was made, and the
-    recipe.  It does not depend on the place of the result.
+    """README.md: the recipe's name (or its models'), front matter for the Hub, how the model was made, and
+    the recipe.  It does not depend on the place of the result.
 
     Names from recipes are data here: front matter is dumped as JSON (which is YAML), text is escaped, and the
     recipe stands in a fence longer than any in it.

@@ -273,7 +273,7 @@ def test_the_card(folder: Path, tmp_path: Path) -> None:
         assert len(plan.departures) == 5
         for line in plan.departures:
             assert text.count(f"\n- {line.replace('_', chr(92) + '_')}\n") == 1
-    assert "\n# out\n" in text
+    assert "\n# math + code + story\n" in text
     versions = f"della {della.__version__}, python {platform.python_version()}, numpy {np.__version__}"
     assert f"A merge: method `della`, seed 42, made with {versions}" in text
 
