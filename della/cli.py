@@ -19,7 +19,8 @@ import typer
 from della.errors import DamageError, DellaError
 from della.speaker import Speaker, print_json, tell
 
-PERCENT = re.compile(r"(\d+(?:\.\d+)?)%")
+PERCENT = re.compile(r"(\d+(?:\.\d+)?)%", re.ASCII)
+NUMBER = re.compile(r"\d[\d.]*%?", re.ASCII)
 
 app = typer.Typer(
     name="della",
@@ -200,7 +201,7 @@ def verify(
 
         share = _share(sources)
         say = Speaker(quiet, as_json)
-        with say.progress("verifying") as progress:
+        with say.progress("verifying", "checks") as progress:
             verdict = look(
                 out, sources=share, inputs=inputs, base_dir=base_dir, allow_pickle=allow_pickle,
                 threads=threads, progress=progress,
@@ -296,7 +297,7 @@ def _with_values(arguments: list[str]) -> list[str]:
     """typer knows no option whose value may be left out: `--sources` alone means 5 %."""
     following = [*arguments, ""][1:]
     return [
-        "--sources=5%" if word == "--sources" and not PERCENT.fullmatch(after) else word
+        "--sources=5%" if word == "--sources" and not NUMBER.fullmatch(after) else word
         for word, after in zip(arguments, following, strict=True)
     ]
 

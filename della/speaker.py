@@ -54,8 +54,10 @@ class Speaker:
             self.note("compiling kernels for this processor; later runs find them on disk")
 
     @contextmanager
-    def progress(self, doing: str = "merging") -> Iterator[Callable[[Progress], None] | None]:
-        """What to call with each Progress."""
+    def progress(
+        self, doing: str = "merging", counted: str = "tensors"
+    ) -> Iterator[Callable[[Progress], None] | None]:
+        """What to call with each Progress; ``counted`` is what its numbers count, in words."""
         if self.as_json:
             yield _paced(1.0, lambda p: print_json(
                 event="progress", bytes=p.done, total=p.total, tensors=p.tensors, of=p.of_tensors,
@@ -69,7 +71,7 @@ class Speaker:
         else:
             yield _paced(5.0, lambda p: tell(
                 f"{100 * p.done / max(p.total, 1):3.0f} %  {size_text(p.done)} of {size_text(p.total)}  "
-                f"{p.tensors} of {p.of_tensors} tensors"
+                f"{p.tensors} of {p.of_tensors} {counted}"
             ), at_once=False)  # fmt: skip
 
     def merged(self, result: Result, read: int, written: int, part: str | None) -> None:
@@ -95,7 +97,7 @@ class Speaker:
         if self.as_json:
             print_json(
                 event="verified", out=str(verdict.out), well=verdict.is_well, bad=verdict.bad,
-                notes=verdict.notes, tensors=verdict.tensors, files=verdict.files,
+                notes=verdict.notes, tensors=verdict.tensors, files=verdict.files, bytes=verdict.nbytes,
                 recomputed=verdict.recomputed, inputs=verdict.inputs,
             )  # fmt: skip
             return
@@ -103,13 +105,21 @@ class Speaker:
             tell(f"note: {text}")
         for text in verdict.bad:
             tell(f"della: {text}")
-        if verdict.is_well and not self.quiet:
-            more = f"; {verdict.recomputed} tensors computed again are the same" if verdict.recomputed else ""
-            more += f"; {verdict.inputs} tensors of the inputs are as they were" if verdict.inputs else ""
-            print(
-                f"{verdict.out}: all is well: {verdict.tensors} tensors ({size_text(verdict.nbytes)}) in "
-                f"{verdict.files} file{'s' * (verdict.files != 1)} are what was merged{more}"
-            )
+        if not verdict.is_well:
+            count = len(verdict.bad)
+            fix = "merge again, or get the files again"
+            tell(f"della: {verdict.out}: {count} fault{'s' * (count != 1)}; {fix}")
+        elif not self.quiet:
+            more = f"; {_tensors(verdict.recomputed)} computed again: the same" if verdict.recomputed else ""
+            more += f"; {_tensors(verdict.inputs)} of the inputs: as they were" if verdict.inputs else ""
+            print(printable(
+                f"{verdict.out}: all is well: {_tensors(verdict.tensors)} ({size_text(verdict.nbytes)}) in "
+                f"{verdict.files} file{'s' * (verdict.files != 1)}, as they were merged{more}"
+            ))  # fmt: skip
+
+
+def _tensors(count: int) -> str:
+    return f"{count:,} tensor{'s' * (count != 1)}"
 
 
 def _paced(

@@ -7,38 +7,42 @@ from __future__ import annotations
 
 import os
 import random
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import xxhash
 
 from della.checkpoint.header import Header, read_header
-from della.checkpoint.layout import confined
-from della.checkpoint.manifest import FORMAT, MANIFEST, MOST_BYTES, embedded, is_sealed
+from della.checkpoint.layout import MOST_INDEX_BYTES, confined, read_small, why_no_file
+from della.checkpoint.manifest import MANIFEST, Entry, Manifest, Recorded, read_manifest, versions
 from della.checkpoint.pickles import PICKLES
-from della.checkpoint.source import Source
+from della.checkpoint.shards import INDEX
+from della.checkpoint.source import SIDE_FILES, Source
 from della.checkpoint.staging import unfinished
 from della.checkpoint.strict import json_object
-from della.compute import Compute, digests_of, needs_bands
-from della.errors import CheckpointError, OutputError, RecipeError
+from della.compute import Compute, needs_bands
+from della.errors import CheckpointError, DellaError, OutputError, RecipeError, printable
+from della.hashing import Check, Hashing, of_file, of_input
 from della.jobs import Job, Plan, default_threads
 from della.planning import Permissions, make_plan
-from della.recipe import read_recipe
+from della.recipe import Recipe, read_recipe
 from della.run import Progress
+from della.version import __version__
 
-_PIECE = 1 << 22
+# What programs load from a model's folder unasked: a stranger of such a name changes the model.
+_LOADED = (".safetensors", INDEX, ".bin.index.json", ".tiktoken", *PICKLES)
+_LOADED_NAMES = {*SIDE_FILES, "config.json", "adapter_config.json"}
 
 
 @dataclass
 class Verdict:
-    """What was found: ``bad`` is empty if all is well; ``notes`` are no faults.
+    """What was found: ``bad`` is empty if all is well; ``notes`` are no faults.  Each is one line of text.
 
-    ``tensors`` and ``files`` of the model were checked, ``recomputed`` tensors came out of the sources again,
-    ``inputs`` tensors of the inputs were compared.
+    ``tensors`` (``nbytes`` bytes) and ``files`` of the model were checked, ``recomputed`` tensors were merged
+    again, ``inputs`` tensors of the inputs were compared.
     """
 
     out: Path
@@ -70,315 +74,257 @@ def verify(
     sources: also compute this share (0 to 1, at least one tensor) of the tensors again, chosen at random.
     inputs: also compare the inputs with what was read when they were merged.  Both open the models that the
     recipe in the manifest names; its relative paths start from ``base_dir``, by default the working
-    directory.  progress: called with a Progress, from worker threads, one at a time.
+    directory.  allow_pickle: as for `della.merge`.  progress: called with a Progress, from worker threads,
+    one at a time; it begins anew for what is computed again.
 
-    Raises OutputError where there is nothing to verify, RecipeError for a ``sources`` that is no share,
-    CheckpointError where inputs cannot be opened.
+    Raises OutputError where there is nothing to verify, RecipeError for an argument that cannot be and for a
+    recipe that is none, CheckpointError where inputs cannot be opened.
     """
     if sources is not None and not 0 < sources <= 1:
         raise RecipeError(f"sources {sources}: expected a share above 0 and at most 1 (100%)")
+    if threads is not None and threads < 1:
+        raise RecipeError(f"threads {threads}: expected a whole number from 1 up")
     out = Path(out)
-    verdict = Verdict(out)
-    work = _Work(verdict, threads or default_threads(), progress)
-    manifest, single = _read_manifest(out, verdict)
-    if manifest is None:
-        return verdict
-    spans = _spans(out, manifest, single, verdict)
-    work.hash_all(spans)
-    if sources is not None or inputs:
-        with _plan(manifest, base_dir, allow_pickle) as plan:
-            if inputs:
-                work.hash_all(_input_spans(plan, manifest, verdict))
-            if sources is not None:
-                _recompute(plan, manifest, sources, verdict, work)
+    if not os.path.lexists(out):
+        raise OutputError("; ".join([f"{out}: nothing is there", *unfinished(Path(os.path.abspath(out)))]))
+    try:
+        manifest, single = read_manifest(out)
+    except (OSError, CheckpointError) as error:
+        return Verdict(out, [_line(text) for text in _problems(error, out)])
+    verdict, hashing = Verdict(out), Hashing(threads or default_threads(), progress)
+    with ExitStack() as stack:
+        plan = None
+        if sources is not None or inputs:
+            plan = stack.enter_context(_plan(out, manifest, base_dir, allow_pickle))
+        checks = _Model(out, manifest, single, verdict).checks()
+        if plan and inputs:
+            checks += _input_checks(plan, manifest, verdict)
+        verdict.bad += hashing.faults(checks)
+        if plan and sources is not None:
+            _recompute(plan, manifest, sources, verdict, hashing)
+    verdict.bad = [_line(text) for text in dict.fromkeys(verdict.bad)]
+    verdict.notes = [_line(text) for text in verdict.notes]
     return verdict
 
 
-# ---- the manifest -----------------------------------------------------------------------------------------
+def _line(text: str) -> str:
+    """``text`` as one line: names of files and tensors may hold anything."""
+    return printable(text).replace("\n", "\\n")
 
 
-def _read_manifest(out: Path, verdict: Verdict) -> tuple[dict[str, Any] | None, Header | None]:
-    """The manifest, None where it is damaged; and the header of a single file."""
-    if not os.path.lexists(out):
-        raise OutputError("; ".join([f"{out}: nothing is there", *unfinished(Path(os.path.abspath(out)))]))
-    header = None
-    try:
-        if out.is_dir():
-            path = confined(out, MANIFEST)
-            if not path.is_file():
-                raise OutputError(f"{out}: holds no {MANIFEST}; only what della has merged can be verified")
-            raw = text = _read_bounded(path)
+def _problems(error: OSError | CheckpointError, place: Path) -> Sequence[str]:
+    if isinstance(error, CheckpointError):
+        return error.problems
+    return [f"{place}: cannot be read ({error.strerror})"]
+
+
+# ---- the model itself -------------------------------------------------------------------------------------
+
+
+class _Model:
+    """The files of ``out``, held against its manifest.
+
+    Files that are missing, strange, or have another size or header are told to ``verdict`` at once.
+    """
+
+    def __init__(self, out: Path, manifest: Manifest, single: Header | None, verdict: Verdict) -> None:
+        self.out, self.manifest, self.verdict = out, manifest, verdict
+        self.headers: dict[Path, tuple[Path, Header]] = {}  # by the place to name, where links lead to
+        self.damaged: list[Path] = []  # files whose tensors cannot be found
+        if single is not None:
+            self.headers[out] = out, single
+
+    def checks(self) -> list[Check]:
+        """One for every tensor and every other file."""
+        found: list[Check] = []
+        if self.headers:
+            self.verdict.files = 1
         else:
-            header, raw, _ = read_header(out)
-            text = embedded(header)
-            if not text:
-                raise OutputError(f"{out}: no manifest in its header; only what della has merged has one")
-        if not is_sealed(raw):
-            raise CheckpointError(f"{out if header else out / MANIFEST}: changed since it was written")
-        manifest = json_object(text, str(out / MANIFEST))
-        if manifest.get("format") != FORMAT:
-            raise OutputError(
-                f"{out}: its manifest has format {str(manifest.get('format'))[:20]}, and this version of "
-                f"della knows {FORMAT}; merge again, or use the version that made it"
-            )
-        _check_manifest(manifest, str(out))
-    except CheckpointError as error:
-        verdict.bad += error.problems
-        return None, None
-    return manifest, header
+            self.verdict.files = len(self.manifest.files) + 1
+            for name, entry in self.manifest.files.items():
+                place = self.out / name
+                try:
+                    found += self._file(place, entry)
+                except (OSError, CheckpointError) as error:
+                    self.verdict.bad += _problems(error, place)
+                    self.damaged += [place] if entry.holds_tensors else []
+            self._strangers()
+        return [*self._tensors(), *found]
 
+    def _file(self, place: Path, entry: Entry) -> list[Check]:
+        """The check of a side file; of a file of tensors the header is read, and checked at once."""
+        path = confined(self.out, place.name)
+        if not os.path.lexists(place):
+            raise CheckpointError(f"{place}: missing")
+        if not path.is_file():
+            raise CheckpointError(f"{place}: {why_no_file(path)}")
+        size = path.stat().st_size
+        if size != entry.size:
+            raise CheckpointError(f"{place}: has {size:,} bytes, expected {entry.size:,}")
+        if not entry.holds_tensors:
+            pieces = partial(of_file, path, 0, size)
+            return [Check(place.name, str(place), "has changed", size, entry.hash, pieces)]
+        header, raw, _ = read_header(path, str(place))
+        if xxhash.xxh3_128_hexdigest(raw) != entry.hash:
+            raise CheckpointError(f"{place}: its header has changed")
+        self.headers[place] = path, header
+        return []
 
-def _read_bounded(path: Path) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            raw = file.read(MOST_BYTES + 1)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
-    if len(raw) > MOST_BYTES:
-        raise CheckpointError(f"{path}: larger than {MOST_BYTES:,} bytes, which no manifest is")
-    return raw
+    def _tensors(self) -> Iterator[Check]:
+        found: set[str] = set()
+        for place, (path, header) in self.headers.items():
+            for name, info in header.tensors.items():
+                expected = self.manifest.tensors.get(name)
+                if expected is None or name in found:
+                    self.verdict.bad.append(f"{place}: tensor {name!r} is not in the manifest")
+                    continue
+                found.add(name)
+                self.verdict.tensors += 1
+                self.verdict.nbytes += info.nbytes
+                pieces = partial(of_file, path, header.data_start + info.begin, info.nbytes)
+                what = f"{place}: tensor {name!r}"
+                yield Check(name, what, "has changed", info.nbytes, expected, pieces)
+        self._lost([name for name in self.manifest.tensors if name not in found])
 
+    def _lost(self, names: Sequence[str]) -> None:
+        """Tensors that cannot be found, each with the file that held it as far as that can be known."""
+        homes = self._index() if names and len(self.damaged) > 1 else {}
+        for name in names:
+            home = self.out / homes.get(name, "")
+            places = [home] if home in self.damaged else self.damaged or [self.out]
+            self.verdict.bad.append(f"{' or '.join(map(str, places))}: tensor {name!r} is lost")
 
-def _check_manifest(manifest: Mapping[str, Any], where: str) -> None:
-    """A sealed manifest may still be hostile: it must have the form that `della.merge` gives it."""
-    inputs = manifest.get("inputs")
-    listed = inputs.get("models") if isinstance(inputs, dict) else None
-    sources = [inputs.get("base"), *listed] if isinstance(inputs, dict) and isinstance(listed, list) else [0]
-    right = (
-        _is_table(manifest.get("tensors"))
-        and isinstance(manifest.get("recipe"), str)
-        and isinstance(files := manifest.get("files"), dict)
-        and all(
-            isinstance(entry, dict)
-            and type(entry.get("size")) is int
-            and isinstance(entry.get("hash", entry.get("header_hash")), str)
-            and not set(name) & set("/\\:\0")
-            and name not in ("", ".", "..")
-            for name, entry in files.items()
-        )
-        and all(isinstance(s, dict) and _is_table(s.get("tensors")) and _has_files(s) for s in sources)
-    )
-    if not right:
-        raise CheckpointError(f"{where}: its manifest is not of the form that della writes")
+    def _index(self) -> dict[str, str]:
+        """tensor -> file, as the model's index says; {} where it says nothing that can be used."""
+        for name in self.manifest.files:
+            if name.endswith(INDEX):
+                try:
+                    raw = read_small(confined(self.out, name), MOST_INDEX_BYTES)
+                    homes = json_object(raw, name).get("weight_map")
+                except (OSError, CheckpointError):
+                    continue
+                if isinstance(homes, dict):
+                    return {tensor: home for tensor, home in homes.items() if isinstance(home, str)}
+        return {}
 
-
-def _has_files(source: Mapping[str, Any]) -> bool:
-    files = source.get("files")
-    return isinstance(files, list) and all(isinstance(file, dict) for file in files)
-
-
-def _is_table(value: object) -> bool:
-    return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
-
-
-# ---- the files of the model -------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Span:
-    """Bytes that have a hash; ``said`` is what to say where it is another one."""
-
-    path: Path
-    offset: int
-    nbytes: int
-    hash: str
-    said: str
-    read: Callable[[int, memoryview], None] | None = None
-
-
-def _spans(out: Path, manifest: Mapping[str, Any], single: Header | None, verdict: Verdict) -> list[_Span]:
-    """Where every byte lies; files that are missing, strange, or have another size or header are told."""
-    headers: dict[Path, Header] = {}
-    spans: list[_Span] = []
-    if single is not None:
-        headers[out] = single
-        verdict.files = 1
-    else:
-        verdict.files = len(manifest["files"]) + 1
-        for name, entry in manifest["files"].items():
-            try:
-                path = confined(out, name)
-                if "header_hash" in entry:
-                    headers[path] = _header(path, entry)
-                else:
-                    spans.append(_side_file(path, name, entry))
-            except CheckpointError as error:
-                verdict.bad += error.problems
-        _strangers(out, manifest, verdict)
-    spans += _tensors(out, manifest, headers, verdict)
-    return spans
-
-
-def _header(path: Path, entry: Mapping[str, Any]) -> Header:
-    if not path.is_file():
-        raise CheckpointError(f"{path}: missing")
-    header, raw, _ = read_header(path)
-    if xxhash.xxh3_128_hexdigest(raw) != entry["header_hash"]:
-        raise CheckpointError(f"{path}: its header has changed")
-    return header
-
-
-def _side_file(path: Path, name: str, entry: Mapping[str, Any]) -> _Span:
-    if not path.is_file():
-        raise CheckpointError(f"{path}: missing")
-    size = path.stat().st_size
-    if size != entry["size"]:
-        raise CheckpointError(f"{path}: has {size:,} bytes, expected {entry['size']:,}")
-    return _Span(path, 0, size, entry["hash"], f"{path}: changed")
-
-
-def _tensors(
-    out: Path, manifest: Mapping[str, Any], headers: Mapping[Path, Header], verdict: Verdict
-) -> Iterator[_Span]:
-    found: set[str] = set()
-    for path, header in headers.items():
-        for name, info in header.tensors.items():
-            expected = manifest["tensors"].get(name)
-            if expected is None or name in found:
-                verdict.bad.append(f"{path}: tensor {name!r} is not in the manifest")
-                continue
-            found.add(name)
-            verdict.tensors += 1
-            verdict.nbytes += info.nbytes
-            said = f"{path}: tensor {name!r} has changed"
-            yield _Span(path, header.data_start + info.begin, info.nbytes, expected, said)
-    lost = [name for name in manifest["tensors"] if name not in found]
-    verdict.bad += [f"{out}: tensor {name!r} is lost, with the header of its file" for name in lost]
-
-
-def _strangers(out: Path, manifest: Mapping[str, Any], verdict: Verdict) -> None:
-    """Files that were not merged: weights among them could be loaded instead."""
-    for entry in sorted(out.iterdir()):
-        if entry.name in manifest["files"] or entry.name == MANIFEST:
-            continue
-        if entry.name.endswith((".safetensors", ".safetensors.index.json", ".bin.index.json", *PICKLES)):
-            verdict.bad.append(f"{entry}: not part of this model, but may be loaded instead; move it away")
-        else:
-            verdict.notes.append(f"{entry}: not part of what was merged, and not verified")
-
-
-# ---- hashing ----------------------------------------------------------------------------------------------
-
-
-class _Work:
-    """Hashes spans and computes tensors in several threads, with progress."""
-
-    def __init__(self, verdict: Verdict, threads: int, progress: Callable[[Progress], None] | None) -> None:
-        self.verdict, self.threads, self.progress = verdict, threads, progress
-        self.lock = threading.Lock()
-        self.done = self.total = self.finished = self.count = 0
-
-    def hash_all(self, spans: Iterable[_Span]) -> None:
-        """Compare every span with its hash; largest first."""
-        self.each(self._hash, sorted(spans, key=lambda span: -span.nbytes), lambda span: span.nbytes)
-
-    def each(
-        self, work: Callable[[Any], str | None], items: Sequence[Any], size: Callable[[Any], int]
-    ) -> None:
-        """``work`` on every item; what it returns is bad."""
-        self.total += sum(map(size, items))
-        self.count += len(items)
-        with ThreadPoolExecutor(self.threads) as pool:
-            try:
-                for item, said in zip(items, pool.map(work, items), strict=True):
-                    if said:
-                        self.verdict.bad.append(said)
-                    self.advance(0, str(getattr(item, "name", "")), finished=1)
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-
-    def _hash(self, span: _Span) -> str | None:
-        digest = xxhash.xxh3_128()
-        buffer = memoryview(bytearray(min(_PIECE, span.nbytes)))
+    def _strangers(self) -> None:
+        """Files that were not merged."""
         try:
-            read = span.read or _reader(span.path)
-            for start in range(0, span.nbytes, _PIECE):
-                piece = buffer[: span.nbytes - start]
-                read(span.offset + start, piece)
-                digest.update(piece)
-                self.advance(len(piece), span.path.name)
-        except (OSError, CheckpointError) as error:
-            return f"{span.said} or cannot be read ({error})"
-        return None if digest.hexdigest() == span.hash else span.said
-
-    def advance(self, count: int, name: str, finished: int = 0) -> None:
-        """Tell of bytes read and items finished."""
-        with self.lock:
-            self.done += count
-            self.finished += finished
-            if self.progress is not None:
-                self.progress(Progress(self.done, self.total, self.finished, self.count, name))
+            names = sorted(entry.name for entry in self.out.iterdir())
+        except OSError as error:
+            self.verdict.bad.append(f"{self.out}: cannot be listed ({error.strerror})")
+            return
+        for name in names:
+            if name in self.manifest.files or name == MANIFEST:
+                continue
+            if name.endswith(_LOADED) or name in _LOADED_NAMES:
+                said = "not part of this model, but programs may load it; move it away"
+                self.verdict.bad.append(f"{self.out / name}: {said}")
+            else:
+                self.verdict.notes.append(f"{self.out / name}: not part of what was merged, and not verified")
 
 
-def _reader(path: Path) -> Callable[[int, memoryview], None]:
-    def read(at: int, piece: memoryview) -> None:
-        with open(path, "rb", buffering=0) as file:
-            file.seek(at)
-            while piece:
-                count = file.readinto(piece)
-                if not count:
-                    raise OSError("it ends too early")
-                piece = piece[count:]
-
-    return read
+# ---- its inputs -------------------------------------------------------------------------------------------
 
 
-# ---- the sources ------------------------------------------------------------------------------------------
+def _plan(out: Path, manifest: Manifest, base_dir: str | Path | None, allow_pickle: bool) -> Plan:
+    """The plan of the merge that made ``out``; its inputs are opened."""
+    text = manifest.recipe
+    try:
+        recipe = read_recipe(text if "\n" in text else text + "\n")
+        if base_dir is not None:
+            recipe = replace(recipe, path=Path(base_dir) / "recipe.yml")
+        try:
+            return make_plan(recipe, permissions=Permissions(pickle=allow_pickle))
+        except CheckpointError as error:
+            raise CheckpointError(*error.problems, *_hint(recipe, base_dir)) from error
+    except RecipeError as error:
+        raise RecipeError(*(f"{out}: in its manifest: {problem}" for problem in error.problems)) from error
+    except OSError as error:
+        raise CheckpointError(f"{out}: an input cannot be opened ({error})") from error
 
 
-def _plan(manifest: Mapping[str, Any], base_dir: str | Path | None, allow_pickle: bool) -> Plan:
-    recipe = read_recipe(manifest["recipe"] + "\n")
-    if base_dir is not None:
-        recipe = replace(recipe, path=Path(base_dir) / "recipe.yml")
-    return make_plan(recipe, permissions=Permissions(pickle=allow_pickle))
+def _hint(recipe: Recipe, base_dir: str | Path | None) -> Iterator[str]:
+    """What to do where a relative path leads nowhere."""
+    references = filter(None, (recipe.base_model, *(model.reference for model in recipe.models)))
+    for reference in references:
+        path = Path(reference)
+        is_path = reference.startswith(".") or len(path.parts) != 2  # two parts may be a model of the Hub
+        is_relative = is_path and not path.is_absolute() and not reference.startswith("~")
+        if is_relative and not any(os.path.lexists(Path(root) / path) for root in (base_dir or "", "")):
+            yield f"{reference}: a path that starts where the recipe was; name that folder: --from FOLDER"
+            return
 
 
-def _input_spans(plan: Plan, manifest: Mapping[str, Any], verdict: Verdict) -> list[_Span]:
-    """Every tensor of the inputs that was read; other files than those that were merged are told."""
-    spans = []
-    told = manifest["inputs"]
-    pairs = [(plan.base, told["base"]), *zip(plan.models, told["models"], strict=False)]
-    for source, entry in {id(source): (source, entry) for source, entry in pairs}.values():
-        merged = {file.get("name"): file.get("fingerprint") for file in entry["files"]}
-        now = {file.name: file.fingerprint for file in source.files}
-        for name in sorted(merged.keys() | now.keys(), key=str):
-            if merged.get(name) != now.get(name):
-                verdict.bad.append(
-                    f"{source.folder / str(name)}: not the file that was merged (size or header)"
-                )
-        for name, expected in entry["tensors"].items():
+def _input_checks(plan: Plan, manifest: Manifest, verdict: Verdict) -> list[Check]:
+    """One for every tensor of the inputs that was read; other files than those that were merged are told."""
+    if len(plan.models) != len(manifest.models):
+        verdict.bad.append(
+            f"{verdict.out}: its recipe has {len(plan.models)} models, "
+            f"its manifest tells of {len(manifest.models)}"
+        )
+    found: dict[tuple[Source, str, str], Check] = {}
+    for source, was in [(plan.base, manifest.base), *zip(plan.models, manifest.models)]:
+        _compare_files(source, was, verdict)
+        for name, expected in was.tensors.items():
             tensor = source.tensors.get(name)
             if tensor is None:
-                verdict.bad.append(f"{source.reference}: lacks tensor {name!r}, which was merged")
+                verdict.bad.append(f"{source.reference}: tensor {name!r}, which was merged, is missing")
                 continue
-            said = f"{tensor.file}: tensor {name!r} is not what was merged"
-            spans.append(_Span(tensor.file, 0, tensor.nbytes, expected, said, _from(source, name)))
-            verdict.inputs += 1
-    return spans
+            what, pieces = f"{tensor.file}: tensor {name!r}", partial(of_input, source, tensor)
+            fault = "is not what was merged"
+            found[source, name, expected] = Check(name, what, fault, tensor.nbytes, expected, pieces)
+    verdict.inputs = len(found)
+    return list(found.values())
 
 
-def _from(source: Source, name: str) -> Callable[[int, memoryview], None]:
-    return lambda at, piece: source.read_into(source.tensors[name], at, piece)
+def _compare_files(source: Source, was: Recorded, verdict: Verdict) -> None:
+    now = {file.name: file.fingerprint for file in source.files}
+    for name in sorted(was.files.keys() | now.keys()):
+        if name not in now:
+            verdict.bad.append(f"{source.folder / name}: was merged, and is no part of the model any more")
+        elif name not in was.files:
+            verdict.bad.append(f"{source.folder / name}: not among the files that were merged")
+        elif was.files[name] != now[name]:
+            verdict.bad.append(f"{source.folder / name}: not the file that was merged (its size or header)")
+    if was.revision and source.revision and was.revision != source.revision:
+        verdict.notes.append(
+            f"{source.reference}: merged at revision {was.revision}, compared with {source.revision}"
+        )
 
 
-def _recompute(plan: Plan, manifest: Mapping[str, Any], share: float, verdict: Verdict, work: _Work) -> None:
-    """A sample of tensors, merged again."""
-    known = manifest["tensors"]
-    if (names := {job.name for job in plan.jobs}) != set(known):
-        odd = sorted(names ^ set(known))
-        verdict.bad.append(f"{verdict.out}: its sources give other tensors than it has ({odd[0]}, ...)")
+# ---- the merge, again -------------------------------------------------------------------------------------
+
+
+def _recompute(plan: Plan, manifest: Manifest, share: float, verdict: Verdict, hashing: Hashing) -> None:
+    """A sample of the tensors, merged again."""
+    out, known = verdict.out, manifest.tensors
+    made = {job.name for job in plan.jobs}
+    verdict.bad += [f"{out}: tensor {n!r} does not come from its sources" for n in known if n not in made]
+    verdict.bad += [f"{out}: lacks tensor {n!r}, which its sources give" for n in sorted(made - known.keys())]
     jobs = [job for job in plan.jobs if job.name in known]
     jobs = random.sample(jobs, min(len(jobs), max(1, round(share * len(jobs)))))
     compute = Compute(plan)
-    bands = compute.model_bands() if any(map(needs_bands, jobs)) else {}
+    compute.stop = hashing.stop
+    try:
+        bands = compute.model_bands() if any(map(needs_bands, jobs)) else {}
+    except DellaError as error:
+        verdict.bad += [f"{out}: cannot be merged again: {problem}" for problem in error.problems]
+        return
 
-    def again(job: Job) -> str | None:
-        digest = xxhash.xxh3_128()
-        for stored in compute.pieces(job, bands.get(job.name), digests_of(job)):
-            digest.update(stored.reshape(-1).view("u1").data)
-            work.advance(stored.nbytes, job.name)
-        return None if digest.hexdigest() == known[job.name] else f"{job.name}: its sources give other bytes"
+    def merged(job: Job) -> Iterator[memoryview]:
+        for stored in compute.pieces(job, bands.get(job.name)):
+            yield stored.reshape(-1).view("u1").data
 
-    work.each(again, jobs, lambda job: job.nbytes)
+    def check(job: Job) -> Check:
+        what, fault = f"{out}: tensor {job.name!r}", "is not what its sources give"
+        return Check(job.name, what, fault, job.nbytes, known[job.name], partial(merged, job))
+
+    bad = hashing.faults([check(job) for job in jobs])
+    verdict.bad += bad
     verdict.recomputed = len(jobs)
+    then, now = manifest.versions, {"della": __version__} | versions()
+    if bad and then != now:
+        changed = sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
+        told = ", ".join(f"{n} {then.get(n, 'unknown')} (here {now.get(n, 'none')})" for n in changed)
+        verdict.notes.append(f"{out}: merged with {told}, which may be why its sources give other bytes")

@@ -39,7 +39,8 @@ ORDER = (
     *(f"merging.{name}" for name in ("methods", "reference", "compat", "kernel", "cast", "drop", "largest")),
     *("merging.fuse", "merging.tensor"),
     *(f"recipe{part}" for part in ("_tree", "_yaml", "_settings", "_types", "_overrides", "")),
-    *("jobs", "fitting", "departures", "planning", "show", "card", "compute", "run", "verifying", "arrays"),
+    *("jobs", "fitting", "departures", "planning", "show", "card", "compute", "run"),
+    *("hashing", "verifying", "arrays"),
     *("api", "della", "demo", "demo.tasks", "demo.llama", "demo.score", "demo.run", "speaker", "cli"),
 )
 # Where a library may be imported; nowhere if it is not said.

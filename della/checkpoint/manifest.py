@@ -9,17 +9,25 @@ import json
 import platform
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import xxhash
 
-from della.checkpoint.header import Header
+from della.checkpoint.header import Header, read_header
+from della.checkpoint.layout import confined, read_small, why_no_file
 from della.checkpoint.place import MANIFEST
 from della.checkpoint.source import Source
+from della.checkpoint.strict import json_object
+from della.errors import CheckpointError, OutputError
 from della.version import __version__
 
-__all__ = ["FORMAT", "MANIFEST", "build_manifest", "dump", "embed", "embedded", "is_sealed", "sealed"]
+__all__ = [
+    "FORMAT", "MANIFEST", "Entry", "Manifest", "Recorded", "build_manifest", "dump", "embed", "is_sealed",
+    "read_manifest", "sealed",
+]  # fmt: skip
 
 FORMAT = 2
 KEY = "della"
@@ -86,11 +94,6 @@ def embed(manifest: Mapping[str, Any]) -> dict[str, str]:
     return {"format": "pt", KEY: json.dumps(_BLANK | dict(manifest))}
 
 
-def embedded(header: Header) -> bytes:
-    """The manifest in the metadata of a single file, as text; empty where there is none."""
-    return header.metadata.get(KEY, "").encode()
-
-
 def sealed(raw: bytes) -> bytes:
     """``raw`` with its seal: xxh3_128 (hex) of all of ``raw`` with zeros in the seal's place."""
     match = _SEAL.search(raw)
@@ -107,3 +110,132 @@ def is_sealed(raw: bytes) -> bool:
 def _seal(raw: bytes, match: re.Match[bytes]) -> bytes:
     blank = raw[: match.start(2)] + UNKNOWN.encode() + raw[match.end(2) :]
     return xxhash.xxh3_128_hexdigest(blank).encode()
+
+
+# ---- reading ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file of the model: ``hash`` is that of its header alone if it ``holds_tensors``."""
+
+    size: int
+    hash: str
+    holds_tensors: bool
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """An input as it was merged: fingerprints of its files, and hashes of those tensors that were read."""
+
+    reference: str
+    revision: str | None
+    files: dict[str, str]
+    tensors: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What verifying needs of a manifest.  Its form was checked; what it says is not to be trusted yet."""
+
+    recipe: str
+    versions: dict[str, str]
+    tensors: dict[str, str]
+    files: dict[str, Entry]
+    base: Recorded
+    models: list[Recorded]
+
+
+class _NotOurs(Exception):
+    """The manifest has not the form that della gives it; says where."""
+
+
+def read_manifest(out: Path) -> tuple[Manifest, Header | None]:
+    """The manifest of the folder or file ``out``, which is there; and the header of a single file.
+
+    Raises OutputError where there is no manifest, or one that this version does not know, CheckpointError
+    where it is damaged.
+    """
+    header = None
+    if out.is_dir():
+        where, path = out / MANIFEST, confined(out, MANIFEST)
+        if not where.is_symlink() and not path.exists():
+            raise OutputError(f"{out}: holds no {MANIFEST}; only what della has merged can be verified")
+        if not path.is_file():
+            raise CheckpointError(f"{where}: {why_no_file(path)}")
+        raw = text = read_small(path, MOST_BYTES)
+    elif out.is_file() and out.suffix == ".safetensors":
+        where = out
+        header, raw, _ = read_header(out)
+        text = header.metadata.get(KEY, "").encode()
+        if not text and not _SEAL.search(raw):
+            raise OutputError(f"{out}: no manifest in its header; only what della has merged can be verified")
+    else:
+        raise OutputError(f"{out}: neither a folder nor a .safetensors file; name what della has merged")
+    damage = CheckpointError(f"{where}: changed since it was written, so nothing can be held against it")
+    if _SEAL.search(raw) and not is_sealed(raw):
+        raise damage
+    found = json_object(text, str(where))
+    if type(found.get("format")) is not int or found["format"] != FORMAT:
+        raise OutputError(
+            f"{where}: a manifest of format {_scalar(found.get('format'))}, and this version of della knows "
+            f"format {FORMAT}; verify with the version that merged it"
+        )
+    if not is_sealed(raw):
+        raise damage
+    try:
+        return _parse(found), header
+    except _NotOurs as error:
+        raise CheckpointError(
+            f"{where}: not a manifest as della writes it ({error}); merge again to have one"
+        ) from None
+
+
+def _scalar(value: object) -> str:
+    return str(value)[:20] if isinstance(value, int | str) else "unknown"
+
+
+def _parse(found: Mapping[str, Any]) -> Manifest:
+    inputs = _part(found, "inputs", dict)
+    tool = _part(found, "tool", dict)
+    files = _part(found, "files", dict)
+    return Manifest(
+        recipe=_part(found, "recipe", str),
+        versions={"della": _part(tool, "version", str)} | _texts(found, "versions"),
+        tensors=_texts(found, "tensors"),
+        files={name: _entry(name, entry) for name, entry in files.items()},
+        base=_recorded(_part(inputs, "base", dict)),
+        models=[_recorded(model) for model in _part(inputs, "models", list)],
+    )
+
+
+def _entry(name: str, entry: object) -> Entry:
+    if name in ("", ".", "..") or set(name) & set("/\\:\0"):
+        raise _NotOurs(f"{name[:80]!r} is no name of a file in a model's folder")
+    size = _part(entry, "size", int)
+    assert isinstance(entry, dict)
+    holds_tensors = "header_hash" in entry
+    return Entry(size, _part(entry, "header_hash" if holds_tensors else "hash", str), holds_tensors)
+
+
+def _recorded(found: object) -> Recorded:
+    files = {
+        _part(file, "name", str): _part(file, "fingerprint", str) for file in _part(found, "files", list)
+    }
+    assert isinstance(found, dict)
+    revision = None if found.get("revision") is None else _part(found, "revision", str)
+    return Recorded(_part(found, "reference", str), revision, files, _texts(found, "tensors"))
+
+
+def _part(table: object, key: str, kind: type) -> Any:
+    value = table.get(key) if isinstance(table, dict) else None
+    if type(value) is not kind:
+        raise _NotOurs(f"{key!r} is missing or of a wrong type")
+    return value
+
+
+def _texts(table: object, key: str) -> dict[str, str]:
+    found: dict[str, str] = _part(table, key, dict)
+    if not all(isinstance(text, str) for text in found.values()):
+        raise _NotOurs(f"{key!r} must hold texts only")
+    return found
