@@ -163,7 +163,7 @@ class _Model:
             raise CheckpointError(f"{place}: has {size:,} bytes, expected {entry.size:,}")
         if not entry.holds_tensors:
             pieces = partial(of_file, path, 0, size)
-            return [Check(place.name, str(place), "has changed", size, entry.hash, pieces)]
+            return [Check(place.name, f"{place}:", "has changed", size, entry.hash, pieces)]
         header, raw, _ = read_header(path, str(place))
         if xxhash.xxh3_128_hexdigest(raw) != entry.hash:
             raise CheckpointError(f"{place}: its header has changed")
@@ -258,11 +258,8 @@ def _hint(recipe: Recipe, base_dir: str | Path | None) -> Iterator[str]:
 
 def _input_checks(plan: Plan, manifest: Manifest, verdict: Verdict) -> list[Check]:
     """One for every tensor of the inputs that was read; other files than those that were merged are told."""
-    if len(plan.models) != len(manifest.models):
-        verdict.bad.append(
-            f"{verdict.out}: its recipe has {len(plan.models)} models, "
-            f"its manifest tells of {len(manifest.models)}"
-        )
+    if (now := len(plan.models)) != (told := len(manifest.models)):
+        verdict.bad.append(f"{verdict.out}: models in its recipe: {now}, in its manifest: {told}")
     found: dict[tuple[Source, str, str], Check] = {}
     for source, was in [(plan.base, manifest.base), *zip(plan.models, manifest.models)]:
         _compare_files(source, was, verdict)
