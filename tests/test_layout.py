@@ -94,8 +94,7 @@ def test_all_that_is_wrong_with_shards_is_listed_at_once(tmp_path: Path) -> None
     assert refusal(folder) == (
         "4 problems:\n"
         f"  - {folder}/s3.safetensors: the index names this file, but it is not there; download it again\n"
-        f"  - {folder}/s4.safetensors: truncated: its tensors take 8 bytes, found 7; "
-        "download the file again\n"
+        f"  - {folder}/s4.safetensors: truncated: expected 72 bytes, found 71; download the file again\n"
         f"  - {folder}/s1.safetensors: tensor 'd' is missing, which the index expects here\n"
         f"  - {folder}/s2.safetensors: tensor 'x' is not in the index"
     )
