@@ -133,6 +133,54 @@ def test_an_index_may_not_point_outside(tmp_path: Path, entry: str) -> None:
     )
 
 
+ODD = "some systems do not read as a plain file of this folder; rename it here and in the folder"
+
+
+@pytest.mark.parametrize(
+    ("entry", "why"),
+    [
+        ("CON.safetensors", ODD),
+        ("sub/lpt1.x.safetensors", ODD),
+        ("sub./s1.safetensors", ODD),
+        (".. /s1.safetensors", ODD),
+        (" s1.safetensors", ODD),
+        ("~/s1.safetensors", ODD),
+        ("$HOME/s1.safetensors", ODD),
+        ("..%2fs1.safetensors", ODD),
+        ("*.safetensors", ODD),
+        ("..\uff0fs1.safetensors", ODD),
+        ("..\u2215s1.safetensors", ODD),
+        ("\u2025/s1.safetensors", ODD),
+        ("s1\u202e.safetensors", ODD),
+        ("s1\n.safetensors", ODD),
+        ("a" * 244 + ".safetensors", "is longer than the name of a file can be"),
+        ("a/" * 600 + "s1.safetensors", "is longer than the name of a file can be"),
+    ],
+)
+def test_an_index_may_not_name_what_some_system_reads_otherwise(tmp_path: Path, entry: str, why: str) -> None:
+    folder = shards(tmp_path, **{"model.safetensors.index.json": index(a=entry, b="s2.safetensors")})
+    assert refusal(folder) == f"{folder}/model.safetensors.index.json: names {entry[:200]!r}, which {why}"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "consolidated.00.safetensors",
+        "console.safetensors",
+        ".hidden/a b (1).safetensors",
+        "模型（1）.safetensors",
+        "\u00e9.safetensors",
+        "e\u0301.safetensors",
+        "a~b+c=d,e[1].safetensors",
+        "a" * 243 + ".safetensors",
+    ],
+)
+def test_an_index_may_name_all_other_files(tmp_path: Path, name: str) -> None:
+    put(tmp_path, {"model.safetensors.index.json": index(w=name), name: ONE})
+    with open_source(str(tmp_path)) as source:
+        assert source.read("w").tobytes() == ONE["w"].tobytes()
+
+
 @pytest.mark.parametrize(
     ("content", "why"),
     [

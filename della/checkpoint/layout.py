@@ -7,6 +7,7 @@ index stay in the folder, links stay in the folder or in its hub cache, each ten
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,15 @@ STEMS = ("model", "diffusion_pytorch_model")
 INDEX = ".safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)\.safetensors")
+
+# What is no letter of a shard's name: signs of a drive, stream, pattern, variable or URL, and signs that are
+# taken for a slash.
+SIGNS = set('\\:*?"<>|$%\u2044\u2215\u2216\u29f5\u29f8\u29f9')
+UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
+DEVICE = re.compile(
+    r"(con|prn|aux|nul|conin|conout|(com|lpt)[0-9\u00b9\u00b2\u00b3]) *(\..*)?", re.IGNORECASE
+)
+MOST_NAME_BYTES, MOST_PATH_BYTES = 255, 1000
 
 # Suffixes that only quantised models give to their tensors; nested ones (quant_state) carry more behind.
 QUANTISED = {
@@ -209,20 +219,43 @@ def _read_index(folder: Path, name: str) -> dict[str, str]:
     if any(not isinstance(file, str) for file in weight_map.values()):
         raise CheckpointError(f"{where}: weight_map must name a file for each tensor")
     bad = [
-        f"{where}: names {file[:200]!r}, which is not a .safetensors file of this folder"
+        f"{where}: names {file[:200]!r}, which {why}"
         for file in sorted(set(weight_map.values()))
-        if not _stays_inside(file)
+        if (why := _why_hostile(file))
     ]
     if bad:
         raise CheckpointError(listing(bad))
     return weight_map
 
 
-def _stays_inside(file: str) -> bool:
-    """Subfolders are fine; everything that some system could read as a way out is not."""
+def _why_hostile(file: str) -> str:
+    """What is wrong with a shard's name, or "".  Subfolders are fine; all that some system or program could
+    read as a way out, as another file or as no file is not."""
     parts = file.split("/")
-    plain = not any(part in ("", ".", "..") for part in parts) and not set(file) & set("\\:\0")
-    return plain and file.endswith(".safetensors")
+    outside = any(part in ("", ".", "..") for part in parts) or set(file) & set("\\:\0")
+    if outside or not file.endswith(".safetensors"):
+        return "is not a .safetensors file of this folder"
+    if len(file.encode()) > MOST_PATH_BYTES or any(len(part.encode()) > MOST_NAME_BYTES for part in parts):
+        return "is longer than the name of a file can be"
+    # Some systems and programs fold letters that look alike into plain ones: a wide slash is a slash.
+    folded = unicodedata.normalize("NFKC", file)
+    if (
+        folded.count("/") != file.count("/")
+        or set(folded + file) & SIGNS
+        or any(unicodedata.category(letter) in UNSEEN for letter in file)
+        or any(_odd(part) for part in (*parts, *folded.split("/")))
+    ):
+        return "some systems do not read as a plain file of this folder; rename it here and in the folder"
+    return ""
+
+
+def _odd(part: str) -> bool:
+    """Whether some system trims the name, expands it, or takes it for a device."""
+    return (
+        part in ("", ".", "..")
+        or part != part.strip(" ").rstrip(".")
+        or bool(part.startswith("~") or DEVICE.fullmatch(part))
+    )
 
 
 def _read_small(path: Path, most: int) -> bytes:
@@ -262,6 +295,9 @@ def _assemble(
                 continue
         except CheckpointError as error:
             problems.append(str(error))
+            continue
+        except OSError as error:
+            problems.append(f"{folder / name}: cannot be read ({error.strerror})")
             continue
         headers[name] = header
         digest = xxhash.xxh3_128(size.to_bytes(8, "little") + raw).hexdigest()

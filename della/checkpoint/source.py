@@ -172,10 +172,13 @@ def open_source(reference: str, *, base_dir: Path | None = None, weights: bool =
     """
     tried = _candidates(reference, base_dir)
     for path in tried:
-        if path.is_dir():
-            return Source(reference, path, read_folder(path))
-        if path.exists():
-            return Source(reference, path, _read_file(path))
+        try:
+            if path.is_dir():
+                return Source(reference, path, read_folder(path))
+            if path.exists():
+                return Source(reference, path, _read_file(path))
+        except OSError as error:  # a name too long to be one, a folder that may not be listed
+            raise CheckpointError(f"{str(path)[:1000]}: cannot be opened ({error.strerror})") from error
     match = HUB_ID.fullmatch(reference)
     if not match:
         raise CheckpointError(_not_found(reference, tried))
