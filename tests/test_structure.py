@@ -146,7 +146,7 @@ def test_importing_della_is_cheap() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("folder", ["della", "benchmarks", "training"])
+@pytest.mark.parametrize("folder", ["della", "benchmarks", "fuzz", "training"])
 def test_nothing_is_too_long(folder: str) -> None:
     paths = sorted((ROOT / folder).rglob("*.py"))
     assert paths
