@@ -58,6 +58,8 @@ LARGE: tuple[tuple[str, str, str], ...] = (
     (HEAD, "# aaaa\n", "name: x\n"),
     (HEAD + "parameters:\n  weight: [", "1,", "1]\n"),
     (HEAD, "  - model: m\n", ""),
+    (HEAD, "  - model: m\n", "parameters: {density: 0.1}\n"),
+    (HEAD, "  - {model: m, parameters: {weight: [-1, 1]}}\n", ""),
     (HEAD, "a: 1\n", ""),
     ("", "[", ""),
     ("", "{", ""),
