@@ -14,15 +14,17 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from della.errors import CheckpointError, DellaError, OutputError, RecipeError
+from della.errors import CheckpointError, DamageError, DellaError, OutputError, RecipeError
 from della.version import __version__
 
 if TYPE_CHECKING:
     from della.api import merge, plan
     from della.arrays import magprune, merge_state_dicts, merge_tensors
+    from della.verifying import verify
 
 __all__ = [
     "CheckpointError",
+    "DamageError",
     "DellaError",
     "OutputError",
     "RecipeError",
@@ -32,11 +34,13 @@ __all__ = [
     "merge_state_dicts",
     "merge_tensors",
     "plan",
+    "verify",
 ]
 
 _HOMES = {
     "merge": "della.api",
     "plan": "della.api",
+    "verify": "della.verifying",
     "magprune": "della.arrays",
     "merge_tensors": "della.arrays",
     "merge_state_dicts": "della.arrays",

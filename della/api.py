@@ -1,16 +1,15 @@
-"""The library's way in: `della.merge` and `della.plan`, from a recipe to a model on disk."""
+"""The library's way in: `della.merge`, `della.plan` and `della.verify`, from a recipe to a model on disk."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from della.checkpoint.writer import check_place
 from della.errors import RecipeError
-from della.planning import TILE, Plan, default_threads, make_plan
+from della.jobs import TILE, Plan, default_threads
+from della.planning import Permissions, Target, make_plan
 from della.recipe import Recipe, read_recipe
 
 if TYPE_CHECKING:
@@ -31,7 +30,12 @@ def merge(
     fsync: bool = True,
     shard_bytes: int = 5_000_000_000,
     tile: int = TILE,
+    part: tuple[int, int] = (1, 1),
+    finish: bool = False,
+    allow_pickle: bool = False,
+    keep_auto_map: bool = False,
     progress: Callable[[Progress], None] | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> Result:
     """Merge as ``recipe`` says and write the model to ``out``; until the last step ``out`` is what it was.
 
@@ -39,36 +43,53 @@ def merge(
     file where the name ends in .safetensors.  seed: instead of the recipe's (default 42).  threads: default,
     all processors; the bytes do not depend on it, nor on ``tile`` (elements worked on at a time).  overrides:
     ``KEY=VALUE`` changes to the recipe (or one such change).  compat: mergekit's rules.  shard_bytes: most
-    bytes of weights in one file.  fsync=False does not wait for the disk.  progress: called with a Progress
-    after every piece, from worker threads, one at a time.
+    bytes of weights in one file.  fsync=False does not wait for the disk.  part: (i, n) computes only the
+    i-th of n shares of the files, in as many processes or hosts as you like; then ``finish`` checks all and
+    makes ``out`` of them.  allow_pickle: read .bin and .pt files too, by torch and as weights only.
+    keep_auto_map: keep what the base's configuration says of code of its own.  progress: called with a
+    Progress after every piece, from worker threads, one at a time.  tell: called with notes on resuming.
 
-    Returns a Result (out, manifest, seconds).  Raises RecipeError, CheckpointError or OutputError.
+    A run that was cut short is gone on with by the same call.  Returns a Result (out, manifest, seconds).
+    Raises RecipeError, CheckpointError or OutputError.
     """
-    from della.run import run
+    from della.run import Options, run
 
     for name, value in (("threads", threads), ("tile", tile), ("shard_bytes", shard_bytes)):
         if value is not None and value < 1:
             raise RecipeError(f"{name} {value}: expected a whole number from 1 up")
-    with open_plan(read(recipe, seed, overrides, compat), Path(out), overwrite) as made:
-        return run(
-            made, Path(out), threads=threads or default_threads(), overwrite=overwrite, fsync=fsync,
-            shard_bytes=shard_bytes, tile=tile, progress=progress,
-        )  # fmt: skip
+    check_part(part, finish)
+    target, permissions = Target(Path(out), overwrite), Permissions(allow_pickle, keep_auto_map)
+    options = Options(
+        threads or default_threads(), overwrite, fsync, shard_bytes, tile, part, finish, keep_auto_map,
+        progress, tell,
+    )  # fmt: skip
+    read_in = read(recipe, seed, overrides, compat)
+    with make_plan(read_in, target=target, permissions=permissions) as made:
+        return run(made, Path(out), options)
 
 
 def plan(
-    recipe: Source, *, seed: int | None = None, overrides: Sequence[str] | str = (), compat: bool = False
+    recipe: Source,
+    *,
+    seed: int | None = None,
+    overrides: Sequence[str] | str = (),
+    compat: bool = False,
+    allow_pickle: bool = False,
 ) -> Plan:
     """What `merge` would do, from headers alone: a Plan (jobs, bytes, notes, departures); close it, or use it
     in a with-block.  Arguments and errors as for `merge`.
     """
-    return make_plan(read(recipe, seed, overrides, compat), weights=False)
+    permissions = Permissions(pickle=allow_pickle)
+    return make_plan(read(recipe, seed, overrides, compat), weights=False, permissions=permissions)
 
 
-def open_plan(recipe: Recipe, out: Path, overwrite: bool) -> Plan:
-    """The Plan of a merge into ``out``, which is looked at before a model is downloaded."""
-    check_place(Path(os.path.abspath(out)), overwrite, out.suffix == ".safetensors")
-    return make_plan(recipe)
+def check_part(part: tuple[int, int], finish: bool) -> None:
+    """Refuse a part that cannot be (RecipeError)."""
+    number, count = part
+    if not 1 <= number <= count:
+        raise RecipeError(f"part {number}/{count}: expected i/n with 1 <= i <= n, such as 2/7")
+    if finish and count > 1:
+        raise RecipeError("finish puts all parts together; leave out part")
 
 
 def read(recipe: Source, seed: int | None, overrides: Sequence[str] | str, compat: bool) -> Recipe:

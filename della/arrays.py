@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from della.dtypes import Array, DType, of_array, round_to, widen
-from della.errors import CheckpointError, OutputError, RecipeError, listing, nearest
+from della.errors import CheckpointError, OutputError, RecipeError, nearest
 from della.merging import reference
 from della.merging.methods import METHODS, Choice, Expert, Method, check_settings, choice
 from della.merging.methods import expert as make_expert
@@ -107,7 +107,7 @@ def merge_state_dicts(
     root = experts[0] if base is None or not _method(options.get("method", "della")).needs_base else base
     lacking = [f"expert {k} lacks {name}" for k, e in enumerate(experts, 1) for name in root if name not in e]
     if lacking:
-        raise CheckpointError(listing(lacking))
+        raise CheckpointError(*lacking)
     merged = {}
     for name, value in root.items():
         array = _as_array(value, name, floats_only=False)

@@ -13,22 +13,25 @@ from typing import Any
 from della.checkpoint.manifest import versions
 from della.checkpoint.source import HUB_ID, Source
 from della.checkpoint.strict import json_object
-from della.planning import CODE, Job, Plan
+from della.errors import OutputError
+from della.fitting import CODE
+from della.jobs import Job, Plan
 from della.version import __version__
 
-_MOST_CONFIG = 10_000_000
 _DTYPES = ("dtype", "torch_dtype")
 _PLAIN_NAME = re.compile(r"\w[\w.-]*", re.ASCII)
 
 
-def config_json(config: Mapping[str, Any], jobs: Sequence[Job]) -> bytes:
-    """The base's config.json with the dtype that most of the merged weights have, and without remote code."""
+def config_json(config: Mapping[str, Any], jobs: Sequence[Job], auto_map: bool = False) -> bytes:
+    """The base's config.json with the dtype that most of the merged weights have, and without the names of
+    remote code unless ``auto_map``.
+    """
     sizes: Counter[str] = Counter()
     for job in jobs:
         if job.dtype.is_float:
             sizes[job.dtype.torch_name] += job.nbytes
     dtype = sizes.most_common(1)[0][0] if sizes else None
-    written = _rewritten(config, dtype)
+    written = _rewritten(config if auto_map else _without_code(config), dtype)
     if dtype is not None and not any(key in written for key in _DTYPES):
         written["torch_dtype"] = dtype
     return _json(written)
@@ -36,7 +39,7 @@ def config_json(config: Mapping[str, Any], jobs: Sequence[Job]) -> bytes:
 
 def _rewritten(config: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:
     """The parts of a model (text_config, vision_config) state their dtype too."""
-    written = {key: value for key, value in config.items() if key not in CODE}
+    written = dict(config)
     for key, value in written.items():
         if key in _DTYPES and dtype is not None:
             written[key] = dtype
@@ -45,19 +48,38 @@ def _rewritten(config: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:
     return written
 
 
-def without_code(path: Path) -> bytes | Path:
-    """A side file as it is, or, where it points to code outside the library, its content without that."""
-    if path.suffix != ".json" or path.stat().st_size > _MOST_CONFIG or b'"auto_map"' not in path.read_bytes():
-        return path
-    return _json(_rewritten(json_object(path.read_bytes(), str(path)), None))
+def _without_code(value: Any) -> Any:
+    """JSON without the keys that name code, at any depth."""
+    if isinstance(value, dict):
+        return {key: _without_code(child) for key, child in value.items() if key not in CODE}
+    return [_without_code(child) for child in value] if isinstance(value, list) else value
+
+
+def side_file(path: Path, auto_map: bool = False) -> bytes:
+    """A side file as it is, or, where it names code outside the library, its content without that (unless
+    ``auto_map``).  Only configurations can name code; in a vocabulary the same keys are words.
+
+    Raises OutputError where it cannot be read, CheckpointError for a configuration that is no JSON.
+    """
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be copied to the result ({error.strerror})") from error
+    names_code = any(key.encode() in raw for key in (*CODE, "\\u"))  # an escape may hide a key
+    if auto_map or not path.name.endswith("_config.json") or not names_code:
+        return raw
+    config = json_object(raw, str(path))
+    kept = _without_code(config)
+    return raw if kept == config else _json(kept)
 
 
 def _json(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def model_card(plan: Plan, title: str) -> bytes:
-    """README.md: front matter for the Hub, how the model was made, and the recipe.
+def model_card(plan: Plan) -> bytes:
+    """README.md: the recipe's name (or its models'), front matter for the Hub, how the model was made, and
+    the recipe.  It does not depend on the place of the result.
 
     Names from recipes are data here: front matter is dumped as JSON (which is YAML), text is escaped, and the
     recipe stands in a fence longer than any in it.
@@ -74,7 +96,7 @@ def model_card(plan: Plan, title: str) -> bytes:
         *(f"{key}: {json.dumps(value)}" for key, value in front.items()),
         "---",
         "",
-        f"# {_plain(title)}",
+        f"# {_plain(recipe.name or ' + '.join(model.identity for model in recipe.models))}",
         "",
         f"A merge: method `{recipe.merge_method}`, seed {recipe.seed}, made with "
         + ", ".join(f"{name} {version}" for name, version in made_with.items())
@@ -93,7 +115,7 @@ def model_card(plan: Plan, title: str) -> bytes:
         "the same recipe and seed give the same weights, byte for byte.",
         "",
     ]
-    return "\n".join(lines).encode()
+    return "\n".join(lines).encode(errors="replace")  # the name of a folder need not be text
 
 
 def _model_name(source: Source) -> str | None:

@@ -6,20 +6,20 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
-import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import Annotated, Optional
 
 import typer
 
-from della.errors import DellaError
+from della.errors import DamageError, DellaError
+from della.speaker import Speaker, print_json, tell
 
-if TYPE_CHECKING:
-    from della.run import Progress, Result
+PERCENT = re.compile(r"(\d+(?:\.\d+)?)%")
 
 app = typer.Typer(
     name="della",
@@ -52,6 +52,20 @@ Threads = Annotated[
         min=1, help="Threads; the result does not depend on it. [default: all processors]", show_default=False
     ),
 ]
+AllowPickle = Annotated[
+    bool,
+    typer.Option("--allow-pickle", help="Read .bin and .pt models too, by torch, as weights only."),
+]
+PartOption = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        "--part", metavar="I/N", help="Compute only the I-th of N shares of the files.", show_default=False
+    ),
+]
+Finish = Annotated[
+    bool, typer.Option("--finish", help="Check what all parts have computed, and make OUT of it.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
@@ -83,33 +97,46 @@ def merge(
     shard_size: Annotated[
         str, typer.Option(metavar="SIZE", help="Most bytes of weights in one file.")
     ] = "5GB",
+    part: PartOption = None,
+    finish: Finish = False,
     no_fsync: Annotated[
         bool, typer.Option("--no-fsync", help="Do not wait until OUT is safe on the disk.")
     ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")] = False,
+    allow_pickle: AllowPickle = False,
+    keep_auto_map: Annotated[
+        bool, typer.Option("--keep-auto-map", help="Keep what config.json says of code of its own.")
+    ] = False,
+    quiet: Quiet = False,
     as_json: Annotated[bool, typer.Option("--json", help="Progress and result as JSON lines.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Merge models as RECIPE says and write the result to OUT."""
+    """Merge models as RECIPE says and write the result to OUT.  A run that was cut short is gone on with by
+    the same command.
+    """
     with _errors(debug, as_json):
-        from della.api import open_plan, read
-        from della.planning import default_threads
+        from della import api
+        from della.jobs import default_threads
+        from della.planning import Permissions, Target, make_plan
 
-        shard_bytes = _size(shard_size)
-        with open_plan(read(recipe, seed, overrides or (), _is_compat(compat)), out, overwrite) as plan:
-            say = _Speaker(quiet, as_json)
+        shard_bytes, share = _size(shard_size), _part(part)
+        api.check_part(share, finish)
+        read = api.read(recipe, seed, overrides or (), _is_compat(compat))
+        permissions = Permissions(allow_pickle, keep_auto_map)
+        with make_plan(read, target=Target(out, overwrite), permissions=permissions) as plan:
+            say = Speaker(quiet, as_json)
             for text in (*plan.notes, *plan.departures):
                 say.note(text)
             from della.merging.kernel import on_compile
-            from della.run import run
+            from della.run import Options, run
 
             on_compile(say.compiling)
             with say.progress() as progress:
-                result = run(
-                    plan, out, threads=threads or default_threads(), overwrite=overwrite,
-                    fsync=not no_fsync, shard_bytes=shard_bytes, progress=progress,
-                )  # fmt: skip
-            say.done(result, plan.bytes_read, plan.bytes_written)
+                result = run(plan, out, Options(
+                    threads=threads or default_threads(), overwrite=overwrite, fsync=not no_fsync,
+                    shard_bytes=shard_bytes, part=share, finish=finish, auto_map=keep_auto_map,
+                    progress=progress, tell=say.note,
+                ))  # fmt: skip
+            say.merged(result, plan.bytes_read, plan.bytes_written, part)
 
 
 @app.command()
@@ -119,19 +146,88 @@ def plan(
     threads: Threads = None,
     overrides: Set = None,
     compat: Compat = None,
+    allow_pickle: AllowPickle = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
     debug: Debug = False,
 ) -> None:
     """Show what a merge would do, from the headers of the models alone."""
     with _errors(debug, as_json):
         from della import api
-        from della.planning import default_threads
+        from della.jobs import default_threads
         from della.show import plan_json, plan_text
 
         threads = threads or default_threads()
-        with api.plan(recipe, seed=seed, overrides=overrides or (), compat=_is_compat(compat)) as made:
+        with api.plan(
+            recipe, seed=seed, overrides=overrides or (), compat=_is_compat(compat), allow_pickle=allow_pickle
+        ) as made:
             text = json.dumps(plan_json(made, threads), indent=1) if as_json else plan_text(made, threads)
             print(text, flush=True)
+
+
+@app.command()
+def verify(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="What della has merged.", show_default=False)],
+    sources: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            "--sources",
+            metavar="[K%]",
+            show_default=False,
+            help="Compute K% of the tensors from the sources again, chosen at random. [without a value: 5%]",
+        ),
+    ] = None,
+    inputs: Annotated[
+        bool, typer.Option("--inputs", help="Check that the inputs are still what was merged.")
+    ] = False,
+    base_dir: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            "--from",
+            metavar="FOLDER",
+            show_default=False,
+            help="Where relative paths of the recipe start. [default: the working directory]",
+        ),
+    ] = None,
+    threads: Threads = None,
+    allow_pickle: AllowPickle = False,
+    quiet: Quiet = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Progress and result as JSON lines.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Compare every byte of OUT with what was merged.  The exit code is 0 only if all is well."""
+    with _errors(debug, as_json):
+        from della.verifying import verify as look
+
+        share = _share(sources)
+        say = Speaker(quiet, as_json)
+        with say.progress("verifying") as progress:
+            verdict = look(
+                out, sources=share, inputs=inputs, base_dir=base_dir, allow_pickle=allow_pickle,
+                threads=threads, progress=progress,
+            )  # fmt: skip
+        say.verified(verdict)
+        if not verdict.is_well:
+            raise typer.Exit(DamageError.exit_code)
+
+
+def _part(text: str | None) -> tuple[int, int]:
+    from della.errors import RecipeError
+
+    match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text or "1/1")
+    if not match:
+        raise RecipeError(f"--part {text}: expected I/N, such as 2/7")
+    return int(match[1]), int(match[2])
+
+
+def _share(text: str | None) -> float | None:
+    from della.errors import RecipeError
+
+    if text is None:
+        return None
+    match = PERCENT.fullmatch(text)
+    if not match or not 0 < float(match[1]) <= 100:
+        raise RecipeError(f"--sources {text}: expected a percentage above 0 and up to 100%, such as 5%")
+    return float(match[1]) / 100
 
 
 def _is_compat(value: str | None) -> bool:
@@ -172,11 +268,13 @@ def _errors(debug: bool, as_json: bool) -> Iterator[None]:
     """Errors as one sentence and an exit code; a traceback only with --debug."""
     try:
         yield
-    except KeyboardInterrupt:
-        code, message = 130, "stopped; the output is as it was"
+    except KeyboardInterrupt as stopped:
+        code, message = 130, "; ".join(filter(None, ("stopped; the output is as it was", str(stopped))))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         raise typer.Exit(1) from None
+    except typer.Exit:
+        raise
     except Exception as error:
         known = isinstance(error, DellaError)
         code, message = getattr(error, "exit_code", 1), str(error)
@@ -189,114 +287,23 @@ def _errors(debug: bool, as_json: bool) -> Iterator[None]:
     else:
         return
     if as_json:
-        _print_json(event="error", exit_code=code, message=message)
-    _tell(f"della: {message}")
+        print_json(event="error", exit_code=code, message=message)
+    tell(f"della: {message}")
     raise typer.Exit(code)
 
 
-def _size_text(count: int) -> str:
-    return f"{count / 1e6:,.0f} MB" if count >= 1e7 else f"{count / 1e3:,.0f} kB"
-
-
-def _print_json(**fields: Any) -> None:
-    sys.stdout.write(json.dumps(fields) + "\n")
-    sys.stdout.flush()
-
-
-def _tell(line: str) -> None:
-    """A line on stderr, in one piece whatever other threads write."""
-    sys.stderr.write(line + "\n")
-    sys.stderr.flush()
-
-
-class _Speaker:
-    """Tells a run's story: a live bar on a terminal, plain lines in a pipe, JSON lines with --json."""
-
-    def __init__(self, quiet: bool, as_json: bool) -> None:
-        self.quiet, self.as_json = quiet, as_json
-        self.has_compiled = False
-
-    def note(self, text: str) -> None:
-        if self.as_json:
-            _print_json(event="note", message=text)
-        elif not self.quiet:
-            _tell(f"note: {text}")
-
-    def compiling(self) -> None:
-        """Tell, once, that kernels are compiled on the first run."""
-        if not self.has_compiled:
-            self.has_compiled = True
-            self.note("compiling kernels for this processor; later runs find them on disk")
-
-    @contextmanager
-    def progress(self) -> Iterator[Callable[[Progress], None] | None]:
-        """What to call with each Progress."""
-        if self.as_json:
-            yield _paced(1.0, lambda p: _print_json(
-                event="progress", bytes=p.done, total=p.total, tensors=p.tensors, of=p.of_tensors,
-                tensor=p.name,
-            ))  # fmt: skip
-        elif self.quiet:
-            yield None
-        elif sys.stderr.isatty():
-            with _bar() as update:
-                yield update
-        else:
-            yield _paced(5.0, lambda p: _tell(
-                f"{100 * p.done / max(p.total, 1):3.0f} %  {_size_text(p.done)} of {_size_text(p.total)}  "
-                f"{p.tensors} of {p.of_tensors} tensors"
-            ), at_once=False)  # fmt: skip
-
-    def done(self, result: Result, read: int, written: int) -> None:
-        if self.as_json:
-            _print_json(
-                event="done",
-                out=str(result.out),
-                seconds=round(result.seconds, 3),
-                merging_seconds=round(result.merging_seconds, 3),
-                bytes_read=read,
-                bytes_written=written,
-            )
-        elif not self.quiet:
-            _tell(f"{result.out}: {_size_text(written)} in {result.seconds:.1f} s")
-
-
-def _paced(
-    seconds: float, tell: Callable[[Progress], None], *, at_once: bool = True
-) -> Callable[[Progress], None]:
-    """``tell`` at most every so many seconds, at the beginning (``at_once``) and at the end."""
-    last = time.monotonic() - (seconds if at_once else 0)
-
-    def update(progress: Progress) -> None:
-        nonlocal last
-        if progress.tensors == progress.of_tensors or time.monotonic() - last >= seconds:
-            last = time.monotonic()
-            tell(progress)
-
-    return update
-
-
-@contextmanager
-def _bar() -> Iterator[Callable[[Progress], None]]:
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-    from rich.progress import Progress as Bar
-
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Bar(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("merging", total=None)
-        yield _paced(0.1, lambda p: bar.update(task, completed=p.done, total=p.total))
+def _with_values(arguments: list[str]) -> list[str]:
+    """typer knows no option whose value may be left out: `--sources` alone means 5 %."""
+    following = [*arguments, ""][1:]
+    return [
+        "--sources=5%" if word == "--sources" and not PERCENT.fullmatch(after) else word
+        for word, after in zip(arguments, following, strict=True)
+    ]
 
 
 def main() -> None:
     """Entry point of the ``della`` command."""
-    app()
+    app(_with_values(sys.argv[1:]))
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ _TOP_KEYS = (
         "name",
         "seed",
     ),
-    *("compat", "slices", "modules", "tokenizer", "chat_template"),
+    *("compat", "nonfinite", "missing", "extra", "slices", "modules", "tokenizer", "chat_template"),
 )
 _MODEL_KEYS = ("model", "parameters")
 _LATER_KEYS = {
@@ -47,6 +47,15 @@ _LATER_KEYS = {
 }
 _SEED = Parameter("seed", "shared", int, DEFAULT_SEED, "", low=0, high=2**64 - 1)
 _COMPAT = Parameter("compat", "shared", str, None, "", choices=("mergekit",))
+# What to do about inputs that are not as they should be; the first choice is the default.
+_POLICIES = {
+    name: Parameter(name, "shared", str, choices[0], "", choices=choices)
+    for name, choices in (
+        ("nonfinite", ("error", "keep", "zero")),
+        ("missing", ("error", "base")),
+        ("extra", ("error", "ignore", "copy")),
+    )
+}
 _WEIGHT_FILES = re.compile(r"\.(safetensors|bin|pt|pth|ckpt|gguf)$", re.IGNORECASE)
 _HUB_REVISION = re.compile(r"@refs/[\w./-]+$")
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
@@ -106,10 +115,14 @@ class _Reader:
         models = self._models(root, base.text if base else None)
         dtypes = [self._dtype(root, key) for key in ("dtype", "out_dtype")]
         seed, compat = self._value(root, _SEED), self._value(root, _COMPAT)
+        policies = {name: self._value(root, row) or row.default for name, row in _POLICIES.items()}
         name = self._text(root, "name", "'name'")
         place = root.entries["merge_method"].node.place if "merge_method" in root.entries else root.place
         if self.method is not None and self.method.needs_base and base is None:
             self._missing(root, "base_model", place, f"merge_method {self.method.name} needs a base_model")
+        if self.method is not None and not self.method.needs_base and policies["missing"] == "base":
+            said = f"'missing: base' has no meaning: merge_method {self.method.name} has no base; remove it"
+            self.problems.add(root.entries["missing"].key, said)
         self.problems.raise_any()
         assert self.method is not None
         self._tell_unused(self.method, base, models)
@@ -126,6 +139,7 @@ class _Reader:
             out_dtype=dtypes[1],
             seed=DEFAULT_SEED if seed is None else int(seed),
             compat=compat is not None,
+            **policies,
             notes=tuple(self.notes),
             place=place,
         )

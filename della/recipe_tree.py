@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
-from della.errors import RecipeError, listing
+from della.errors import RecipeError
 
 MAX_DEPTH = 32
 MAX_VALUES = 10_000
@@ -93,7 +93,7 @@ class Problems:
         """Raise everything found so far as one RecipeError; return if nothing was."""
         if self._found:
             ordered = sorted(self._found, key=lambda found: found[0][:2])
-            raise RecipeError(listing(list(dict.fromkeys(f"{place}: {said}" for place, said in ordered))))
+            raise RecipeError(*dict.fromkeys(f"{place}: {said}" for place, said in ordered))
 
 
 def clip(text: str, most: int = 60) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from della.dtypes import DType
-from della.errors import RecipeError, listing
+from della.errors import RecipeError
 from della.merging.methods import Method, check_settings
 from della.recipe_settings import Filtered, Gradient, Scalar, Setting, choose
 from della.recipe_tree import MAX_PROBLEMS, Place, clip
@@ -39,7 +39,8 @@ class Recipe:
     """What to merge and how.  ``text`` is the recipe as YAML; ``notes`` are warnings for the user.
 
     ``models`` are the experts (for ``linear``, all models); ``parameters`` are the recipe's own settings.
-    Settings that the method does not use are in neither.
+    Settings that the method does not use are in neither.  What to do about unfit inputs: ``nonfinite``
+    ("error", "keep", "zero"), ``missing`` ("error", "base"), ``extra`` ("error", "ignore", "copy").
     """
 
     path: Path | None
@@ -54,6 +55,9 @@ class Recipe:
     out_dtype: DType | None
     seed: int
     compat: bool
+    nonfinite: str
+    missing: str
+    extra: str
     notes: tuple[str, ...]
     place: Place = field(compare=False, repr=False)
 
@@ -88,7 +92,7 @@ class Recipe:
             if len(complaints) >= _MOST_COMPLAINTS:
                 break
         if complaints:
-            raise RecipeError(listing(list(complaints.values())))
+            raise RecipeError(*complaints.values())
 
     def _complaints(
         self, tensor: str, shared: Mapping[str, Any], models: Sequence[Mapping[str, Any]]

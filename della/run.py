@@ -1,14 +1,15 @@
-"""Execute a Plan: read, drop, elect, fuse and write, tile by tile, a tensor per job, several jobs at a time.
+"""Execute a Plan: compute its tensors, a job each, several at a time, and write them.
 
-The bytes do not depend on threads or tiles: each tensor is a pure function of the recipe, the inputs and the
-seed.
+What an earlier run of the same merge has finished is used again; a part of n does its share of the files.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,18 +18,20 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from della.card import config_json, model_card, without_code
-from della.checkpoint.layout import STEMS, Tensor
-from della.checkpoint.manifest import NAME, build_manifest, dump
+from della.card import config_json, model_card, side_file
+from della.checkpoint.journal import Done
+from della.checkpoint.layout import STEMS
+from della.checkpoint.manifest import MANIFEST, UNKNOWN, build_manifest, dump, embed, sealed, versions
 from della.checkpoint.source import Source
 from della.checkpoint.writer import StagedOutput
-from della.dtypes import Array, round_to, widen
-from della.errors import CheckpointError, OutputError
-from della.merging import cast, compat, reference
-from della.merging.tensor import Band, TensorMerge, Tile, Workspace, cut, find_bands
-from della.planning import TILE, Job, Plan
+from della.compute import Compute, Stopped, digests_of, needs_bands
+from della.errors import CheckpointError, DellaError, OutputError
+from della.jobs import TILE, Job, Plan
+from della.merging import cast
+from della.merging.tensor import Band
+from della.version import __version__
 
-_COPY_BYTES = 1 << 22
+Part = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -44,102 +47,223 @@ class Progress:
 
 @dataclass(frozen=True)
 class Result:
-    """A finished merge: where it is, its manifest, the seconds of wall time it took, and those of them in
-    which tensors were merged (without staging, side files and the wait for the disk).
+    """A finished merge: where it is, its manifest without the seal ({} for a part), the seconds of wall time
+    that it took, those of them in which tensors were merged (without staging, side files and the wait for the
+    disk), and the number of tensors that an earlier run had finished.
     """
 
     out: Path
     manifest: dict[str, Any]
     seconds: float
     merging_seconds: float
+    resumed: int = 0
 
 
-class _Stopped(Exception):
-    """Another job failed, or the user interrupted."""
+@dataclass(frozen=True)
+class Options:
+    """How a plan is executed; none of this changes a byte of the weights."""
+
+    threads: int
+    overwrite: bool = False
+    fsync: bool = True
+    shard_bytes: int = 5_000_000_000
+    tile: int = TILE
+    part: Part = (1, 1)
+    finish: bool = False
+    auto_map: bool = False
+    progress: Callable[[Progress], None] | None = None
+    tell: Callable[[str], None] | None = None
 
 
-def run(
-    plan: Plan, out: Path, *, threads: int, overwrite: bool = False, fsync: bool = True,
-    shard_bytes: int = 5_000_000_000, tile: int = TILE, progress: Callable[[Progress], None] | None = None,
-) -> Result:  # fmt: skip
+def run(plan: Plan, out: Path, options: Options) -> Result:
     """Merge into ``out``: a folder, or a single file where its name ends in .safetensors.
 
-    Until the last step ``out`` is what it was.  Raises CheckpointError and OutputError.
+    Until the last step ``out`` is what it was.  With ``part`` (i, n) only that share is computed, and
+    ``finish`` puts the parts together.  Raises CheckpointError and OutputError.
     """
     started = time.monotonic()
     single = out.suffix == ".safetensors"
-    sources = dict.fromkeys((plan.base, *plan.models))
-    inputs = [path for s in sources for path in (s.place, *(f.path for f in s.files))]
-    tensors = [(job.name, job.dtype, job.shape) for job in plan.jobs]
-    stem = next((s for s in STEMS if plan.base.files[0].name.startswith(s)), STEMS[0])
-    with StagedOutput(
-        out, tensors, shard_bytes, overwrite, single, fsync, inputs=inputs, stem=stem
-    ) as staged:
-        cast.widen_bf16(np.zeros(0, np.uint16), np.zeros(0, np.uint32))  # Numba's own start takes 0.1 s
-        staged_at = time.monotonic()
-        hashes = _Run(plan, staged, tile, progress).all(threads)
-        merging = time.monotonic() - staged_at
-        manifest = build_manifest(
-            recipe=plan.recipe.text,
-            method=plan.recipe.merge_method,
-            seed=plan.recipe.seed,
-            base=plan.base,
-            models=plan.models,
-            identities=[m.identity for m in plan.recipe.models],
-            hashes={job.name: hashes[job.name] for job in plan.jobs},
-            departures=plan.departures,
-        )
-        if not single:
-            _add_side_files(plan, staged, out.name, manifest)
-        staged.commit()
-    return Result(out, manifest, time.monotonic() - started, merging)
+    stamps = _stamps(plan)
+    unknown = {job.name: Done(UNKNOWN, (UNKNOWN,) * len(job.reads)) for job in plan.jobs}
+    staged = StagedOutput(
+        out, _tensors(plan), options.shard_bytes, options.overwrite, single, options.fsync,
+        metadata=embed(_manifest(plan, unknown, {})) if single else None,
+        inputs=[path for s in plan.sources for path in (s.place, *(f.path for f in s.files))],
+        stem=next((s for s in STEMS if plan.base.files[0].name.startswith(s)), STEMS[0]),
+        key=_key(plan, stamps),
+        part=options.part,
+    )  # fmt: skip
+    try:
+        with staged:
+            cast.widen_bf16(np.zeros(0, np.uint16), np.zeros(0, np.uint32))  # Numba's own start takes 0.1 s
+            staged_at = time.monotonic()
+            work = _Run(plan, staged, options)
+            resumed = work.all()
+            merging = time.monotonic() - staged_at
+            if _stamps(plan) != stamps:
+                raise CheckpointError(_changed(plan, stamps))
+            manifest: dict[str, Any] = {}
+            if options.part[1] > 1:
+                staged.end_part()
+            else:
+                manifest = _complete(plan, staged, single, options.auto_map)
+                staged.commit()
+    except (DellaError, KeyboardInterrupt) as error:
+        if staged.kept and options.part[1] == 1:
+            end = f"{len(staged.done)} finished tensors are kept in {staged.kept}; the same command goes on"
+            raise type(error)(f"{error}; {end}" if str(error) else end) from error
+        raise
+    return Result(out, manifest, time.monotonic() - started, merging, resumed)
 
 
-def _add_side_files(plan: Plan, staged: StagedOutput, title: str, manifest: dict[str, Any]) -> None:
+def _tensors(plan: Plan) -> list[tuple[str, Any, tuple[int, ...]]]:
+    return [(job.name, job.dtype, job.shape) for job in plan.jobs]
+
+
+def _stamps(plan: Plan) -> dict[str, str]:
+    """By which a changed input is noticed: of a model of the Hub its commit, else size and time of change."""
+    stamps = {}
+    for source in plan.sources:
+        for file in source.files:
+            try:
+                found = os.stat(file.path)
+            except OSError as error:
+                raise CheckpointError(f"{file.path}: cannot be read ({error.strerror})") from error
+            stamp = source.revision or f"{found.st_size} {found.st_mtime_ns}"
+            stamps[str(file.path)] = f"{file.fingerprint} {stamp}"
+    return stamps
+
+
+def _changed(plan: Plan, stamps: Mapping[str, str]) -> str:
+    now = _stamps(plan)
+    names = ", ".join(path for path, stamp in stamps.items() if now.get(path) != stamp)
+    return f"{names}: changed while it was merged; is something writing to it? Start again"
+
+
+def _key(plan: Plan, stamps: Mapping[str, str]) -> str:
+    """What the bytes of the weights depend on."""
+    identities = [model.identity for model in plan.recipe.models]
+    parts = [__version__, versions(), plan.recipe.text, identities, list(stamps.values())]
+    return json.dumps(parts, sort_keys=True)
+
+
+def _manifest(plan: Plan, done: Mapping[str, Done], files: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    inputs: dict[Source, dict[str, str]] = {}
+    for job in plan.jobs:
+        for (source, tensor), digest in zip(job.reads, done[job.name].inputs, strict=True):
+            inputs.setdefault(source, {})[tensor.name] = digest
+    return build_manifest(
+        recipe=plan.recipe.text,
+        method=plan.recipe.merge_method,
+        seed=plan.recipe.seed,
+        base=plan.base,
+        models=plan.models,
+        identities=[m.identity for m in plan.recipe.models],
+        hashes={job.name: done[job.name].hash for job in plan.jobs},
+        inputs=inputs,
+        departures=plan.departures,
+        files=files,
+    )
+
+
+def _complete(plan: Plan, staged: StagedOutput, single: bool, auto_map: bool) -> dict[str, Any]:
+    """Everything but the weights: side files and the manifest.  Returns the manifest."""
+    if single:
+        manifest = _manifest(plan, staged.done, {})
+        staged.rewrite_header(_tensors(plan), embed(manifest), sealed)
+        return manifest
+    files = {"README.md": model_card(plan)}
     if plan.base.config:
-        staged.add_file("config.json", config_json(plan.base.config, plan.jobs))
-    for path in plan.base.side_files():
-        staged.add_file(path.name, without_code(path))
-    staged.add_file("README.md", model_card(plan, title))
-    staged.add_file(NAME, dump(manifest))
+        files["config.json"] = config_json(plan.base.config, plan.jobs, auto_map)
+    files |= {path.name: side_file(path, auto_map) for path in plan.base.side_files()}
+    for name, content in files.items():
+        staged.add_file(name, content)
+    table = {shard.name: _entry(shard.header, shard.size) for shard in staged.shards}
+    index = dict([found]) if (found := staged.index()) else {}
+    table |= {name: _entry(content) for name, content in sorted({**files, **index}.items())}
+    manifest = _manifest(plan, staged.done, table)
+    staged.add_file(MANIFEST, dump(manifest))
+    return manifest
+
+
+def _entry(content: bytes, size: int | None = None) -> dict[str, Any]:
+    """Size and hash of a file; with ``size``, ``content`` is only the header of a file of tensors."""
+    digest = xxhash.xxh3_128_hexdigest(content)
+    if size is None:
+        return {"size": len(content), "hash": digest}
+    return {"size": size, "header_hash": digest}
 
 
 class _Run:
-    def __init__(
-        self, plan: Plan, staged: StagedOutput, tile: int, progress: Callable[[Progress], None] | None
-    ) -> None:
-        self.plan, self.staged, self.tile, self.progress = plan, staged, tile, progress
-        self.total = plan.bytes_read + plan.bytes_written
+    """One run over the jobs of a writer."""
+
+    def __init__(self, plan: Plan, staged: StagedOutput, options: Options) -> None:
+        self.staged, self.options = staged, options
+        mine = {tensor for shard in staged.mine for tensor in shard.spans}
+        # The largest go first, so that no thread ends much later.
+        self.jobs = sorted((j for j in plan.jobs if j.name in mine), key=lambda job: -job.elements)
+        self.compute = Compute(plan, options.tile)
+        self.total = sum(job.bytes_read + job.nbytes for job in self.jobs)
         self.done = self.finished = 0
         self.lock = threading.Lock()
-        self.stop = threading.Event()
-        self.local = threading.local()
-        self.hashes: dict[str, str] = {}
+        self.bands: dict[str, list[Band]] = {}
 
-    def all(self, threads: int) -> dict[str, str]:
-        """Run every job; the hash of every tensor.  The largest go first, so that no thread ends much
-        later.
-        """
-        bands = self._model_bands()
-        jobs = sorted(self.plan.jobs, key=lambda job: -job.elements)
-        with ThreadPoolExecutor(threads, thread_name_prefix="della") as pool:
-            futures = [pool.submit(self._one, job, bands.get(job.name)) for job in jobs]
+    def all(self) -> int:
+        """Finish every job; how many were finished before."""
+        tell = self.options.tell or (lambda text: None)
+        if self.staged.has_replaced:
+            tell("what an unfinished run of another merge had left for this place was removed")
+        self._each(self._look, [job for job in self.jobs if job.name in self.staged.done])
+        before = self.finished
+        left = [job for job in self.jobs if job.name not in self.staged.done]
+        if before and left:
+            tell(f"{before} of {len(self.jobs)} tensors were finished before; going on with the others")
+        if self.options.finish and left:
+            raise OutputError(
+                f"{self.staged.out}: {len(left)} of {len(self.jobs)} tensors are not finished "
+                f"({left[0].name}, ...); run the parts that are missing, or leave out --finish"
+            )
+        if any(map(needs_bands, left)):
+            self.bands = self._bands()
+        self._each(self._one, left)
+        return before
+
+    def _bands(self) -> dict[str, list[Band]]:
+        if not self.staged.bands:
+            found = self.compute.model_bands()
+            rows = {n: [(b.high, b.skip, b.low, b.take) for b in bands] for n, bands in found.items()}
+            self.staged.note_bands(rows)
+            return found
+        return {name: [Band(*row) for row in rows] for name, rows in self.staged.bands.items()}
+
+    def _each(self, work: Callable[[Job], None], jobs: Iterable[Job]) -> None:
+        if self.options.threads == 1:
+            for job in jobs:
+                work(job)
+            return
+        with ThreadPoolExecutor(self.options.threads, thread_name_prefix="della") as pool:
+            futures = [pool.submit(work, job) for job in jobs]
             try:
                 wait(futures, return_when=FIRST_EXCEPTION)
             finally:
-                self.stop.set()
+                if any(not f.done() or f.exception() for f in futures):
+                    self.compute.stop.set()
                 pool.shutdown(cancel_futures=True)
-            failures = [f.exception() for f in futures if not f.cancelled() and f.exception()]
-        for failure in sorted(failures, key=lambda e: isinstance(e, _Stopped)):
-            raise failure if failure is not None else AssertionError
-        return self.hashes
+            failures = [e for f in futures if not f.cancelled() and (e := f.exception())]
+        for failure in sorted(failures, key=lambda e: isinstance(e, Stopped)):
+            raise failure
 
-    def _one(self, job: Job, bands: list[Band] | None) -> None:
-        digest = xxhash.xxh3_128()
+    def _look(self, job: Job) -> None:
+        """A tensor that the journal calls finished: is it?"""
+        if self.compute.stop.is_set():
+            raise Stopped
+        if self.staged.holds(job.name):
+            self._advance(job, job.bytes_read + job.nbytes, finished=1)
+
+    def _one(self, job: Job) -> None:
+        digest, inputs = xxhash.xxh3_128(), digests_of(job)
         start = told = 0
-        for stored in self._stored(job, bands):
-            if self.stop.is_set():
-                raise _Stopped
+        for stored in self.compute.pieces(job, self.bands.get(job.name), inputs):
             raw = stored.reshape(-1).view(np.uint8).data
             self.staged.write(job.name, start, raw)
             digest.update(raw)
@@ -147,183 +271,14 @@ class _Run:
             now = (job.bytes_read + job.nbytes) * start // job.nbytes
             self._advance(job, now - told)
             told = now
-        self.hashes[job.name] = digest.hexdigest()
+        self.staged.finish(job.name, Done(digest.hexdigest(), tuple(d.hexdigest() for d in inputs)))
         self._advance(job, 0, finished=1)
 
     def _advance(self, job: Job, count: int, finished: int = 0) -> None:
         with self.lock:
             self.done += count
             self.finished += finished
-            if self.progress is not None:
-                self.progress(Progress(self.done, self.total, self.finished, len(self.plan.jobs), job.name))
-
-    def _stored(self, job: Job, bands: list[Band] | None) -> Iterator[Array]:
-        """The merged tensor in its storage dtype, piece by piece."""
-        if job.elements == 0:
-            return
-        if job.choice is None:
-            yield from self._copied(job)
-        elif job.choice.compat is not None or job.exact_double:
-            yield self._narrow(job, self._whole(job))
-        elif job.choice.drop == "average":
-            yield from self._averaged(job)
-        else:
-            yield from self._merged(job, bands)
-
-    # ---- the kinds of job ----
-
-    def _copied(self, job: Job) -> Iterator[Array]:
-        buffer = np.empty(min(_COPY_BYTES, job.nbytes), np.uint8)
-        for start in range(0, job.nbytes, buffer.size):
-            piece = buffer[: job.nbytes - start]
-            self.plan.base.read_into(job.base, start, piece.data)
-            yield piece
-
-    def _merged(self, job: Job, bands: list[Band] | None) -> Iterator[Array]:
-        assert job.choice is not None
-        experts = [e for _, _, e in job.inputs]
-        merge = TensorMerge(job.name, job.elements, job.choice, experts, self.plan.recipe.seed, bands)
-        merge.prepare(lambda: self._tiles(job))
-        for tile in self._tiles(job):
-            out = self._workspace.array("out", tile.base.shape)
-            merge.apply(tile, out, self._workspace)
-            yield self._narrow(job, out, tile.start)
-
-    def _averaged(self, job: Job) -> Iterator[Array]:
-        """reference.average, tile by tile."""
-        assert job.choice is not None
-        total_weight = sum((np.float32(e.weight) for _, _, e in job.inputs), np.float32(0))
-        for start in range(0, job.elements, self.tile):
-            count = min(self.tile, job.elements - start)
-            total = self._workspace.array("out", (count,))
-            total.fill(0)
-            for k, tensor, expert in job.inputs:
-                values = self._read(self.plan.models[k], tensor, start, count, "values")
-                cast.accumulate(total, np.float32(expert.weight), values)
-            if job.choice.fuse != "sum":
-                np.divide(total, total_weight, out=total)
-            yield self._narrow(job, total, start)
-
-    def _whole(self, job: Job) -> Array:
-        """A tensor by the reference or by mergekit's rules, all at once: float64 inputs and compat are
-        rare.
-        """
-        assert job.choice is not None
-        real = np.float64 if job.exact_double else np.float32
-        experts = [e for _, _, e in job.inputs]
-        models = [widen(self._array(self.plan.models[k], t)).astype(real) for k, t, _ in job.inputs]
-        average = job.choice.drop == "average"
-        base = models[0] if average else widen(self._array(self.plan.base, job.base)).astype(real)
-        seed = self.plan.recipe.seed
-        with np.errstate(all="ignore"):  # infinities are told when the result is rounded
-            if job.choice.compat is not None:
-                return compat.merge(job.choice, base, models, experts, seed, job.name)
-            if average:
-                return reference.average(models, experts, job.choice.fuse != "sum")
-            return reference.merge(job.choice, base, models, experts, seed, job.name)
-
-    # ---- thresholds of the whole model (ties, scope: model) ----
-
-    def _model_bands(self) -> dict[str, list[Band]]:
-        """TIES' thresholds where one is chosen for the whole model, as a band for every tensor and expert.
-
-        Equal magnitudes at the threshold are kept in output order, so each tensor needs to know how many of
-        them the tensors before it hold: a third pass counts those.
-        """
-        jobs = [
-            j for j in self.plan.jobs if j.choice and j.choice.scope == "model" and j.choice.drop == "top"
-        ]
-        jobs = [j for j in jobs if j.choice and j.choice.compat is None and j.elements and not j.exact_double]
-        if not jobs or jobs[0].choice is None:
-            return {}
-        experts = [e for _, _, e in jobs[0].inputs]
-        size = sum(job.elements for job in jobs)
-
-        def deltas() -> Iterator[Array]:
-            return (tile.deltas for job in jobs for tile in self._tiles(job))
-
-        whole = find_bands(jobs[0].choice, experts, size, deltas)
-        left = [band.take for band in whole]
-        bands: dict[str, list[Band]] = {}
-        for job in jobs:
-            bands[job.name] = [Band(b.high, b.skip, b.low, n) for b, n in zip(whole, left, strict=True)]
-            for tile in self._tiles(job):
-                bits = tile.deltas.view(np.uint32) & np.uint32(0x7FFFFFFF)
-                for t, band in enumerate(whole):
-                    left[t] -= int(np.count_nonzero(bits[t] == band.low))
-            left = [max(n, 0) for n in left]
-        return bands
-
-    # ---- reading and rounding ----
-
-    @property
-    def _workspace(self) -> Workspace:
-        if not hasattr(self.local, "workspace"):
-            self.local.workspace = Workspace()
-        workspace: Workspace = self.local.workspace
-        return workspace
-
-    def _tiles(self, job: Job) -> Iterator[Tile]:
-        """Tiles in reused buffers: each is void when the next one is asked for."""
-        assert job.choice is not None
-        for start, rows, n in cut(job.choice, job.name, job.shape, self.tile):
-            if self.stop.is_set():
-                raise _Stopped
-            count = rows * n
-            base = self._read(self.plan.base, job.base, start, count, "base")
-            deltas = self._workspace.array("tile", (len(job.inputs), count))
-            for t, (k, tensor, _) in enumerate(job.inputs):
-                values = self._read(self.plan.models[k], tensor, start, count, "values")
-                np.subtract(values, base, out=deltas[t])
-            yield Tile(start, base.reshape(rows, n), deltas.reshape(-1, rows, n))
-
-    def _read(self, source: Source, tensor: Tensor, start: int, count: int, name: str) -> Array:
-        """``count`` elements of a tensor from ``start`` on, as float32 in the buffer ``name``."""
-        size = tensor.dtype.bytes
-        raw = self._workspace.array("raw", (count * size,), np.uint8)
-        source.read_into(tensor, start * size, raw.data)
-        values = self._workspace.array(name, (count,))
-        if tensor.dtype.name == "BF16":
-            finite = cast.widen_bf16(raw.view(np.uint16), values.view(np.uint32))
-        else:
-            widen(raw.view(tensor.dtype.numpy), values)
-            finite = cast.all_clear(values.view(np.uint32), cast.SPECIAL["F32"])
-        if not finite:
-            raise _nonfinite(source, tensor, values, start)
-        return values
-
-    def _array(self, source: Source, tensor: Tensor) -> Array:
-        values = source.read(tensor.name)
-        if not np.isfinite(wide := widen(values)).all():
-            raise _nonfinite(source, tensor, wide.reshape(-1), 0)
-        return values
-
-    def _narrow(self, job: Job, values: Array, start: int = 0) -> Array:
-        """Rounded to the storage dtype of the output; refused where that makes an infinity or a NaN."""
-        if job.dtype.name == "BF16" and values.dtype == np.float32:
-            stored = self._workspace.array("stored", (values.size,), np.uint16)
-            cast.round_bf16(values.reshape(-1).view(np.uint32), stored)
-            bits = stored
-        else:
-            stored = round_to(values.reshape(-1), job.dtype)
-            bits = (
-                stored.view(cast.SPECIAL[job.dtype.name].dtype) if job.dtype.name in cast.SPECIAL else stored
-            )
-        special = cast.SPECIAL.get(job.dtype.name)
-        clear = cast.all_clear(bits, special) if special is not None else np.isfinite(stored).all()
-        if not clear:
-            wide = widen(stored.view(job.dtype.numpy))
-            first = int(np.flatnonzero(~np.isfinite(wide))[0])
-            raise OutputError(
-                f"{job.name}: element {start + first} becomes {wide[first]} when it is rounded to "
-                f"{job.dtype.torch_name}; choose a wider out_dtype, or a smaller lambda"
-            )
-        return stored
-
-
-def _nonfinite(source: Source, tensor: Tensor, values: Array, start: int) -> CheckpointError:
-    bad = np.flatnonzero(~np.isfinite(values))
-    return CheckpointError(
-        f"{tensor.file}: tensor {tensor.name} of {source.reference} holds NaN or infinity "
-        f"(element {start + int(bad[0])} is {values[bad[0]]}); such a model is damaged: get it again"
-    )
+            if self.options.progress is not None:
+                self.options.progress(
+                    Progress(self.done, self.total, self.finished, len(self.jobs), job.name)
+                )

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from della.planning import Job, Plan
+from della.jobs import Job, Plan
 
 _NUMBER = re.compile(r"\.(\d+)(?=\.)")
 
@@ -65,7 +65,7 @@ def _shared(job: Job) -> dict[str, Any]:
 
 def _own(job: Job) -> Iterator[dict[str, Any]]:
     """Each model's parameters in the order of the recipe; epsilon as it takes effect."""
-    experts = {k: expert for k, _, expert in job.inputs}
+    experts = {each.model: each.expert for each in job.inputs}
     for k, values in enumerate(job.values):
         known = {key: value for key, value in values.items() if key != "window_size"}
         yield known | {"epsilon": experts[k].epsilon} if "epsilon" in known else known

@@ -173,6 +173,7 @@ def test_the_version(tmp_path: Path) -> None:
 
 # ---- exit codes -------------------------------------------------------------------------------------------
 
+CURE = "write 'nonfinite: zero' to leave out such values, 'nonfinite: keep' to let them pass"
 SENTENCES: list[tuple[str, int, str]] = [
     ("merge absent.yml out", 2, "absent.yml: no such file"),
     ("plan absent.yml", 2, "absent.yml: no such file"),
@@ -191,8 +192,8 @@ SENTENCES: list[tuple[str, int, str]] = [
     ("plan lost.yml", 3, "./zzz: not found; tried {place}/zzz"),
     ("merge torn.yml out", 3, "{place}/torn.safetensors: truncated: expected at least 8 bytes, found 3; "
      "download the file again"),
-    ("merge nan.yml out", 3, "{place}/nan.safetensors: tensor w of nan.safetensors holds NaN or infinity "
-     "(element 1 is nan); such a model is damaged: get it again"),
+    ("merge nan.yml out", 3, "{place}/nan.safetensors: tensor w of nan.safetensors holds 1 value that is NaN "
+     f"or infinite (the first is element 1: nan); such a model is damaged: get it again, or {CURE}"),
     ("merge r.yml r.yml", 4, "{place}/r.yml: exists already; choose another place, or allow it to be "
      "replaced: --overwrite"),
     ("merge r.yml r.yml --overwrite", 4, "{place}/r.yml: a file, which is not replaced; "
@@ -200,7 +201,7 @@ SENTENCES: list[tuple[str, int, str]] = [
     ("merge one.yml one.safetensors --overwrite", 4, "{place}/one.safetensors: touches the input "
      "{place}/one.safetensors; choose another place for the result"),
     ("merge large.yml out", 4, "w: element 0 becomes inf when it is rounded to float16; "
-     "choose a wider out_dtype, or a smaller lambda"),
+     f"choose a wider out_dtype, or a smaller lambda; or {CURE}"),
 ]  # fmt: skip
 
 
@@ -427,5 +428,5 @@ def test_help_names_every_option(tmp_path: Path) -> None:
         assert option in text
     assert run(tmp_path).returncode == 2
     assert [line.split()[0] for line in run(tmp_path, "-h").stdout.split("Commands:\n")[1].splitlines()] == [
-        "merge", "plan",
+        "merge", "plan", "verify",
     ]  # fmt: skip

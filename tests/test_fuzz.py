@@ -115,7 +115,7 @@ def test_a_message_without_sizes_is_found(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_names_that_are_followed_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(HOSTILE) == len(set(HOSTILE)) == 40
-    monkeypatch.setattr(della.checkpoint.layout, "_why_hostile", lambda name: "")
+    monkeypatch.setattr(della.checkpoint.layout, "why_hostile", lambda name, suffix: "")
     monkeypatch.setattr(della.checkpoint.layout, "confined", lambda folder, name: (folder / name).resolve())
     followed = [failure for failure in small("names", tmp_path).failures if "was followed" in failure]
     assert len(followed) > 30, "the decoys are where the names lead"
@@ -165,7 +165,7 @@ def test_the_command(
     assert said.startswith("names: 40 cases, ")
     assert report.read_text().startswith("`scripts/fuzz names truncations --sample --report ")
     assert said.endswith(report.read_text().partition("\n\n")[2])
-    monkeypatch.setattr(della.checkpoint.layout, "_why_hostile", lambda name: "")
+    monkeypatch.setattr(della.checkpoint.layout, "why_hostile", lambda name, suffix: "")
     assert command.main(["names", *kept]) == 1
     assert "FAILED\n  seed 0, case " in capsys.readouterr().out
     for wrong in (["nothing"], ["--case", "1"]):

@@ -63,9 +63,11 @@ def one(**changes: object) -> dict[str, object]:
     return {"w": {**F32, **changes}}
 
 
+AGAIN = "; download the file again"
+# Each message ends in AGAIN, but for those of dtypes.
 REFUSED: list[tuple[bytes, str]] = [
-    (b"", "truncated: expected at least 8 bytes, found 0; download the file again"),
-    (b"1234567", "truncated: expected at least 8 bytes, found 7; download the file again"),
+    (b"", "truncated: expected at least 8 bytes, found 0"),
+    (b"1234567", "truncated: expected at least 8 bytes, found 7"),
     (
         (100_000_001).to_bytes(8, "little"),
         "not a safetensors file: its first 8 bytes announce a header of 100,000,001 bytes, "
@@ -73,14 +75,18 @@ REFUSED: list[tuple[bytes, str]] = [
     ),
     (
         (50).to_bytes(8, "little") + b"{}",
-        "truncated: the header alone takes 58 bytes, found 10; download the file again",
+        "truncated: the header alone takes 58 bytes, found 10",
     ),
     (blob(b" {}"), "not a safetensors file: the header must begin with '{', found b' '"),
     (blob(b""), "not a safetensors file: the header must begin with '{', found b''"),
-    (blob(one(), b"123"), "truncated: expected 73 bytes, found 72; download the file again"),
+    (blob(one(), b"123"), "truncated: expected 73 bytes, found 72"),
+    (
+        b"version https://git-lfs.github.com/spec/v1",
+        "a pointer of Git LFS, not the file itself; fetch it: git lfs pull, or download the file again",
+    ),
     (
         blob(one(), b"12345"),
-        "1 bytes follow the last tensor: expected 73 bytes, found 74; download the file again",
+        "1 bytes follow the last tensor: expected 73 bytes, found 74",
     ),
     (
         blob({"a": F32, "b": {**F32, "data_offsets": [2, 6]}}, b"123456"),
@@ -114,14 +120,12 @@ REFUSED: list[tuple[bytes, str]] = [
     (blob(one(shape="1"), b"1234"), "tensor 'w': shape must be a list of integers, found 1"),
     (
         blob(one(shape=[-1]), b"1234"),
-        "invalid JSON: -1 is not a size (an integer from 0 to 10^19 - 1); download the file again",
+        "invalid JSON: -1 is not a size (an integer from 0 to 10^19 - 1)",
     ),
-    (blob(one(shape=[1.0]), b"1234"), "invalid JSON: 1.0 is not an integer; download the file again"),
+    (blob(one(shape=[1.0]), b"1234"), "invalid JSON: 1.0 is not an integer"),
     (
         blob(one(shape=[10**30]), b"1234"),
-        "invalid JSON: 1000000000000000000000000000000 is not a size "
-        "(an integer from 0 to 10^19 - 1); "
-        "download the file again",
+        "invalid JSON: 1000000000000000000000000000000 is not a size (an integer from 0 to 10^19 - 1)",
     ),
     (blob(one(shape=[2**40, 2**40])), "tensor 'w': shape [1099511627776, 1099511627776] overflows 64 bits"),
     (
@@ -129,8 +133,8 @@ REFUSED: list[tuple[bytes, str]] = [
         "tensor 'w': shape [0, 1099511627776, 1099511627776] overflows 64 bits",
     ),
     (blob(one(shape=[1] * 33), b"1234"), "tensor 'w': a shape has at most 32 axes, found 33"),
-    (blob(one(dtype="BF17"), b"12"), "tensor 'w': unknown dtype 'BF17'"),
-    (blob(one(dtype=3), b"12"), "tensor 'w': unknown dtype 3"),
+    (blob(one(dtype="BF17"), b"12"), "tensor 'w': unknown dtype 'BF17'; give the model in BF16, F16 or F32"),
+    (blob(one(dtype=3), b"12"), "tensor 'w': unknown dtype 3; give the model in BF16, F16 or F32"),
     (
         blob(one(dtype="F4", shape=[8]), b"1234"),
         "tensor 'w': dtype F4 holds scaled or packed values that cannot be merged; "
@@ -151,23 +155,23 @@ REFUSED: list[tuple[bytes, str]] = [
     (blob({"__metadata__": None}), "__metadata__ must be an object of strings, found a NoneType"),
     (
         blob(b'{"w":{"dtype":"F32","shape":[NaN],"data_offsets":[0,4]}}', b"1234"),
-        "invalid JSON: NaN is not an integer; download the file again",
+        "invalid JSON: NaN is not an integer",
     ),
     (
         blob(b'{"w":{"dtype":"F32","shape":[-0],"data_offsets":[0,0]}}'),
-        "invalid JSON: -0 is not a size (an integer from 0 to 10^19 - 1); download the file again",
+        "invalid JSON: -0 is not a size (an integer from 0 to 10^19 - 1)",
     ),
-    (blob(b'{"w":1,"w":1}'), "invalid JSON: the key 'w' stands twice; download the file again"),
+    (blob(b'{"w":1,"w":1}'), "invalid JSON: the key 'w' stands twice"),
     (
         blob(b'{"w":{"dtype":"F32","dtype":"F32"}}'),
-        "invalid JSON: the key 'dtype' stands twice; download the file again",
+        "invalid JSON: the key 'dtype' stands twice",
     ),
     (
         blob(b'{"__metadata__":{"k":"1","k":"2"}}'),
-        "invalid JSON: the key 'k' stands twice; download the file again",
+        "invalid JSON: the key 'k' stands twice",
     ),
-    (blob(b'{"a":' * 100_000), "JSON is nested too deeply; the file is damaged or hostile"),
-    (blob(b'{"a":' + b"[" * 100_000), "JSON is nested too deeply; the file is damaged or hostile"),
+    (blob(b'{"a":' * 100_000), "JSON is nested too deeply"),
+    (blob(b'{"a":' + b"[" * 100_000), "JSON is nested too deeply"),
 ]
 
 
@@ -175,7 +179,8 @@ REFUSED: list[tuple[bytes, str]] = [
 def test_refused_in_these_words(raw: bytes, message: str) -> None:
     with pytest.raises(CheckpointError) as caught:
         parse(raw)
-    assert str(caught.value) == f"m.safetensors: {message}"
+    told = message.endswith(("F32", "again"))
+    assert str(caught.value) == f"m.safetensors: {message}" + AGAIN * (not told)
 
 
 @pytest.mark.parametrize("raw", [b'{"\xff":1}', b'{"\\ud800":{}}', b'{"\xed\xa0\x80":{}}'])

@@ -10,7 +10,7 @@ import pytest
 from checkpoints import COMMIT, ONE, index, put, refusal
 from safetensors.numpy import save
 
-from della.checkpoint.layout import PICKLES
+from della.checkpoint.pickles import PICKLES
 from della.checkpoint.source import open_source
 from della.errors import CheckpointError
 
@@ -54,7 +54,7 @@ def test_shards_without_an_index(tmp_path: Path) -> None:
     put(tmp_path, {names[1]: {"001": np.zeros(1)}})
     assert refusal(tmp_path) == (
         f"{tmp_path}: tensor '001' stands in {names[0]} and in {names[1]}, "
-        "and there is no index to say which one is meant"
+        "and there is no index to say which one is meant; download the index again"
     )
 
 
@@ -72,7 +72,8 @@ def test_a_tensor_in_two_shards_is_read_from_the_one_that_the_index_names(tmp_pa
         assert source.read("a").item() == 1.0
     both["a"] = np.array([[9.0]], np.float16)
     assert refusal(shards(tmp_path, **{"s2.safetensors": both})) == (
-        f"{tmp_path}: tensor 'a' is F32 [1] in s1.safetensors but F16 [1, 1] in s2.safetensors"
+        f"{tmp_path}: tensor 'a' is F32 [1] in s1.safetensors but F16 [1, 1] in s2.safetensors; "
+        "download both again"
     )
 
 
@@ -93,10 +94,13 @@ def test_all_that_is_wrong_with_shards_is_listed_at_once(tmp_path: Path) -> None
     )
     assert refusal(folder) == (
         "4 problems:\n"
-        f"  - {folder}/s3.safetensors: the index names this file, but it is not there; download it again\n"
-        f"  - {folder}/s4.safetensors: truncated: expected 72 bytes, found 71; download the file again\n"
-        f"  - {folder}/s1.safetensors: tensor 'd' is missing, which the index expects here\n"
-        f"  - {folder}/s2.safetensors: tensor 'x' is not in the index"
+        f"  - {folder}/s3.safetensors: the index names this file, but it is not there; "
+        "download the file again\n"
+        f"  - {folder}/s4.safetensors: truncated: expected 72 bytes, found 71; "
+        "download the file again\n"
+        f"  - {folder}/s1.safetensors: tensor 'd' is missing, which the index expects here; "
+        "download both again\n"
+        f"  - {folder}/s2.safetensors: tensor 'x' is not in the index; download both again"
     )
 
 
@@ -129,10 +133,11 @@ def test_an_index_may_not_point_outside(tmp_path: Path, entry: str) -> None:
     folder = shards(tmp_path, **{"model.safetensors.index.json": index(a=entry, b="s2.safetensors")})
     assert refusal(folder) == (
         f"{folder}/model.safetensors.index.json: names {entry!r}, "
-        "which is not a .safetensors file of this folder"
+        "which is not a .safetensors file of this folder; download the file again"
     )
 
 
+LONG = "is longer than the name of a file can be; rename it here and in the folder"
 ODD = "some systems do not read as a plain file of this folder; rename it here and in the folder"
 
 
@@ -153,8 +158,8 @@ ODD = "some systems do not read as a plain file of this folder; rename it here a
         ("\u2025/s1.safetensors", ODD),
         ("s1\u202e.safetensors", ODD),
         ("s1\n.safetensors", ODD),
-        ("a" * 244 + ".safetensors", "is longer than the name of a file can be"),
-        ("a/" * 600 + "s1.safetensors", "is longer than the name of a file can be"),
+        ("a" * 244 + ".safetensors", LONG),
+        ("a/" * 600 + "s1.safetensors", LONG),
     ],
 )
 def test_an_index_may_not_name_what_some_system_reads_otherwise(tmp_path: Path, entry: str, why: str) -> None:
@@ -191,7 +196,7 @@ def test_an_index_may_name_all_other_files(tmp_path: Path, name: str) -> None:
         (b"[]", "expected a JSON object, found a list"),
         (b"{}", "expected an object weight_map (tensor -> file), found none"),
         (b'{"weight_map":{"a":1}}', "weight_map must name a file for each tensor"),
-        (b'{"weight_map":' + b"[" * 99_999, "JSON is nested too deeply; the file is damaged or hostile"),
+        (b'{"weight_map":' + b"[" * 99_999, "JSON is nested too deeply; download the file again"),
     ],
 )
 def test_a_bad_index(tmp_path: Path, content: bytes, why: str) -> None:
@@ -313,5 +318,6 @@ def test_pickles_are_refused_with_the_way_to_convert_them(tmp_path: Path, suffix
         f"{path}: a pickle, which can run any code when it is loaded, so it is not read. "
         'If you trust its author, convert the folder once: python -c "from transformers import '
         "AutoModelForCausalLM as M; M.from_pretrained('FOLDER', dtype='auto').save_pretrained('CONVERTED')\""
+        "; or allow it with --allow-pickle, which needs torch"
     )
     assert refusal(tmp_path) == refusal(path) == expected

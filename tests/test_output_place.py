@@ -15,8 +15,9 @@ import pytest
 from checkpoints import PLAN, numbers, put, save_model, tree
 from safetensors.numpy import save_file
 
-from della.checkpoint import disk, writer
-from della.checkpoint.writer import StagedOutput, check_place
+from della.checkpoint import disk, place
+from della.checkpoint.place import check_place
+from della.checkpoint.writer import StagedOutput
 from della.dtypes import DTYPES
 from della.errors import OutputError
 
@@ -91,7 +92,7 @@ def test_what_appears_at_out_during_the_run_is_kept(
                 put(out, {"mine.doc": b""})
             else:  # in the instant between the last look and the rename
                 monkeypatch.setattr(
-                    disk, "move_in", lambda s, o, r: (put(o, {"mine.doc": b""}), real(s, o, r))
+                    disk, "move_in", lambda s, o, r, a: (put(o, {"mine.doc": b""}), real(s, o, r, a))
                 )
             with pytest.raises(OutputError, match=r"exists already|not replaced"):
                 output.commit()
@@ -101,11 +102,13 @@ def test_what_appears_at_out_during_the_run_is_kept(
 
 def test_a_swap_cut_short_is_undone_or_ended(tmp_path: Path) -> None:
     out = save_model(tmp_path / "out", 1.0)
-    out.rename(disk.aside(out))
+    aside = tmp_path / ".out.della-staging/old"
+    aside.parent.mkdir()
+    out.rename(aside)
     with pytest.raises(OutputError, match="exists already"), StagedOutput(out, PLAN):
         pass
     assert numbers(out) == [1.0, 1.0], "the old model is back"
-    disk.aside(out).mkdir()
+    aside.mkdir(parents=True)
     save_model(out, 2.0, overwrite=True)
     assert os.listdir(tmp_path) == ["out"]
 
@@ -169,7 +172,7 @@ def test_out_may_not_touch_an_input(tmp_path: Path) -> None:
 
 def test_space_is_checked_before_the_first_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.statvfs(tmp_path)
-    needed = StagedOutput(tmp_path / "out", PLAN).nbytes + writer.MARGIN_BYTES
+    needed = StagedOutput(tmp_path / "out", PLAN).nbytes + place.MARGIN_BYTES
 
     class Full:
         f_blocks, f_frsize = real.f_blocks, 1
@@ -217,7 +220,7 @@ def test_a_killed_run_leaves_out_as_it_was_and_is_taken_over(tmp_path: Path, exi
         check=False,
     )
     assert run.returncode == -signal.SIGKILL
-    assert (tmp_path / ".out.della-staging/model.safetensors").exists()
+    assert (tmp_path / ".out.della-staging/model/model.safetensors").exists()
     assert tree(out) == before
     save_model(out, 2.0, overwrite=True)
     assert os.listdir(tmp_path) == ["out"]

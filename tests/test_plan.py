@@ -16,8 +16,9 @@ from llamas import EXPERTS, Tensors, save, weights
 import della
 from della.checkpoint.header import build_header
 from della.dtypes import DTYPES
+from della.jobs import Plan
 from della.merging.methods import METHODS
-from della.planning import Plan, make_plan
+from della.planning import make_plan
 from della.recipe import read_recipe
 from della.show import plan_json, plan_text
 

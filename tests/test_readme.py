@@ -43,8 +43,8 @@ def test_the_python_runs() -> None:
 
 
 def test_every_command_exists() -> None:
-    commands = set(re.findall(r"della (merge|plan|[a-z]+) recipe\.yml", README))
-    assert commands == {"merge", "plan"} == set(get_command(app).commands)  # type: ignore[attr-defined]
+    commands = set(re.findall(r"della (\w+) (?:recipe\.yml|out/)", README))
+    assert commands == {"merge", "plan", "verify"} == set(get_command(app).commands)  # type: ignore[attr-defined]
     for script in re.findall(r"scripts/(\w+)", README):
         assert (ROOT / "scripts" / script).stat().st_mode & 0o111, script
     for link in re.findall(r"\]\(([\w./-]+)\)", README):
@@ -53,8 +53,11 @@ def test_every_command_exists() -> None:
 
 @pytest.mark.parametrize("option", re.findall(r"(--[a-z-]+)", " ".join(TABLES)))
 def test_every_option_exists(option: str) -> None:
-    merge = get_command(app).commands["merge"]  # type: ignore[attr-defined]
-    assert option in {name for parameter in merge.params for name in parameter.opts}
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    known = {
+        name for key in ("merge", "verify") for parameter in commands[key].params for name in parameter.opts
+    }
+    assert option in known
 
 
 def test_the_tables_name_every_method_and_parameter() -> None:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from della.dtypes import DTYPES
-from della.errors import RecipeError
+from della.errors import RecipeError, printable
 from della.merging.methods import METHODS
 from della.recipe import read_recipe
 from della.recipe_settings import Gradient
@@ -365,4 +365,4 @@ def test_an_override_of_an_aliased_setting_reaches_one_model_only() -> None:
     ],
 )  # fmt: skip
 def test_mistakes_in_overrides_name_the_override(override: str, message: str) -> None:
-    assert told(HEAD, overrides=[override]) == f"--set {override}: {message}"
+    assert told(HEAD, overrides=[override]) == f"--set {printable(override)}: {message}"

@@ -16,6 +16,7 @@ import della
 from della.dtypes import DTYPES
 from della.errors import CheckpointError, DellaError, OutputError, RecipeError
 
+CURE = "write 'nonfinite: zero' to leave out such values, 'nonfinite: keep' to let them pass"
 PLAIN: list[dict[str, Any]] = [{}] * 3
 
 
@@ -56,8 +57,8 @@ def test_nan_in_an_input(tmp_path: Path, row: Any, method: str, model: str) -> N
     place = tmp_path / "models" / model
     for tile in (60, 1 << 17):
         assert refused(CheckpointError, made, tmp_path / "out", tile=tile) == (
-            f"{place}/model.safetensors: tensor w of {place} holds NaN or infinity (element 117 is nan); "
-            "such a model is damaged: get it again"
+            f"{place}/model.safetensors: tensor w of {place} holds 2 values that are NaN or infinite "
+            f"(the first is element 117: nan); such a model is damaged: get it again, or {CURE}"
         )
 
 
@@ -68,11 +69,12 @@ def test_infinity_in_an_input_is_found_by_every_look_at_it(tmp_path: Path) -> No
     looks = [("ties", {"scope": "model"}), ("della", {"rank_by": "tensor"}), ("della", {"rescale": "l1"})]
     for method, shared in looks:
         made = recipe(tmp_path / "models", method, [{"density": 0.5}] * 3, shared)
-        assert "models/story holds NaN or infinity (element 49 is -inf)" in refused(
-            CheckpointError, made, tmp_path / "out"
+        assert (
+            "models/story holds 1 value that is NaN or infinite (the first is element 49: -inf)"
+            in refused(CheckpointError, made, tmp_path / "out")
         )
     made = recipe(tmp_path / "models", "ties", PLAIN, {}, compat="mergekit")
-    assert "(element 49 is -inf)" in refused(CheckpointError, made, tmp_path / "out")
+    assert "(the first is element 49: -inf)" in refused(CheckpointError, made, tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -97,7 +99,7 @@ def test_a_value_too_large_for_the_result(tmp_path: Path, dtype: str, storage: A
             made["parameters"] = {"normalize": True}
         assert refused(OutputError, made, tmp_path / "out", overwrite=True, tile=60) == (
             f"w: element 157 becomes {becomes} when it is rounded to {dtype}; "
-            "choose a wider out_dtype, or a smaller lambda"
+            f"choose a wider out_dtype, or a smaller lambda; or {CURE}"
         )
 
 
@@ -130,13 +132,14 @@ def test_tensors_that_are_missing_or_do_not_fit_are_all_told(tmp_path: Path) -> 
         tensors["story"][name] = np.zeros((52, 24), np.float32)
     folder = save(tmp_path / "models", tensors)
     lines = refused(CheckpointError, recipe(folder, "ties", PLAIN, {}), tmp_path / "out").splitlines()
-    fit = "all models must be fine-tunes of one base"
+    fit = "all models must be fine-tunes of one base; or 'missing: base' to take the base's"
     rows = "has shape [52, 24], expected [50, 24]; if the vocabulary was extended, merge a version of it"
     assert lines[0] == "6 problems:"
     assert sorted(lines[1:]) == sorted(
         [
-            f"  - {against(folder, 'math')}: lacks 4 tensors (model.layers.0.mlp.up_proj.weight, "
-            f"model.layers.1.mlp.up_proj.weight, model.layers.2.mlp.up_proj.weight, ...); {fit}",
+            f"  - {against(folder, 'math')}: lacks model.layers.0.mlp.up_proj.weight, "
+            "model.layers.1.mlp.up_proj.weight, model.layers.2.mlp.up_proj.weight, model.norm.weight; "
+            f"{fit}",
             f"  - {against(folder, 'code')}: lacks model.norm.weight; {fit}",
             f"  - {against(folder, 'code')}: model.layers.0.mlp.up_proj.weight has shape [40, 25], "
             "expected [40, 24]",
@@ -147,21 +150,59 @@ def test_tensors_that_are_missing_or_do_not_fit_are_all_told(tmp_path: Path) -> 
     )
 
 
-def test_what_the_base_lacks_is_told_and_left_out(tmp_path: Path) -> None:
+def test_what_the_base_lacks_is_refused_left_out_or_copied(tmp_path: Path) -> None:
     tensors = small()
     for number in range(4):
         tensors["code"][f"extra{number}"] = np.zeros(3, np.float32)
     tensors["math"]["extra0"] = np.zeros(3, np.float32)
     folder = save(tmp_path / "models", tensors)
     made = recipe(folder, "ties", PLAIN, {})
+    ways = "write 'extra: ignore' to leave that out, or 'extra: copy' to take it over"
+    four = "extra0, extra1, extra2, extra3"
+    assert refused(CheckpointError, made, tmp_path / "out").splitlines() == [
+        "2 problems:",
+        f"  - {against(folder, 'math')}: has extra0 beyond the base's; {ways}",
+        f"  - {against(folder, 'code')}: has {four} beyond the base's; {ways}",
+    ]
+    with della.plan({**made, "extra": "ignore"}) as plan:
+        assert plan.notes == (
+            f"{folder}/math: extra0 not in the base, and left out of the result (extra: ignore)",
+            f"{folder}/code: {four} not in the base, and left out of the result (extra: ignore)",
+        )
+    della.merge({**made, "extra": "ignore"}, tmp_path / "out", fsync=False)
+    assert sorted(load(tmp_path / "out")) == ["v", "w"]
+    assert refused(CheckpointError, {**made, "extra": "copy"}, tmp_path / "new") == (
+        f"extra0: in {folder}/math and in {folder}/code, but not in the base, so 'extra: copy' cannot tell "
+        "which one is meant; write 'extra: ignore'"
+    )
+    del tensors["math"]["extra0"]
+    tensors["code"]["extra3"] = np.arange(5)
+    save(tmp_path / "models", tensors)
+    della.merge({**made, "extra": "copy"}, tmp_path / "new", fsync=False)
+    found = load(tmp_path / "new")
+    assert sorted(found) == ["extra0", "extra1", "extra2", "extra3", "v", "w"]
+    assert found["extra3"] == ("I64", (5,), np.arange(5).tobytes())
+    assert {name: found[name] for name in "vw"} == load(tmp_path / "out")
+
+
+def test_what_an_expert_lacks_may_be_the_bases(tmp_path: Path) -> None:
+    tensors = small()
+    own: list[dict[str, Any]] = [{"density": 0.5}] * 3
+    tensors["code"]["v"] = tensors["base"]["v"]
+    whole = recipe(save(tmp_path / "whole", tensors), "paper_della", own, {})
+    del tensors["code"]["v"]
+    made = recipe(save(tmp_path / "models", tensors), "paper_della", own, {}, missing="base")
     with della.plan(made) as plan:
         assert plan.notes == (
-            f"{folder}/math: extra0 not in the base, and left out of the result",
-            f"{folder}/code: 4 tensors (extra0, extra1, extra2, ...) not in the base, "
-            "and left out of the result",
+            f"{tmp_path}/models/code: lacks v; the base's stands in its place (missing: base)",
         )
     della.merge(made, tmp_path / "out", fsync=False)
-    assert sorted(load(tmp_path / "out")) == ["v", "w"]
+    della.merge(whole, tmp_path / "same", fsync=False)
+    assert load(tmp_path / "out") == load(tmp_path / "same")
+    made = recipe(tmp_path / "models", "linear", PLAIN, {}, missing="base")
+    assert refused(RecipeError, made, tmp_path / "new") == (
+        "recipe at missing: 'missing: base' has no meaning: merge_method linear has no base; remove it"
+    )
 
 
 def test_tied_and_untied_heads_do_not_mix(tmp_path: Path) -> None:
@@ -280,11 +321,12 @@ def test_the_result_may_not_touch_an_input(tmp_path: Path) -> None:
         before = tree(folder)
         with pytest.raises(OutputError) as caught:
             della.merge(made, out, overwrite=True, fsync=False)
-        assert str(caught.value) in (
-            f"{out}: touches the input {folder}/{touched}; choose another place for the result",
+        said = f"{out}: touches the input {folder}/{touched}; choose another place for the result"
+        more = (
             f"{out}: not replaced: it is not a model, or more (it holds base/, code/, math/, story/); "
-            "choose another place, or remove it yourself",
+            "choose another place, or remove it yourself"
         )
+        assert str(caught.value) in (said, f"2 problems:\n  - {more}\n  - {said}")
         assert tree(folder) == before
 
 
@@ -303,13 +345,15 @@ def test_an_old_result_is_kept_or_swapped_whole(tmp_path: Path) -> None:
     assert [path.name for path in out.parent.iterdir()] == ["out"]
 
 
-def test_the_place_is_looked_at_before_the_models(tmp_path: Path) -> None:
-    """A model of the Hub would be downloaded first."""
+def test_place_and_models_are_told_at_once(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out/mine.txt").write_text("x")
     made = {"merge_method": "linear", "models": [{"model": str(tmp_path / "absent")}]}
-    assert "exists already" in refused(OutputError, made, tmp_path / "out")
+    said = refused(CheckpointError, made, tmp_path / "out").splitlines()
+    assert said[0] == "2 problems:"
+    assert "exists already" in said[1]
+    assert "not found" in said[2]
     assert "not a model, or more (it holds mine.txt)" in refused(
-        OutputError, made, tmp_path / "out", overwrite=True
+        CheckpointError, made, tmp_path / "out", overwrite=True
     )
     assert "not found" in refused(CheckpointError, made, tmp_path / "elsewhere")

@@ -23,7 +23,9 @@ from markdown_it import MarkdownIt
 
 import della
 from della.checkpoint import source
+from della.checkpoint.manifest import is_sealed
 from della.checkpoint.source import open_source
+from della.dtypes import DTYPES
 
 OWN: list[dict[str, Any]] = [{"density": 0.5}] * 3
 SIDE = {
@@ -210,7 +212,9 @@ def test_linear_takes_side_files_from_its_base_model_if_that_is_merged_too(
 def test_the_manifest(folder: Path, tmp_path: Path) -> None:
     path = put(tmp_path, {"r.yml": recipe(folder, "della", OWN, {}, dtype="float32")}) / "r.yml"
     told = merge(str(path), tmp_path / "out", seed=7)  # type: ignore[arg-type]
-    assert told == json.loads((tmp_path / "out/della.json").read_text())
+    stored = json.loads((tmp_path / "out/della.json").read_text())
+    assert is_sealed((tmp_path / "out/della.json").read_bytes())
+    assert told == {key: value for key, value in stored.items() if key != "seal"}
     with della.plan(path, seed=7) as plan:
         assert told["departures_from_mergekit"] == list(plan.departures)
     identities = {}
@@ -219,7 +223,14 @@ def test_the_manifest(folder: Path, tmp_path: Path) -> None:
         head = raw[: 8 + int.from_bytes(raw[:8], "little")]
         fingerprint = xxhash.xxh3_128(len(raw).to_bytes(8, "little") + head).hexdigest()
         file = {"name": "model.safetensors", "size": len(raw), "fingerprint": fingerprint}
-        identities[name] = {"reference": str(folder / name), "revision": None, "files": [file]}
+        tensors = {
+            key: xxhash.xxh3_128_hexdigest(raw)
+            for key, (dtype, _, raw) in load(folder / name).items()
+            if name == "base" or DTYPES[dtype].is_float  # what is copied is read from the base alone
+        }
+        identities[name] = {
+            "reference": str(folder / name), "revision": None, "files": [file], "tensors": tensors,
+        }  # fmt: skip
     assert told["inputs"] == {
         "base": identities["base"],
         "models": [{**identities[name], "identity": name} for name in EXPERTS],
@@ -262,7 +273,7 @@ def test_the_card(folder: Path, tmp_path: Path) -> None:
         assert len(plan.departures) == 5
         for line in plan.departures:
             assert text.count(f"\n- {line.replace('_', chr(92) + '_')}\n") == 1
-    assert "\n# out\n" in text
+    assert "\n# math + code + story\n" in text
     versions = f"della {della.__version__}, python {platform.python_version()}, numpy {np.__version__}"
     assert f"A merge: method `della`, seed 42, made with {versions}" in text
 
@@ -337,19 +348,40 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
     shown = [
         "".join(child.content for child in token.children or ()) for token in tokens if token.type == "inline"
     ]
-    assert shown[0] == out.name
+    assert shown[0] == "text ```` </code></pre><script>alert(3)</script>"
     assert f"expert: {tmp_path}/{HOSTILE}" in shown
     assert json.loads((out / "della.json").read_text())["recipe"] == path.read_text()
+
+
+def test_the_result_does_not_depend_on_its_place(folder: Path, tmp_path: Path) -> None:
+    made = recipe(folder, "della", OWN, {})
+    merge(made, tmp_path / "one")
+    merge(made, tmp_path / "deep/two")
+    merge({**made, "name": "My  *merge*"}, tmp_path / "named")
+    one, two = ({p.name: p.read_bytes() for p in (tmp_path / n).iterdir()} for n in ("one", "deep/two"))
+    assert one == two
+    assert "\n# math + code + story\n" in (tmp_path / "one/README.md").read_text()
+    assert "\n# My \\*merge\\*\n" in (tmp_path / "named/README.md").read_text()
 
 
 def test_a_single_file_has_nothing_beside_it(folder: Path, tmp_path: Path) -> None:
     put(folder / "base", SIDE)
     (tmp_path / "place").mkdir()
-    merge(recipe(folder, "della", OWN, {}), tmp_path / "place/out.safetensors")
+    manifest = merge(recipe(folder, "della", OWN, {}), tmp_path / "place/out.safetensors")
     assert [path.name for path in (tmp_path / "place").iterdir()] == ["out.safetensors"]
     assert load(tmp_path / "place/out.safetensors") == as_stored(expected(plain_trio(), "della", OWN, {}))
     with safetensors.safe_open(tmp_path / "place/out.safetensors", "np") as file:
-        assert file.metadata() == {"format": "pt"}
+        metadata = file.metadata()
+    raw = (tmp_path / "place/out.safetensors").read_bytes()
+    assert is_sealed(raw[: 8 + int.from_bytes(raw[:8], "little")])
+    assert metadata.keys() == {"format", "della"}
+    told = json.loads(metadata["della"])
+    assert {key: value for key, value in told.items() if key != "seal"} == manifest
+    assert told["files"] == {}
+    assert told["tensors"] == {
+        name: xxhash.xxh3_128_hexdigest(raw)
+        for name, (_, _, raw) in load(tmp_path / "place/out.safetensors").items()
+    }
 
 
 def test_a_base_in_one_file_lends_the_config_beside_it(tmp_path: Path) -> None:

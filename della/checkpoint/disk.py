@@ -1,22 +1,24 @@
-"""What the writer asks of the file system: locks, space, durability, a rename that replaces at once."""
+"""What the writer asks of the file system: space, durability, locks, a rename that replaces at once."""
 
 from __future__ import annotations
 
 import ctypes
 import errno
 import fcntl
+import functools
 import os
 import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from della.errors import OutputError
 
-OWNER = ".della-owner"
 NOREPLACE, EXCHANGE = 1, 2
 AT_FDCWD = -100
+SYNC_FILE_RANGE_WRITE = 2
 
 
 @contextmanager
@@ -39,60 +41,27 @@ def explained(path: Path) -> Iterator[None]:
         raise OutputError(f"{path}: {why}") from error
 
 
-def claim(folder: Path, out: Path) -> int:
-    """Makes ``folder``, or takes over and empties what a dead run left; the descriptor returned is the lock.
-
-    Raises OutputError while another run holds it.  The lock is the folder's inode, so it needs no file and
-    moves along with a rename; it saves work, and nothing's correctness hangs on it.
-    """
-    while True:
-        with suppress(FileExistsError):
-            folder.mkdir()
-        try:
-            fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except FileNotFoundError:
-            continue
-        if not try_lock(fd):
-            os.close(fd)
-            raise OutputError(
-                f"{out}: another run is writing there ({_owner(folder)}); wait for it, or stop it"
-            )
-        if _is_open(folder, fd):
-            break
-        os.close(fd)
-    for entry in folder.iterdir():
-        remove(entry)
-    (folder / OWNER).write_text(f"pid {os.getpid()} on {os.uname().nodename}")
-    return fd
-
-
-def try_lock(fd: int) -> bool:
-    """Whether the lock of an open folder was taken, or the file system has none."""
+def try_lock(fd: int, kind: int = fcntl.LOCK_EX) -> bool | None:
+    """Whether the lock (LOCK_EX or LOCK_SH) of an open file was taken; None where there are no locks."""
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(fd, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:
-        return True
+        return None
     return True
 
 
-def _is_open(folder: Path, fd: int) -> bool:
+def is_open(path: Path, fd: int) -> bool:
+    """Whether ``fd`` is what now stands at ``path``."""
     try:
-        return os.path.samestat(os.stat(folder), os.fstat(fd))
+        return os.path.samestat(os.lstat(path), os.fstat(fd))
     except FileNotFoundError:
         return False
 
 
-def _owner(folder: Path) -> str:
-    try:
-        return (folder / OWNER).read_text()[:200] or "it has just begun"
-    except (OSError, UnicodeError):
-        return "it has just begun"
-
-
 def remove(path: Path) -> None:
-    """Removes a file, a link or a whole folder."""
+    """Removes a file, a link or a whole folder, if it is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -119,6 +88,14 @@ def allocate(fd: int, size: int) -> None:
     os.ftruncate(fd, size)
 
 
+def start_writing(fd: int, at: int, count: int) -> None:
+    """Asks the system to begin writing a range of a file to the disk, without waiting for it."""
+    function = _libc("sync_file_range")
+    if function is not None and count:
+        wide = ctypes.c_int64
+        function(fd, wide(at), wide(count), SYNC_FILE_RANGE_WRITE)  # advice: a failure shows in fsync
+
+
 def sync(fd: int) -> None:
     """Returns once a file is on the disk, as far as the system can tell."""
     if sys.platform == "darwin":
@@ -136,11 +113,12 @@ def sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
-def move_in(staged: Path, out: Path, replace: bool) -> None:
-    """Renames ``staged`` to ``out``; what stood there is refused (FileExistsError), or goes (``replace``).
+def move_in(staged: Path, out: Path, replace: bool, aside: Path) -> None:
+    """Renames ``staged`` to ``out``; what stood there is refused (FileExistsError), or (``replace``) takes
+    the place of ``staged``.
 
     At every moment ``out`` is the old one or the new one.  Only where the system cannot exchange two folders
-    is it missing for an instant; the old one then stands beside it as `aside`.
+    is it missing for an instant; the old one then stands at ``aside``, until `recover`.
     """
     if not replace:
         if not _renameat2(staged, out, NOREPLACE):
@@ -149,40 +127,23 @@ def move_in(staged: Path, out: Path, replace: bool) -> None:
             os.rename(staged, out)
     elif not staged.is_dir():
         os.replace(staged, out)
-    else:
-        old = os.open(out, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            try_lock(old)  # what is being removed below must not look like a dead run's remains
-            if _renameat2(staged, out, EXCHANGE):
-                remove(staged)
-            else:
-                os.rename(out, aside(out))
-                os.rename(staged, out)
-                remove(aside(out))
-        finally:
-            os.close(old)
+    elif not _renameat2(staged, out, EXCHANGE):
+        os.rename(out, aside)
+        os.rename(staged, out)
 
 
-def aside(out: Path) -> Path:
-    """Where an old model waits while a new one takes its name."""
-    return out.with_name(f".{out.name}.della-old")
-
-
-def recover(out: Path) -> None:
+def recover(out: Path, aside: Path) -> None:
     """Undoes, or ends, an exchange that was cut short."""
-    old = aside(out)
-    if old.is_dir() and not old.is_symlink():
+    if aside.is_dir() and not aside.is_symlink():
         if os.path.lexists(out):
-            remove(old)
+            remove(aside)
         else:
-            os.rename(old, out)
+            os.rename(aside, out)
 
 
 def _renameat2(source: Path, target: Path, flags: int) -> bool:
     """Linux's rename with flags; False where the system or the file system does not have it."""
-    function = (
-        getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
-    )
+    function = _libc("renameat2")
     if function is None:
         return False
     if function(AT_FDCWD, os.fsencode(source), AT_FDCWD, os.fsencode(target), flags) == 0:
@@ -191,3 +152,11 @@ def _renameat2(source: Path, target: Path, flags: int) -> bool:
     if code in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
         return False
     raise OSError(code, os.strerror(code), str(target))
+
+
+@functools.cache
+def _libc(name: str) -> Any:
+    """A function of Linux's C library, or None."""
+    if sys.platform != "linux":
+        return None
+    return getattr(ctypes.CDLL(None, use_errno=True), name, None)

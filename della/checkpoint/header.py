@@ -14,9 +14,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from della.checkpoint.strict import json_object
+from della.checkpoint.strict import AGAIN, json_object
 from della.dtypes import DTYPES, DType
-from della.errors import CheckpointError, listing, nearest
+from della.errors import CheckpointError
 
 LENGTH_BYTES = 8
 MOST_HEADER_BYTES = 100_000_000
@@ -25,6 +25,8 @@ MOST_AXES = 32  # NumPy before 2.0 has no more
 ALIGNMENT = 64
 METADATA = "__metadata__"
 FIELDS = {"dtype", "shape", "data_offsets"}
+WIDE = "give the model in BF16, F16 or F32"
+LFS_POINTER = b"version "  # how the text begins that Git LFS leaves in the place of a file
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,18 +62,22 @@ def header_length(first: bytes, file_size: int, where: str) -> int:
     if file_size < LENGTH_BYTES or len(first) < LENGTH_BYTES:
         raise CheckpointError(
             f"{where}: truncated: expected at least {LENGTH_BYTES} bytes, "
-            f"found {min(file_size, len(first))}; download the file again"
+            f"found {min(file_size, len(first))}; {AGAIN}"
+        )
+    if first[:LENGTH_BYTES] == LFS_POINTER:
+        raise CheckpointError(
+            f"{where}: a pointer of Git LFS, not the file itself; fetch it: git lfs pull, or {AGAIN}"
         )
     length = int.from_bytes(first[:LENGTH_BYTES], "little")
     if length > MOST_HEADER_BYTES:
         raise CheckpointError(
             f"{where}: not a safetensors file: its first 8 bytes announce a header of {length:,} bytes, "
-            f"and {MOST_HEADER_BYTES:,} is the most"
+            f"and {MOST_HEADER_BYTES:,} is the most; {AGAIN}"
         )
     if LENGTH_BYTES + length > file_size:
         raise CheckpointError(
             f"{where}: truncated: the header alone takes {LENGTH_BYTES + length:,} bytes, "
-            f"found {file_size:,}; download the file again"
+            f"found {file_size:,}; {AGAIN}"
         )
     return length
 
@@ -89,11 +95,11 @@ def parse_header(raw_prefix: bytes, file_size: int, where: str) -> Header:
     raw = bytes(raw_prefix[LENGTH_BYTES:data_start])
     if not raw.startswith(b"{"):
         raise CheckpointError(
-            f"{where}: not a safetensors file: the header must begin with '{{', found {raw[:1]!r}"
+            f"{where}: not a safetensors file: the header must begin with '{{', found {raw[:1]!r}; {AGAIN}"
         )
     table = json_object(raw, where, only_integers=True)
     metadata = _metadata(table.pop(METADATA, {}), where)
-    infos = [_tensor(name, entry, where) for name, entry in table.items()]
+    infos = [tensor_info(name, entry, where) for name, entry in table.items()]
     infos.sort(key=lambda info: (info.begin, info.end))
     _check_layout(infos, data_start, file_size, where)
     return Header({info.name: info for info in infos}, metadata, data_start)
@@ -131,42 +137,45 @@ def _read_exactly(file: io.FileIO, count: int, where: str) -> bytes:
 def _metadata(value: object, where: str) -> dict[str, str]:
     if not isinstance(value, dict):
         raise CheckpointError(
-            f"{where}: {METADATA} must be an object of strings, found a {type(value).__name__}"
+            f"{where}: {METADATA} must be an object of strings, found a {type(value).__name__}; {AGAIN}"
         )
     for key, text in value.items():
         if not isinstance(text, str):
             raise CheckpointError(
-                f"{where}: {METADATA} key {_short(key)} must be a string, found a {type(text).__name__}"
+                f"{where}: {METADATA} key {_short(key)} must be a string, "
+                f"found a {type(text).__name__}; {AGAIN}"
             )
     return value
 
 
-def _tensor(name: str, entry: object, where: str) -> TensorInfo:
+def tensor_info(name: str, entry: object, where: str) -> TensorInfo:
+    """One entry of a header, checked by itself: its name, dtype, shape and span.  Raises CheckpointError."""
     at = f"{where}: tensor {_short(name)}"
     if not name or "\0" in name:
-        raise CheckpointError(f"{at}: a tensor's name must not be empty or contain NUL")
+        raise CheckpointError(f"{at}: a tensor's name must not be empty or contain NUL; {AGAIN}")
     if not isinstance(entry, dict) or entry.keys() != FIELDS:
         found = sorted(entry) if isinstance(entry, dict) else type(entry).__name__
         raise CheckpointError(
-            f"{at}: expected the fields data_offsets, dtype, shape, found {str(found)[:200]}"
+            f"{at}: expected the fields data_offsets, dtype, shape, found {str(found)[:200]}; {AGAIN}"
         )
     dtype = _dtype(entry["dtype"], at)
     shape = _naturals(entry["shape"], "shape", at)
     offsets = _naturals(entry["data_offsets"], "data_offsets", at)
     if len(offsets) != 2 or offsets[0] > offsets[1]:
         raise CheckpointError(
-            f"{at}: data_offsets must be [begin, end] with begin <= end, found {str(list(offsets))[:80]}"
+            f"{at}: data_offsets must be [begin, end] with begin <= end, "
+            f"found {str(list(offsets))[:80]}; {AGAIN}"
         )
     if len(shape) > MOST_AXES:
-        raise CheckpointError(f"{at}: a shape has at most {MOST_AXES} axes, found {len(shape)}")
+        raise CheckpointError(f"{at}: a shape has at most {MOST_AXES} axes, found {len(shape)}; {AGAIN}")
     # Zeros are left out: 0 x 2^63 x 2^63 has no elements, but no array of that shape can be made either.
     if math.prod(n for n in shape if n) * dtype.bits > MOST_ELEMENTS:
-        raise CheckpointError(f"{at}: shape {list(shape)} overflows 64 bits")
+        raise CheckpointError(f"{at}: shape {list(shape)} overflows 64 bits; {AGAIN}")
     expected = math.prod(shape) * dtype.bytes
     if offsets[1] - offsets[0] != expected:
         raise CheckpointError(
             f"{at}: {dtype.name} {list(shape)} takes {expected:,} bytes, "
-            f"its data_offsets {list(offsets)} span {offsets[1] - offsets[0]:,}"
+            f"its data_offsets {list(offsets)} span {offsets[1] - offsets[0]:,}; {AGAIN}"
         )
     return TensorInfo(name, dtype, shape, offsets[0], offsets[1])
 
@@ -174,12 +183,10 @@ def _tensor(name: str, entry: object, where: str) -> TensorInfo:
 def _dtype(value: object, at: str) -> DType:
     dtype = DTYPES.get(value) if isinstance(value, str) else None
     if dtype is None:
-        hint = nearest(value, DTYPES) if isinstance(value, str) else ""
-        raise CheckpointError(f"{at}: unknown dtype {_short(value)}{hint}")
+        raise CheckpointError(f"{at}: unknown dtype {_short(value)}; {WIDE}")
     if dtype.kind == "opaque":
         raise CheckpointError(
-            f"{at}: dtype {dtype.name} holds scaled or packed values that cannot be merged; "
-            "give the model in BF16, F16 or F32"
+            f"{at}: dtype {dtype.name} holds scaled or packed values that cannot be merged; {WIDE}"
         )
     return dtype
 
@@ -187,7 +194,7 @@ def _dtype(value: object, at: str) -> DType:
 def _naturals(value: object, field: str, at: str) -> tuple[int, ...]:
     # Not isinstance: true and false are ints to Python.  Negative numbers the JSON reader has refused.
     if not isinstance(value, list) or any(type(n) is not int for n in value):
-        raise CheckpointError(f"{at}: {field} must be a list of integers, found {str(value)[:80]}")
+        raise CheckpointError(f"{at}: {field} must be a list of integers, found {str(value)[:80]}; {AGAIN}")
     return tuple(value)
 
 
@@ -199,15 +206,13 @@ def _check_layout(infos: Sequence[TensorInfo], data_start: int, file_size: int, 
             what = "overlaps" if info.begin < at else f"leaves a hole of {info.begin - at:,} bytes after"
             raise CheckpointError(
                 f"{where}: tensor {_short(info.name)} {what} {before}: "
-                f"expected its data to begin at {at:,}, found {info.begin:,}"
+                f"expected its data to begin at {at:,}, found {info.begin:,}; {AGAIN}"
             )
         at, before = info.end, f"tensor {_short(info.name)}"
     whole = data_start + at
     if whole != file_size:
         what = "truncated" if whole > file_size else f"{file_size - whole:,} bytes follow the last tensor"
-        raise CheckpointError(
-            f"{where}: {what}: expected {whole:,} bytes, found {file_size:,}; download the file again"
-        )
+        raise CheckpointError(f"{where}: {what}: expected {whole:,} bytes, found {file_size:,}; {AGAIN}")
 
 
 def _short(value: object) -> str:
@@ -239,5 +244,5 @@ def build_header(
             f"a header of {length:,} bytes; {MOST_HEADER_BYTES:,} is the most: use smaller shards"
         )
     if problems:
-        raise CheckpointError(listing(problems))
+        raise CheckpointError(*problems)
     return length.to_bytes(LENGTH_BYTES, "little") + text.ljust(length), spans

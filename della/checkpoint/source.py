@@ -1,7 +1,8 @@
 """A checkpoint as a read-only map from names to tensor handles, whatever it came from.
 
-A reference is a folder, a .safetensors file, or ``owner/name[@revision]`` on the Hub.  Opening reads headers
-and configuration only; weights are read by offset into the caller's buffers.  `fetch` alone uses the network.
+A reference is a folder, a .safetensors file, or ``owner/name[@revision]`` on the Hub; a pickle where the user
+allows it.  Opening reads headers and configuration only; weights are read by offset into the caller's
+buffers.  `fetch` alone uses the network.
 """
 
 from __future__ import annotations
@@ -19,15 +20,18 @@ import numpy as np
 from della.checkpoint.header import LENGTH_BYTES, header_length
 from della.checkpoint.layout import (
     INDEX,
+    MOST_CONFIG_BYTES,
     Layout,
     RawHeader,
     Tensor,
+    check_small,
     confined,
-    pickle_refusal,
     read_folder,
     read_single,
     weight_files,
+    why_no_file,
 )
+from della.checkpoint.pickles import PICKLES, copy_bytes
 from della.dtypes import Array
 from della.errors import CheckpointError, nearest
 
@@ -81,6 +85,7 @@ class Source:
         self.files = layout.files
         self.config = layout.config
         self.revision = _commit_of(self.folder)
+        self._held = layout.held
         self._sizes = {file.path: file.size for file in layout.files}
         self._fds: dict[Path, int] = {}
         self._lock = threading.Lock()
@@ -97,6 +102,11 @@ class Source:
             )
         at = tensor.offset + start_byte
         fd = self._open(tensor.file)
+        if rest and tensor.name in self._held:
+            if os.fstat(fd).st_size != self._sizes[tensor.file]:  # it may be mapped, and its pages be gone
+                raise CheckpointError(f"{tensor.file}: shrank while it was read; is something writing to it?")
+            copy_bytes(self._held[tensor.name], start_byte, rest)
+            return
         while rest:
             try:
                 count = os.preadv(fd, [rest], at)
@@ -117,10 +127,18 @@ class Source:
     def side_files(self) -> list[Path]:
         """Files of the tokenizer, the chat template and the generation settings, sorted by name.
 
-        Raises CheckpointError for a link that leaves the folder.
+        Raises CheckpointError for a link that leaves the folder, and for what is not a file.
         """
         names = [p.name for p in self.folder.iterdir() if p.name in SIDE_FILES or p.suffix == ".tiktoken"]
-        return [self.folder / name for name in sorted(names) if confined(self.folder, name).is_file()]
+        for name in names:
+            path = confined(self.folder, name)
+            if set(name) & set("\\:") or not name.isprintable():
+                raise CheckpointError(f"{self.folder}: {name!r} is no name for a file of a model; rename it")
+            if not path.is_file():
+                raise CheckpointError(f"{self.folder / name}: {why_no_file(path)}")
+            if name.endswith("_config.json"):
+                check_small(path, MOST_CONFIG_BYTES)
+        return [self.folder / name for name in sorted(names)]
 
     def close(self) -> None:
         with self._lock:
@@ -164,19 +182,23 @@ def _open_unchanged(path: Path, size: int) -> int:
     return fd
 
 
-def open_source(reference: str, *, base_dir: Path | None = None, weights: bool = True) -> Source:
+def open_source(
+    reference: str, *, base_dir: Path | None = None, weights: bool = True, allow_pickle: bool = False
+) -> Source:
     """Opens a folder, a .safetensors file or a model of the Hub; reads headers and configuration.
 
     Relative paths are looked for in ``base_dir``, then in the working directory.  With ``weights=False`` a
-    model of the Hub is opened by its headers alone: only small files are downloaded.  Raises CheckpointError.
+    model of the Hub is opened by its headers alone: only small files are downloaded.  With ``allow_pickle``
+    local files of torch.save are read too, by torch, and only for their tensors (`checkpoint.pickles`).
+    Raises CheckpointError.
     """
     tried = _candidates(reference, base_dir)
     for path in tried:
         try:
             if path.is_dir():
-                return Source(reference, path, read_folder(path))
+                return Source(reference, path, read_folder(path, allow_pickle=allow_pickle))
             if path.exists():
-                return Source(reference, path, _read_file(path))
+                return Source(reference, path, _read_file(path, allow_pickle))
         except OSError as error:  # a name too long to be one, a folder that may not be listed
             raise CheckpointError(f"{str(path)[:1000]}: cannot be opened ({error.strerror})") from error
     match = HUB_ID.fullmatch(reference)
@@ -202,11 +224,9 @@ def _candidates(reference: str, base_dir: Path | None) -> list[Path]:
     return list(dict.fromkeys(root.absolute() / path for root in roots))
 
 
-def _read_file(path: Path) -> Layout:
-    if path.suffix == ".safetensors":
-        return read_single(path)
-    if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
-        raise CheckpointError(pickle_refusal(path))
+def _read_file(path: Path, allow_pickle: bool) -> Layout:
+    if path.suffix in (".safetensors", *PICKLES):
+        return read_single(path, allow_pickle=allow_pickle)
     raise CheckpointError(f"{path}: not a model: expected a folder or a .safetensors file")
 
 
@@ -265,7 +285,7 @@ def fetch(repo_id: str, revision: str | None, *, weights: bool) -> tuple[Path, d
         there, unreachable = _listing(hub, root)
         if unreachable and not any(name.endswith((".safetensors", INDEX)) for name in here):
             raise unreachable
-        wanted = [name for name in weight_files(folder, here | there)[0] if name not in here]
+        wanted = [name for name in weight_files(folder, here | there, on_hub=True)[0] if name not in here]
         if wanted and unreachable:
             raise unreachable
         wanted = [name for name in wanted if name in there]

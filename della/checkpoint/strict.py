@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 
 from della.errors import CheckpointError
 
+AGAIN = "download the file again"
 MOST_DIGITS = (
     19  # every integer of up to 19 digits fits 64 bits unsigned; a longer one is an attack or a mistake
 )
@@ -37,13 +38,13 @@ def json_object(raw: bytes, where: str, *, only_integers: bool = False) -> dict[
                 "utf-8"
             )  # finds a lone surrogate, which has no UTF-8
     except UnicodeError as error:
-        raise CheckpointError(f"{where}: text is not UTF-8 ({error}); download the file again") from None
+        raise CheckpointError(f"{where}: text is not UTF-8 ({error}); {AGAIN}") from None
     except RecursionError:
-        raise CheckpointError(f"{where}: JSON is nested too deeply; the file is damaged or hostile") from None
+        raise CheckpointError(f"{where}: JSON is nested too deeply; {AGAIN}") from None
     except ValueError as error:
-        raise CheckpointError(f"{where}: invalid JSON: {error}; download the file again") from None
+        raise CheckpointError(f"{where}: invalid JSON: {error}; {AGAIN}") from None
     if not isinstance(value, dict):
-        raise CheckpointError(f"{where}: expected a JSON object, found a {type(value).__name__}")
+        raise CheckpointError(f"{where}: expected a JSON object, found a {type(value).__name__}; {AGAIN}")
     return value
 
 

@@ -1,109 +1,46 @@
 """A merged model on its way to the disk: staged beside OUT, written by offset, renamed in at the end.
 
-Until `StagedOutput.commit` has renamed the staging folder, OUT is what it was before.
+Until `StagedOutput.commit` has renamed the staged folder, OUT is what it was before.  What was finished when
+a run died is found in the journal (journal.py) and used again after a look at its hash.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import os
-import shutil
 import threading
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+import xxhash
+
 from della.checkpoint import disk
 from della.checkpoint.disk import explained
-from della.checkpoint.header import build_header
-from della.dtypes import DType
-from della.errors import OutputError, listing
+from della.checkpoint.journal import Bands, Done
+from della.checkpoint.place import check_place, check_space
+from della.checkpoint.shards import INDEX, Shard, TensorPlan, index_json, lay_out, share
+from della.checkpoint.staging import Staging
+from della.errors import OutputError
 
-TensorPlan = Sequence[tuple[str, DType, Sequence[int]]]
 Bytes = bytes | bytearray | memoryview
 
-MARGIN_BYTES = 1 << 26  # for tokenizers and other side files, whose sizes are not known beforehand
-# What a folder without della.json may hold and still be taken for a model that --overwrite may replace.
-MODEL_FILES = (
-    ".safetensors",
-    ".json",
-    ".jinja",
-    ".md",
-    ".model",
-    ".txt",
-    ".tiktoken",
-    ".gitattributes",
-    "LICENSE",
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """One file to be written: its header, its size in bytes, where each tensor lies in it (begin, end)."""
-
-    name: str
-    header: bytes
-    size: int
-    spans: dict[str, tuple[int, int]]
-
-
-def plan_shards(tensors: TensorPlan, max_bytes: int) -> list[list[int]]:
-    """Indices of ``tensors`` by shard: in order, each shard at most ``max_bytes`` of data.
-
-    A tensor that is larger has a shard to itself.  No tensors make one empty shard.
-    """
-    shards: list[list[int]] = [[]]
-    used = 0
-    for index, (_, dtype, shape) in enumerate(tensors):
-        size = math.prod(shape) * dtype.bytes
-        if shards[-1] and used + size > max_bytes:
-            shards.append([])
-            used = 0
-        shards[-1].append(index)
-        used += size
-    return shards
-
-
-def lay_out(
-    tensors: TensorPlan,
-    shard_bytes: int,
-    metadata: Mapping[str, str] | None = None,
-    single: str | None = None,
-    stem: str = "model",
-) -> list[Shard]:
-    """The files that hold ``tensors``, named after ``stem``; with ``single``, one file of that name.
-
-    Within a file wider dtypes come first, so that every tensor is aligned to its own width.
-    Raises OutputError for a name that stands twice.
-    """
-    twice = [name for name, count in Counter(name for name, _, _ in tensors).items() if count > 1]
-    if twice:
-        raise OutputError(listing([f"tensor {name!r} would be written twice" for name in twice]))
-    groups = [list(range(len(tensors)))] if single else plan_shards(tensors, shard_bytes)
-    shards = []
-    for number, group in enumerate(groups, 1):
-        part = f"-{number:05d}-of-{len(groups):05d}" if len(groups) > 1 else ""
-        group.sort(key=lambda index: -tensors[index][1].bits)
-        header, relative = build_header([tensors[index] for index in group], metadata)
-        start = len(header)
-        spans = {tensor: (start + begin, start + end) for tensor, (begin, end) in relative.items()}
-        size = max((end for _, end in spans.values()), default=start)
-        shards.append(Shard(single or f"{stem}{part}.safetensors", header, size, spans))
-    return shards
+WRITE_BACK = 1 << 25  # bytes after which the system is asked to begin writing them to the disk
+_PIECE = 1 << 20
 
 
 class StagedOutput:
-    """A model being written; a context manager.  Leaving it without `commit` removes all that was written.
+    """A model being written; a context manager.
 
     ``tensors`` are (name, dtype, shape) in the order in which they shall lie; ``shard_bytes`` is the most
     data in one file.  ``inputs`` are the folders and files of the models that are read: OUT may not touch
     them.  With ``single_file`` OUT is one .safetensors file.  ``overwrite`` lets OUT be replaced, if it is a
     model.  ``stem`` begins the names of the files: "diffusion_pytorch_model" for what diffusers shall load.
     ``fsync=False`` is for tests and scratch models: a power cut may then lose what commit has reported.
+
+    ``key`` stands for everything that the bytes depend on, but the layout.  With one, what is finished when
+    the writer stops early is kept for the next writer with the same key, and ``part`` (i, n) writes its share
+    of the files.  Without a key, leaving without `commit` removes all that was written.
     """
 
     def __init__(
@@ -117,46 +54,68 @@ class StagedOutput:
         metadata: Mapping[str, str] | None = None,
         inputs: Iterable[Path] = (),
         stem: str = "model",
+        key: str | None = None,
+        part: tuple[int, int] = (1, 1),
     ) -> None:
         self.out = Path(os.path.abspath(out))
-        if not self.out.name or "\0" in self.out.name:
-            raise OutputError(f"{str(out)!r} cannot be the name of a model")
-        self.shards = lay_out(tensors, shard_bytes, metadata, self.out.name if single_file else None, stem)
-        self._index = f"{stem}.safetensors.index.json"
-        self.staging = self.out.with_name(f".{self.out.name}.della-staging")
-        self._overwrite = overwrite
-        self._single_file = single_file
-        self._fsync = fsync
         self._inputs = list(inputs)
-        self._spans = {
-            tensor: (number, begin, end)
-            for number, shard in enumerate(self.shards)
-            for tensor, (begin, end) in shard.spans.items()
+        self._overwrite, self._single_file, self._fsync = overwrite, single_file, fsync
+        self._check_place()
+        self.shards = lay_out(tensors, shard_bytes, metadata, self.out.name if single_file else None, stem)
+        self._index = stem + INDEX
+        self.resumable = key is not None
+        self._staging = Staging(self.out, _key(key, self.shards), *part)
+        self.mine = share(self.shards, *part)
+        self._homes = {tensor: shard for shard in self.shards for tensor in shard.spans}
+        self._missing = {
+            tensor: end - begin for shard in self.mine for tensor, (begin, end) in shard.spans.items()
         }
-        self._missing = {tensor: end - begin for tensor, (_, begin, end) in self._spans.items()}
         self._lock = threading.Lock()
-        self._fds: list[int] = []
-        self._claim: int | None = None
+        self._fds: dict[str, int] = {}
         self._made: list[Path] = []
+        self._is_held = False
+        self.kept: Path | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of all files of weights."""
         return sum(shard.size for shard in self.shards)
 
+    @property
+    def staging(self) -> Path:
+        """The folder beside OUT where all is until `commit`."""
+        return self._staging.folder
+
+    @property
+    def done(self) -> dict[str, Done]:
+        """The tensors that are finished, by this writer or (not checked yet) by one before or beside it."""
+        return self._staging.done
+
+    @property
+    def bands(self) -> Bands:
+        """Thresholds of the whole model that a writer before or beside this one has found."""
+        return self._staging.bands
+
+    @property
+    def has_replaced(self) -> bool:
+        """Whether what another merge had finished for OUT was removed."""
+        return self._staging.replaced
+
     def __enter__(self) -> StagedOutput:
         self._check_place()
         try:
             with explained(self.out.parent):
                 self._make_folders()
-                self._claim = disk.claim(self.staging, self.out)
-                disk.recover(self.out)
+            with explained(self._staging.folder):
+                self._staging.claim()
+                self._is_held = True
+                self._remove_strange_files()
             self._check_place()  # another run may have ended, or been recovered, before the claim
-            check_space(self.out.parent, self.nbytes)
-            for shard in self.shards:
+            check_space(self.out.parent, self._still_needed())
+            for shard in self.mine:
                 self._create(shard)
         except BaseException:
-            self._abandon()
+            self._abandon(keep=True)
             raise
         return self
 
@@ -165,20 +124,62 @@ class StagedOutput:
 
         Safe to call from several threads at once; each byte of a tensor is to be written once.
         """
-        number, begin, end = self._spans[name]
+        shard = self._homes[name]
+        begin, end = shard.spans[name]
         view = memoryview(buffer)
         rest = view.cast("B") if view.nbytes else memoryview(b"")
         at, count = begin + start_byte, len(rest)
         if start_byte < 0 or at + count > end:
             raise ValueError(f"bytes {start_byte} to {start_byte + count} of {name}: it has {end - begin}")
-        with explained(self.staging / self.shards[number].name):
-            disk.write_at(self._fds[number], rest, at)
+        with explained(self._staging.model / shard.name):
+            disk.write_at(self._fds[shard.name], rest, at)
+        if (at + count) // WRITE_BACK > at // WRITE_BACK or at + count == end:
+            since = max(begin, at // WRITE_BACK * WRITE_BACK)
+            disk.start_writing(self._fds[shard.name], since, at + count - since)
         with self._lock:
             self._missing[name] -= count
 
-    def add_file(self, name: str, content: bytes | Path) -> None:
-        """Adds a side file: ``content``, or what the file it names holds.  Raises OutputError."""
-        if name in ("", ".", "..", self._index, disk.OWNER) or set(name) & set("/\\:\0"):
+    def finish(self, name: str, done: Done) -> None:
+        """Notes in the journal that all of a tensor is written, and its hashes."""
+        with explained(self._staging.journal.path):
+            self._staging.journal.finished(name, done)
+        self.done[name] = done
+
+    def note_bands(self, bands: Bands) -> None:
+        """Notes thresholds of the whole model in the journal."""
+        with explained(self._staging.journal.path):
+            self._staging.journal.bands(bands)
+
+    def holds(self, name: str) -> bool:
+        """Whether tensor ``name`` is finished, by its journal and by the hash of its staged bytes."""
+        done = self.done.get(name)
+        if done is None:
+            return False
+        digest = xxhash.xxh3_128()
+        shard = self._homes[name]
+        begin, end = shard.spans[name]
+        with explained(self._staging.model / shard.name):
+            for at in range(begin, end, _PIECE):
+                digest.update(os.pread(self._fds[shard.name], min(_PIECE, end - at), at))
+        if digest.hexdigest() != done.hash:
+            del self.done[name]
+            return False
+        self._missing[name] = 0
+        return True
+
+    def rewrite_header(
+        self, tensors: TensorPlan, metadata: Mapping[str, str], last: Callable[[bytes], bytes]
+    ) -> None:
+        """Gives the single file other metadata of the same length; ``last`` has the last word on it."""
+        shard = lay_out(tensors, self.nbytes, metadata, self.out.name)[0]
+        assert shard.spans == self.shards[0].spans, "the length has changed"
+        with explained(self._staging.model / shard.name):
+            disk.write_at(self._fds[shard.name], memoryview(last(shard.header)), 0)
+
+    def add_file(self, name: str, content: bytes) -> None:
+        """Adds a side file.  Raises OutputError."""
+        taken = {self._index, *(shard.name for shard in self.shards)}
+        if name in ("", ".", "..", *taken) or set(name) & set("/\\:\0"):
             raise OutputError(
                 f"{self.out}: {name!r} cannot be the name of a side file; a plain name is needed"
             )
@@ -186,13 +187,11 @@ class StagedOutput:
             raise OutputError(
                 f"{self.out}: one file was asked for, so {name} has no place; write to a folder"
             )
-        path = self.staging / name
-        raw = _read_side_file(content) if isinstance(content, Path) else content
-        with explained(path), open(path, "xb") as file:
-            file.write(raw)
-            file.flush()
-            if self._fsync:
-                disk.sync(file.fileno())
+        self._add(name, content)
+
+    def index(self) -> tuple[str, bytes] | None:
+        """Name and content of the index; None where one file holds everything."""
+        return (self._index, index_json(self.shards)) if len(self.shards) > 1 else None
 
     def commit(self) -> None:
         """Makes OUT the new model in one rename; when this returns it is on the disk.  Raises OutputError."""
@@ -202,62 +201,102 @@ class StagedOutput:
             if count
         ]
         if unfinished:
-            raise OutputError(f"{self.out}: not complete: {listing(unfinished)}")
+            raise OutputError(*(f"{self.out}: not complete: {text}" for text in unfinished))
         self._check_place()
-        if len(self.shards) > 1:
-            self._write_index()
-        for fd, shard in zip(self._fds, self.shards, strict=True):
-            with explained(self.staging / shard.name):
+        if index := self.index():
+            self._add(*index)
+        for name, fd in self._fds.items():
+            with explained(self._staging.model / name):
                 if self._fsync:
                     disk.sync(fd)
-        staged = self.staging / self.shards[0].name if self._single_file else self.staging
+        model, replace = self._staging.model, self._overwrite and os.path.lexists(self.out)
         with explained(self.out):
-            (self.staging / disk.OWNER).unlink()
             if self._fsync:
-                disk.sync_folder(self.staging)
-            disk.move_in(staged, self.out, self._overwrite and os.path.lexists(self.out))
+                disk.sync_folder(model)
+            staged = model / self.shards[0].name if self._single_file else model
+            disk.move_in(staged, self.out, replace, self._staging.aside)
             if self._fsync:
                 disk.sync_folder(self.out.parent)
+        self._tidy_up()
+
+    def end_part(self) -> None:
+        """Leaves what this part has finished to the parts beside it; on the disk when this returns."""
+        for name, fd in self._fds.items():
+            with explained(self._staging.model / name):
+                if self._fsync:
+                    disk.sync(fd)
+        with explained(self._staging.folder):
+            self._staging.journal.end()
+            if self._fsync:
+                disk.sync(self._staging.journal.fd)
+                disk.sync_folder(self._staging.model)
+                disk.sync_folder(self._staging.folder)
         self._close()
-        if self._single_file:
-            self.staging.rmdir()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._claim is not None:
-            self._abandon()
+        if self._is_held:
+            # What no second try can mend (a damaged input, a value out of range) is not worth keeping.
+            by_chance = isinstance(error, KeyboardInterrupt) or isinstance(error and error.__cause__, OSError)
+            self._abandon(keep=by_chance)
 
     def _check_place(self) -> None:
         check_place(self.out, self._overwrite, self._single_file, self._inputs)
 
     def _create(self, shard: Shard) -> None:
-        path = self.staging / shard.name
+        path = self._staging.model / shard.name
         with explained(path):
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-            self._fds.append(fd)
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+            self._fds[shard.name] = fd
+            if os.fstat(fd).st_size > shard.size:
+                os.ftruncate(fd, shard.size)
             disk.allocate(fd, shard.size)
             disk.write_at(fd, memoryview(shard.header), 0)
 
-    def _write_index(self) -> None:
-        names = {tensor: self.shards[number].name for tensor, (number, _, _) in self._spans.items()}
-        total = sum(end - begin for _, begin, end in self._spans.values())
-        index = {"metadata": {"total_size": total}, "weight_map": names}
-        path = self.staging / self._index
-        with explained(path), open(path, "x", encoding="utf-8") as file:
-            json.dump(index, file, indent=2, sort_keys=True)
-            file.write("\n")
+    def _add(self, name: str, content: bytes) -> None:
+        path = self._staging.model / name
+        with explained(path), open(path, "xb") as file:
+            file.write(content)
             file.flush()
             if self._fsync:
                 disk.sync(file.fileno())
 
+    def _remove_strange_files(self) -> None:
+        """Whatever a run that died left beside the weights: side files are written anew."""
+        if self._staging.parts == 1:
+            ours = {shard.name for shard in self.shards}
+            for entry in list(self._staging.model.iterdir()):
+                if entry.name not in ours:
+                    disk.remove(entry)
+
+    def _still_needed(self) -> int:
+        """Bytes that the files of this writer will take beyond what they have."""
+        total = 0
+        for shard in self.mine:
+            with suppress(OSError):
+                total -= min(shard.size, os.lstat(self._staging.model / shard.name).st_blocks * 512)
+            total += shard.size
+        return total
+
+    def _tidy_up(self) -> None:
+        """OUT is the new model; what is left of the staging goes."""
+        try:
+            self._staging.remove()
+        except OSError as error:
+            raise OutputError(
+                f"{self.out}: complete, but {self._staging.folder} cannot be removed ({error.strerror}); "
+                "remove it yourself"
+            ) from error
+        finally:
+            self._close()
+
     def _close(self) -> None:
-        """Closes everything; the claim last, because it keeps other runs away."""
+        """Closes everything; the lock last, because it keeps other runs away."""
         while self._fds:
-            os.close(self._fds.pop())
-        if self._claim is not None:
-            os.close(self._claim)
-            self._claim = None
+            os.close(self._fds.popitem()[1])
+        self._staging.release()
+        self._is_held = False
 
     def _make_folders(self) -> None:
         missing = [step for step in (self.out.parent, *self.out.parent.parents) if not step.exists()]
@@ -267,84 +306,30 @@ class StagedOutput:
             if self._fsync:
                 disk.sync_folder(step.parent)
 
-    def _abandon(self) -> None:
-        if self._claim is not None:
-            shutil.rmtree(self.staging, ignore_errors=True)
+    def _abandon(self, *, keep: bool) -> None:
+        is_part = self._staging.parts > 1
+        if self._is_held and self.resumable and self.done and (keep or is_part):
+            self.kept = self._staging.folder
+            with suppress(OSError):
+                self._staging.journal.end()
+        elif self._is_held and not is_part:
+            with suppress(OSError):
+                self._staging.remove()
         self._close()
         for folder in reversed(self._made):
             with suppress(OSError):  # something else is in it by now
                 folder.rmdir()
 
 
-def _read_side_file(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be copied to the result ({error.strerror})") from error
+def _key(key: str | None, shards: Sequence[Shard]) -> str:
+    """Of the merge and of how its bytes lie in files; one that nobody else has where there is no ``key``."""
+    digest = xxhash.xxh3_128(os.urandom(16) if key is None else key.encode())
+    for piece in _pieces(shards):
+        digest.update(piece)
+    return digest.hexdigest()
 
 
-def check_place(out: Path, overwrite: bool, single_file: bool, inputs: Iterable[Path] = ()) -> None:
-    """Refuses an OUT that is taken, cannot be replaced, or touches an input.  Raises OutputError."""
-    if single_file and out.suffix != ".safetensors":
-        raise OutputError(f"{out}: one file was asked for; its name must end in .safetensors")
-    if not single_file and out.suffix == ".safetensors":
-        raise OutputError(f"{out}: a folder was asked for; its name must not end in .safetensors")
-    for place in inputs:
-        if _inside(out, place) or _inside(place, out):
-            raise OutputError(f"{out}: touches the input {place}; choose another place for the result")
-    if out.is_symlink():
-        raise OutputError(f"{out}: a link; name the place that it leads to")
-    if not out.exists():
-        return
-    if not overwrite:
-        raise OutputError(
-            f"{out}: exists already; choose another place, or allow it to be replaced: --overwrite"
-        )
-    if single_file != out.is_file():
-        raise OutputError(
-            f"{out}: a {'folder' if single_file else 'file'}, which is not replaced; choose another place"
-        )
-    if not single_file:
-        _check_replaceable(out)
-
-
-def _check_replaceable(out: Path) -> None:
-    """A folder that may be replaced is empty, made by della, or a model and nothing else."""
-    with explained(out):
-        names = [entry.name + "/" * entry.is_dir() for entry in os.scandir(out)]
-    if not names or "della.json" in names:
-        return
-    foreign = [name for name in names if not name.endswith(MODEL_FILES)]
-    if not any(name.endswith(".safetensors") for name in names) and "config.json" not in names:
-        foreign = names
-    if foreign:
-        raise OutputError(
-            f"{out}: not replaced: it is not a model, or more (it holds {', '.join(sorted(foreign)[:5])}); "
-            "choose another place, or remove it yourself"
-        )
-
-
-def _inside(path: Path, place: Path) -> bool:
-    """Whether ``path`` is ``place``, or lies in it, by device and inode."""
-    try:
-        there = place.stat()
-    except OSError:
-        return False
-    real = path.resolve()
-    for step in (real, *real.parents):
-        with suppress(OSError):
-            if os.path.samestat(step.stat(), there):
-                return True
-    return False
-
-
-def check_space(folder: Path, needed: int) -> None:
-    """Refuses when the disk of ``folder`` has less than ``needed`` bytes and a margin free (OutputError)."""
-    with explained(folder):
-        found = os.statvfs(folder)
-    free = found.f_bavail * found.f_frsize
-    if found.f_blocks and free < needed + MARGIN_BYTES:  # some network file systems report nothing
-        raise OutputError(
-            f"{folder}: the result needs {needed + MARGIN_BYTES:,} bytes, {free:,} are free; "
-            "free some space, or write to another disk"
-        )
+def _pieces(shards: Sequence[Shard]) -> Iterator[bytes]:
+    for shard in shards:
+        yield shard.name.encode() + b"\0"
+        yield shard.header
