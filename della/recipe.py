@@ -83,8 +83,8 @@ def read_recipe(source: str | Path | Mapping[str, Any], *, overrides: Sequence[s
     if isinstance(overrides, str):
         overrides = (overrides,)
     notes = apply_overrides(root, overrides, _TOP_KEYS, problems)
-    if text is None or overrides:
-        text = dump(root)
+    if overrides:
+        text = None
     return _Reader(problems, notes).recipe(root, path, text)
 
 
@@ -99,7 +99,8 @@ class _Reader:
         self.bases = 0
         self.unused: dict[str, list[Place]] = {}
 
-    def recipe(self, root: Table, path: Path | None, text: str) -> Recipe:
+    def recipe(self, root: Table, path: Path | None, text: str | None) -> Recipe:
+        """The Recipe in ``root``; ``text`` is its YAML, None where that must be made from ``root``."""
         self._refuse_strange_keys(root, _TOP_KEYS, "at the top level", "")
         for key, instead in _LATER_KEYS.items():
             if self._entry(root, key):
@@ -127,7 +128,7 @@ class _Reader:
         self._tell_unused(self.method, base, models)
         recipe = Recipe(
             path=path,
-            text=text,
+            text=dump(root) if text is None else text,
             name=name.text if name else None,
             base_model=base.text if base else None,
             models=models,

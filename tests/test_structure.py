@@ -22,6 +22,7 @@ ORDER = (
         f"checkpoint.{name}"
         for name in (
             "strict",
+            "shard_names",
             "header",
             "quantised",
             "pickles",
@@ -160,7 +161,7 @@ def test_importing_della_is_cheap() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("folder", ["della", "attacks", "benchmarks", "training"])
+@pytest.mark.parametrize("folder", ["della", "attacks", "benchmarks", "fuzz", "training"])
 def test_nothing_is_too_long(folder: str) -> None:
     paths = sorted((ROOT / folder).rglob("*.py"))
     assert paths
