@@ -61,11 +61,16 @@ _HUB_REVISION = re.compile(r"@refs/[\w./-]+$")
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
-def read_recipe(source: str | Path | Mapping[str, Any], *, overrides: Sequence[str] = ()) -> Recipe:
+def read_recipe(
+    source: str | Path | Mapping[str, Any], *, overrides: Sequence[str] = (), check: bool = True
+) -> Recipe:
     """Read a recipe: a path, YAML text (a str with a line break in it), or the same as Python objects.
 
     ``overrides`` are ``KEY=VALUE``: KEY is a dotted path into the recipe (``models.0.parameters.weight``), or
     the bare name of a parameter, which then has this value for every model; VALUE is YAML.
+
+    ``check=False`` leaves the rules that join several parameters to `planning.make_plan`, which tells of them
+    together with what is wrong about the models.
 
     Raises RecipeError, which lists everything that is wrong, each with ``file:line:column``.
     """
@@ -85,7 +90,10 @@ def read_recipe(source: str | Path | Mapping[str, Any], *, overrides: Sequence[s
     notes = apply_overrides(root, overrides, _TOP_KEYS, problems)
     if overrides:
         text = None
-    return _Reader(problems, notes).recipe(root, path, text)
+    recipe = _Reader(problems, notes).recipe(root, path, text)
+    if check:
+        recipe.check_at_once()
+    return recipe
 
 
 class _Reader:
@@ -143,7 +151,6 @@ class _Reader:
             notes=tuple(self.notes),
             place=place,
         )
-        recipe.check_at_once()
         return recipe
 
     def _refuse_strange_keys(self, table: Table, allowed: Sequence[str], where: str, owner: str) -> None:
