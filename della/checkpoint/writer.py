@@ -104,7 +104,6 @@ class StagedOutput:
         return self._staging.replaced
 
     def __enter__(self) -> StagedOutput:
-        self._check_place()
         try:
             with explained(self.out.parent):
                 self._make_folders()
