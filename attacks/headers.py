@@ -19,7 +19,7 @@ AGAIN = "download the file again"
 # ---- row 1: truncated -------------------------------------------------------------------------------------
 
 
-@refused(1, INPUT, f"FOLDER/{MATH}", "take 2,400 bytes", "found 2,399", AGAIN)
+@refused(1, INPUT, f"FOLDER/{MATH}", "expected 3,205 bytes", "found 3,204;", AGAIN)
 def last_byte_missing(folder: Path) -> None:
     os.truncate(folder / MATH, (folder / MATH).stat().st_size - 1)
 
@@ -44,7 +44,7 @@ def nothing_in_it(folder: Path) -> None:
     os.truncate(folder / MATH, 0)
 
 
-@refused(1, INPUT, "FOLDER/math/s2.safetensors", "take 800 bytes", "found 799;", AGAIN)
+@refused(1, INPUT, "FOLDER/math/s2.safetensors", "expected 923 bytes", "found 922;", AGAIN)
 def one_shard_of_two(folder: Path) -> None:
     sharded(folder / "math")
     shard = folder / "math/s2.safetensors"
@@ -103,7 +103,7 @@ def _(header: dict[str, Any], norm: dict[str, Any]) -> None:
     norm["data_offsets"] = [1284, 2084]
 
 
-@lie("beyond-the-file", "take 2,800 bytes, found 2,400")
+@lie("beyond-the-file", "expected 3,676 bytes, found 3,276")
 def _(header: dict[str, Any], norm: dict[str, Any]) -> None:
     header["far"] = {"dtype": "F32", "shape": [100], "data_offsets": [2400, 2800]}
 

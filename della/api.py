@@ -98,7 +98,7 @@ def read(recipe: Source, seed: int | None, overrides: Sequence[str] | str, compa
     changes += [] if seed is None else [f"seed={seed}"]
     changes += ["compat=mergekit"] if compat else []
     if not isinstance(recipe, Recipe):
-        return read_recipe(recipe, overrides=changes)
+        return read_recipe(recipe, overrides=changes, check=False)  # make_plan does, with all other checks
     if not changes:
         return recipe
-    return replace(read_recipe(recipe.text + "\n", overrides=changes), path=recipe.path)
+    return replace(read_recipe(recipe.text + "\n", overrides=changes, check=False), path=recipe.path)

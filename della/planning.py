@@ -80,9 +80,13 @@ def make_plan(
         base = opened.get(template)
         jobs: tuple[Job, ...] = ()
         notes = list(recipe.notes)
-        if base is not None:
+        if base is None:
+            with check:
+                recipe.check_at_once()
+        else:
             depths = _depths(base.tensors)
             with check:
+                recipe.check_at_once()
                 recipe.check((name, *depths[name]) for name in base.tensors)
             with check:
                 base.side_files()

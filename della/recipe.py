@@ -61,11 +61,16 @@ _HUB_REVISION = re.compile(r"@refs/[\w./-]+$")
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
-def read_recipe(source: str | Path | Mapping[str, Any], *, overrides: Sequence[str] = ()) -> Recipe:
+def read_recipe(
+    source: str | Path | Mapping[str, Any], *, overrides: Sequence[str] = (), check: bool = True
+) -> Recipe:
     """Read a recipe: a path, YAML text (a str with a line break in it), or the same as Python objects.
 
     ``overrides`` are ``KEY=VALUE``: KEY is a dotted path into the recipe (``models.0.parameters.weight``), or
     the bare name of a parameter, which then has this value for every model; VALUE is YAML.
+
+    ``check=False`` leaves the rules that join several parameters to `planning.make_plan`, which tells of them
+    together with what is wrong about the models.
 
     Raises RecipeError, which lists everything that is wrong, each with ``file:line:column``.
     """
@@ -83,9 +88,12 @@ def read_recipe(source: str | Path | Mapping[str, Any], *, overrides: Sequence[s
     if isinstance(overrides, str):
         overrides = (overrides,)
     notes = apply_overrides(root, overrides, _TOP_KEYS, problems)
-    if text is None or overrides:
-        text = dump(root)
-    return _Reader(problems, notes).recipe(root, path, text)
+    if overrides:
+        text = None
+    recipe = _Reader(problems, notes).recipe(root, path, text)
+    if check:
+        recipe.check_at_once()
+    return recipe
 
 
 class _Reader:
@@ -99,7 +107,8 @@ class _Reader:
         self.bases = 0
         self.unused: dict[str, list[Place]] = {}
 
-    def recipe(self, root: Table, path: Path | None, text: str) -> Recipe:
+    def recipe(self, root: Table, path: Path | None, text: str | None) -> Recipe:
+        """The Recipe in ``root``; ``text`` is its YAML, None where that must be made from ``root``."""
         self._refuse_strange_keys(root, _TOP_KEYS, "at the top level", "")
         for key, instead in _LATER_KEYS.items():
             if self._entry(root, key):
@@ -127,7 +136,7 @@ class _Reader:
         self._tell_unused(self.method, base, models)
         recipe = Recipe(
             path=path,
-            text=text,
+            text=dump(root) if text is None else text,
             name=name.text if name else None,
             base_model=base.text if base else None,
             models=models,
@@ -142,7 +151,6 @@ class _Reader:
             notes=tuple(self.notes),
             place=place,
         )
-        recipe.check_at_once()
         return recipe
 
     def _refuse_strange_keys(self, table: Table, allowed: Sequence[str], where: str, owner: str) -> None:

@@ -53,6 +53,7 @@ class Filtered:
 
 
 Setting = Scalar | Gradient | Filtered
+CASE_KEYS = ("filter", "value")
 
 
 def choose(chain: tuple[Setting, ...], tensor_name: str) -> Scalar | Gradient | None:
@@ -110,8 +111,8 @@ def _filtered(
     for table in tables:
         assert isinstance(table, Table)
         for key, entry in table.entries.items():
-            if key not in ("filter", "value"):
-                hint = suggest(key, ("filter", "value"))
+            if key not in CASE_KEYS:
+                hint = suggest(key, CASE_KEYS)
                 problems.add(entry.key, f"unknown key {clip(key)!r} in a case of {subject}{hint}")
         if "value" not in table.entries:
             if not any(suggest(key, ("value",)) for key in table.entries):

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from della.errors import RecipeError
 
 MAX_DEPTH = 32
-MAX_VALUES = 20_000
+MAX_VALUES = 10_000
 MAX_PROBLEMS = 50
 
 _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)")

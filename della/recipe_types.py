@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from della.dtypes import DType
 from della.errors import RecipeError
 from della.merging.methods import Method, check_settings
 from della.recipe_settings import Filtered, Gradient, Scalar, Setting, choose
-from della.recipe_tree import Place, clip
+from della.recipe_tree import MAX_PROBLEMS, Place, clip
 
 _MOST_COMPLAINTS = 5
 
@@ -84,7 +85,7 @@ class Recipe:
             seen.add(key)
             if check_settings(self.method, shared, models):
                 where = f"at {label} ({clip(tensor)})" if label and tensor else f"at {label}" if label else ""
-                for place, who, said in self._complaints(tensor, shared, models):
+                for place, who, said in islice(self._complaints(tensor, shared, models), MAX_PROBLEMS):
                     at = ", ".join(part for part in (where, who) if part)
                     text = f"{place}: {at}: {said}" if at else f"{place}: {said}"
                     complaints.setdefault((place, who, said), text)  # the same everywhere is told once
@@ -96,17 +97,16 @@ class Recipe:
     def _complaints(
         self, tensor: str, shared: Mapping[str, Any], models: Sequence[Mapping[str, Any]]
     ) -> Iterable[tuple[Place, str, str]]:
-        said = check_settings(self.method, shared, [])
-        alone = (
-            [None] * len(models) if said else [check_settings(self.method, shared, [own]) for own in models]
-        )
-        if not any(alone):
-            said = said or check_settings(self.method, shared, models)
-            yield self._cause(str(said), {}, tensor) or self.place, "", str(said)
-        for entry, reason in zip(self.models, alone, strict=True):
+        said, alone = check_settings(self.method, shared, []), False
+        for entry, own in () if said else zip(self.models, models, strict=True):
+            reason = check_settings(self.method, shared, [own])
             if reason:
+                alone = True
                 place = self._cause(reason, entry.parameters, tensor) or entry.place
                 yield place, f"for {entry.identity!r}", reason
+        if not alone:
+            said = said or check_settings(self.method, shared, models)
+            yield self._cause(str(said), {}, tensor) or self.place, "", str(said)
 
     def _cause(self, sentence: str, own: Mapping[str, Setting], tensor: str) -> Place | None:
         """Where the first parameter that the sentence names was written."""

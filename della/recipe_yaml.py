@@ -33,8 +33,12 @@ from della.recipe_tree import (
 
 MAX_BYTES = 1 << 20
 MAX_EXPANDED = 10_000
+TOO_DEEP = f"nested more than {MAX_DEPTH} levels deep, which no recipe is"
 
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_RESOLVER: Any = yaml.SafeLoader("")
+_DUMPER: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+_BRACKET = re.compile(r"""[\[{}\]]|"(?:[^"\\]|\\.)*"|'[^']*'""")
 _LINE_BREAK = re.compile("\r\n|[\n\r\x85\u2028\u2029]")
 
 
@@ -93,27 +97,48 @@ def parse(text: str, name: str, problems: Problems, *, place: Place | None = Non
         at = place or _place_at(text, bad.start(), name)
         raise RecipeError(f"{at}: the character U+{ord(bad[0]):04X} is not allowed in a recipe; remove it")
     try:
-        try:
-            return _Composer(text, name, problems, place, _LOADER).document()
-        except yaml.MarkedYAMLError as error:
-            if "nesting depth" not in str(error.problem):
-                raise
-            read = error.problem_mark.index if error.problem_mark else len(text)
-        # libyaml scans ahead and stops far behind the level at which a recipe is refused; PyYAML's own
-        # parser is lazy, and gets there.  It is slow, so it is not given more than libyaml read.
-        return _Composer(text[:read], name, problems, place, yaml.SafeLoader).document()
+        return _Composer(text, name, problems, place).document()
     except yaml.MarkedYAMLError as error:
-        at, said = _explain(error, text, name)
+        if "nesting depth" in str(error.problem):
+            at, said = _too_deep(text, error.problem_mark, name), TOO_DEEP
+        else:
+            at, said = _explain(error, text, name)
     except yaml.YAMLError as error:
         at, said = Place(0, 0, name), f"this is not valid YAML: {clip(str(error).splitlines()[0])}"
     raise RecipeError(f"{place or at}: {said}")
 
 
+def _too_deep(text: str, mark: Any, name: str) -> Place:
+    """Where a recipe's deepest level is left, in a text whose nesting made libyaml give up at ``mark``.
+
+    It gives up in looking ahead for the ':' of a key, which must come in the same line and within 1,024
+    characters.  So all that opens before them has been told as an event, and what opens in them is counted.
+    """
+    depth = begin = 0
+    try:
+        for event in _events(text):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            begin = event.end_mark.index
+    except yaml.YAMLError:
+        pass
+    index = mark.index
+    for match in _BRACKET.finditer(text, max(begin, index - mark.column), index):
+        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(match[0], 0)
+        if depth > MAX_DEPTH:
+            index = match.start()
+            break
+    return _place_at(text, index, name)
+
+
+def _events(text: str) -> Iterator[Any]:
+    return iter(_LOADER(text).get_event, None)
+
+
 class _Composer:
     """Parser events to nodes, with the bounds that PyYAML's own composer lacks."""
 
-    def __init__(self, text: str, name: str, problems: Problems, place: Place | None, loader: Any) -> None:
-        self.events: Iterator[Any] = iter(yaml.parse(text, Loader=loader))
+    def __init__(self, text: str, name: str, problems: Problems, place: Place | None) -> None:
+        self.events = _events(text)
         self.name, self.problems, self.fixed = name, problems, place
         self.values = self.expanded = 0
         self.anchors: dict[str, tuple[Node, int] | None] = {}
@@ -139,7 +164,7 @@ class _Composer:
         place, before, anchor = self.place(event), self.values, event.anchor
         self.values += 1
         if depth > MAX_DEPTH:
-            self.refuse(place, f"nested more than {MAX_DEPTH} levels deep, which no recipe is")
+            self.refuse(place, TOO_DEEP)
         if self.values > MAX_VALUES:
             self.refuse(place, f"more than {MAX_VALUES:,} values, which no recipe has")
         if isinstance(event, yaml.AliasEvent):
@@ -193,7 +218,7 @@ class _Composer:
     def copy(self, node: Node, depth: int) -> Node:
         """An alias becomes a copy, so that an override of one model does not reach another."""
         if depth > MAX_DEPTH:
-            self.refuse(node.place, f"nested more than {MAX_DEPTH} levels deep, which no recipe is")
+            self.refuse(node.place, TOO_DEEP)
         if isinstance(node, Items):
             return Items(node.place, [self.copy(child, depth + 1) for child in node.nodes])
         if isinstance(node, Table):
@@ -256,26 +281,33 @@ def _explain(error: yaml.MarkedYAMLError, text: str, name: str) -> tuple[Place, 
 
 def dump(node: Node) -> str:
     """The tree as clean YAML text, which reads back as the same tree."""
-    resolver: Any = yaml.SafeLoader("")
+    known: dict[tuple[str, bool], tuple[str, str, str | None]] = {}
+
+    def scalar(text: str, plain: bool) -> yaml.Node:
+        if (text, plain) not in known:
+            known[text, plain] = _written(text, plain)
+        tag, value, style = known[text, plain]
+        return yaml.ScalarNode(tag, value, style=style)
 
     def convert(node: Node) -> yaml.Node:
         if isinstance(node, Table):
-            pairs = [
-                (convert(make_leaf(e.key, key, False)), convert(e.node)) for key, e in node.entries.items()
-            ]
+            pairs = [(scalar(key, False), convert(entry.node)) for key, entry in node.entries.items()]
             return yaml.MappingNode("tag:yaml.org,2002:map", pairs, flow_style=False)
         if isinstance(node, Items):
             flow = all(isinstance(child, Leaf) for child in node.nodes)
             return yaml.SequenceNode(
                 "tag:yaml.org,2002:seq", [convert(n) for n in node.nodes], flow_style=flow
             )
-        implied = resolver.resolve(yaml.ScalarNode, node.text or "null", (True, False))
-        if node.plain:
-            return yaml.ScalarNode(implied, node.text or "null")
-        # What this module, unlike YAML 1.1, reads as a number must keep its quotes; double ones keep breaks.
-        style = None if isinstance(meaning(node.text), str) else "'"
-        style = '"' if _LINE_BREAK.search(node.text) else style
-        return yaml.ScalarNode("tag:yaml.org,2002:str", node.text, style=style)
+        return scalar(node.text, node.plain)
 
-    text: str = yaml.serialize(convert(node), Dumper=yaml.SafeDumper, allow_unicode=True, width=1 << 20)
+    text: str = yaml.serialize(convert(node), Dumper=_DUMPER, allow_unicode=True, width=1 << 20)
     return text
+
+
+def _written(text: str, plain: bool) -> tuple[str, str, str | None]:
+    """(tag, text, style) with which the dumper writes a scalar so that it reads back as it was."""
+    if plain:
+        return _RESOLVER.resolve(yaml.ScalarNode, text or "null", (True, False)), text or "null", None
+    # What this module, unlike YAML 1.1, reads as a number must keep its quotes; double ones keep breaks.
+    style = None if isinstance(meaning(text), str) else "'"
+    return "tag:yaml.org,2002:str", text, '"' if _LINE_BREAK.search(text) else style

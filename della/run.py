@@ -92,6 +92,7 @@ def run(plan: Plan, out: Path, options: Options) -> Result:
         stem=next((s for s in STEMS if plan.base.files[0].name.startswith(s)), STEMS[0]),
         key=_key(plan, stamps),
         part=options.part,
+        keep=options.finish,
     )  # fmt: skip
     try:
         with staged:
@@ -109,7 +110,7 @@ def run(plan: Plan, out: Path, options: Options) -> Result:
                 manifest = _complete(plan, staged, single, options.auto_map)
                 staged.commit()
     except (DellaError, KeyboardInterrupt) as error:
-        if staged.kept and options.part[1] == 1:
+        if staged.kept and options.part[1] == 1 and not options.finish:
             end = f"{len(staged.done)} finished tensors are kept in {staged.kept}; the same command goes on"
             raise type(error)(f"{error}; {end}" if str(error) else end) from error
         raise

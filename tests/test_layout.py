@@ -96,7 +96,7 @@ def test_all_that_is_wrong_with_shards_is_listed_at_once(tmp_path: Path) -> None
         "4 problems:\n"
         f"  - {folder}/s3.safetensors: the index names this file, but it is not there; "
         "download the file again\n"
-        f"  - {folder}/s4.safetensors: truncated: its tensors take 8 bytes, found 7; "
+        f"  - {folder}/s4.safetensors: truncated: expected 72 bytes, found 71; "
         "download the file again\n"
         f"  - {folder}/s1.safetensors: tensor 'd' is missing, which the index expects here; "
         "download both again\n"
@@ -135,6 +135,55 @@ def test_an_index_may_not_point_outside(tmp_path: Path, entry: str) -> None:
         f"{folder}/model.safetensors.index.json: names {entry!r}, "
         "which is not a .safetensors file of this folder; download the file again"
     )
+
+
+LONG = "is longer than the name of a file can be; rename it here and in the folder"
+ODD = "some systems do not read as a plain file of this folder; rename it here and in the folder"
+
+
+@pytest.mark.parametrize(
+    ("entry", "why"),
+    [
+        ("CON.safetensors", ODD),
+        ("sub/lpt1.x.safetensors", ODD),
+        ("sub./s1.safetensors", ODD),
+        (".. /s1.safetensors", ODD),
+        (" s1.safetensors", ODD),
+        ("~/s1.safetensors", ODD),
+        ("$HOME/s1.safetensors", ODD),
+        ("..%2fs1.safetensors", ODD),
+        ("*.safetensors", ODD),
+        ("..\uff0fs1.safetensors", ODD),
+        ("..\u2215s1.safetensors", ODD),
+        ("\u2025/s1.safetensors", ODD),
+        ("s1\u202e.safetensors", ODD),
+        ("s1\n.safetensors", ODD),
+        ("a" * 244 + ".safetensors", LONG),
+        ("a/" * 600 + "s1.safetensors", LONG),
+    ],
+)
+def test_an_index_may_not_name_what_some_system_reads_otherwise(tmp_path: Path, entry: str, why: str) -> None:
+    folder = shards(tmp_path, **{"model.safetensors.index.json": index(a=entry, b="s2.safetensors")})
+    assert refusal(folder) == f"{folder}/model.safetensors.index.json: names {entry[:200]!r}, which {why}"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "consolidated.00.safetensors",
+        "console.safetensors",
+        ".hidden/a b (1).safetensors",
+        "模型（1）.safetensors",
+        "\u00e9.safetensors",
+        "e\u0301.safetensors",
+        "a~b+c=d,e[1].safetensors",
+        "a" * 243 + ".safetensors",
+    ],
+)
+def test_an_index_may_name_all_other_files(tmp_path: Path, name: str) -> None:
+    put(tmp_path, {"model.safetensors.index.json": index(w=name), name: ONE})
+    with open_source(str(tmp_path)) as source:
+        assert source.read("w").tobytes() == ONE["w"].tobytes()
 
 
 @pytest.mark.parametrize(

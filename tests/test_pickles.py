@@ -18,6 +18,7 @@ import pytest
 import xxhash
 from checkpoints import COMMIT, ONE, index, put
 
+import della
 from della.checkpoint import source as source_module
 from della.checkpoint.header import build_header
 from della.checkpoint.pickles import copy_bytes
@@ -418,3 +419,29 @@ def test_pickles_of_the_hub_stay_refused(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(CheckpointError, match="a pickle, which can run any code when it is loaded"):
         open_source("o/n", allow_pickle=True)
     assert opened(folder).revision == COMMIT, "a snapshot that the user has downloaded is a folder"
+
+
+def test_a_merge_of_pickles_is_that_of_their_twins(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    names = ("base", "math", "code")
+    for name in names:
+        arrays = {key: rng.standard_normal((8, 6)).astype(np.float32) for key in ("w", "v")}
+        state = {key: torch.from_numpy(value) for key, value in arrays.items()}
+        put(tmp_path / "twins" / name, {"model.safetensors": arrays})
+        put(tmp_path / "pickles" / name, {"pytorch_model.bin": save(state)})
+
+    def made(kind: str) -> dict[str, Any]:
+        models = [
+            {"model": str(tmp_path / kind / name), "parameters": {"density": 0.5}} for name in names[1:]
+        ]
+        return {"merge_method": "della", "base_model": str(tmp_path / kind / "base"), "models": models}
+
+    twin = della.merge(made("twins"), tmp_path / "twin", fsync=False)
+    with pytest.raises(CheckpointError, match="allow it with --allow-pickle"):
+        della.merge(made("pickles"), tmp_path / "out", fsync=False)
+    result = della.merge(made("pickles"), tmp_path / "out", fsync=False, allow_pickle=True)
+    assert result.manifest["tensors"] == twin.manifest["tensors"]
+    verdict = della.verify(tmp_path / "out", sources=1.0, inputs=True, allow_pickle=True)
+    assert (verdict.bad, verdict.recomputed, verdict.inputs) == ([], 2, 6)
+    with della.plan(made("pickles"), allow_pickle=True) as plan:
+        assert plan.bytes_read == 2 * 3 * 8 * 6 * 4

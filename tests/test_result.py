@@ -145,6 +145,24 @@ def test_side_files_are_the_bases_and_never_code(folder: Path, tmp_path: Path) -
     assert {path.stat().st_mode & 0o777 for path in out.iterdir()} == {0o666 & ~umask()}
 
 
+def test_code_of_its_own_is_named_only_if_asked_for(folder: Path, tmp_path: Path) -> None:
+    named = {"auto_map": {"AutoModel": "modeling_x.X"}}
+    put(folder / "base", {"config.json": {**CONFIG, **named}, "tokenizer_config.json": {"a": 1, **named}})
+    put(folder / "base", {"modeling_x.py": b"raise SystemExit"})
+    made = recipe(folder, "ties", OWN, {})
+    for keep in (False, True):
+        out = tmp_path / str(keep)
+        merge(made, out, keep_auto_map=keep)
+        for name in ("config.json", "tokenizer_config.json"):
+            assert ("auto_map" in json.loads((out / name).read_text())) == keep
+        assert not list(out.glob("*.py"))
+    with della.plan(made) as plan:
+        assert [note for note in plan.notes if "code of its own" in note] == [
+            f"{folder}/base: config.json names code of its own (auto_map); it is never run, and left out of "
+            "the result"
+        ]
+
+
 def umask() -> int:
     before = os.umask(0)
     os.umask(before)

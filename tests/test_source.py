@@ -131,6 +131,8 @@ def test_references_that_lead_nowhere(tmp_path: Path, monkeypatch: pytest.Monkey
         f"zzz: not found; tried {base}/zzz, {tmp_path}/zzz; a model of the Hub is written owner/name"
     )
     assert refusal("./a/b") == f"./a/b: not found; tried {tmp_path}/a/b"
+    for long in ("a" * 300, "a" * 5000, "a/" * 4000):
+        assert refusal(long) == f"{f'{tmp_path}/{long}'[:1000]}: cannot be opened (File name too long)"
     assert refusal("x.json", base) == f"{base}/x.json: not a model: expected a folder or a .safetensors file"
     for path in ("C:\\models\\x", "C:/models/x", "\\\\host\\x", "models\\x"):
         assert refusal(path) == (

@@ -22,6 +22,7 @@ ORDER = (
         f"checkpoint.{name}"
         for name in (
             "strict",
+            "shard_names",
             "header",
             "quantised",
             "pickles",
@@ -126,6 +127,37 @@ def test_libraries_stay_behind_their_fences() -> None:
     assert homes == FENCES
 
 
+def test_no_module_runs_code_that_it_did_not_bring() -> None:
+    """Neither a model's nor a generated one: no eval, no exec, no other process."""
+    runs = {
+        "eval",
+        "exec",
+        "compile",
+        "__import__",
+        "system",
+        "popen",
+        "fork",
+        "execv",
+        "spawnv",
+        "posix_spawn",
+    }
+    found = []
+    for name, path in modules().items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call):
+                called = (
+                    node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+                )
+                owner = getattr(getattr(node.func, "value", None), "id", "")
+                if called in runs and owner != "re":
+                    found.append(f"{name}: {called}")
+        libraries = {imported.partition(".")[0] for imported in imports(path)}
+        found += [
+            f"{name}: {library}" for library in libraries & {"subprocess", "runpy", "multiprocessing", "code"}
+        ]
+    assert found == []
+
+
 def test_the_design_names_every_module() -> None:
     design = (ROOT / "docs/design.md").read_text()
     names = {path.name for name, path in modules().items() if not name.startswith(("demo", "recipe_"))}
@@ -161,7 +193,7 @@ def test_importing_della_is_cheap() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("folder", ["della", "attacks", "benchmarks", "training"])
+@pytest.mark.parametrize("folder", ["della", "attacks", "benchmarks", "fuzz", "training"])
 def test_nothing_is_too_long(folder: str) -> None:
     paths = sorted((ROOT / folder).rglob("*.py"))
     assert paths

@@ -101,7 +101,7 @@ def parse_header(raw_prefix: bytes, file_size: int, where: str) -> Header:
     metadata = _metadata(table.pop(METADATA, {}), where)
     infos = [tensor_info(name, entry, where) for name, entry in table.items()]
     infos.sort(key=lambda info: (info.begin, info.end))
-    _check_layout(infos, file_size - data_start, where)
+    _check_layout(infos, data_start, file_size, where)
     return Header({info.name: info for info in infos}, metadata, data_start)
 
 
@@ -198,8 +198,8 @@ def _naturals(value: object, field: str, at: str) -> tuple[int, ...]:
     return tuple(value)
 
 
-def _check_layout(infos: Sequence[TensorInfo], data_bytes: int, where: str) -> None:
-    """Every byte of data belongs to exactly one tensor."""
+def _check_layout(infos: Sequence[TensorInfo], data_start: int, file_size: int, where: str) -> None:
+    """Every byte of data belongs to exactly one tensor; sizes are told as those of the whole file."""
     at, before = 0, "the header"
     for info in infos:
         if info.begin != at:
@@ -209,15 +209,10 @@ def _check_layout(infos: Sequence[TensorInfo], data_bytes: int, where: str) -> N
                 f"expected its data to begin at {at:,}, found {info.begin:,}; {AGAIN}"
             )
         at, before = info.end, f"tensor {_short(info.name)}"
-    if at > data_bytes:
-        raise CheckpointError(
-            f"{where}: truncated: its tensors take {at:,} bytes, found {data_bytes:,}; {AGAIN}"
-        )
-    if at < data_bytes:
-        raise CheckpointError(
-            f"{where}: {data_bytes - at:,} bytes follow the last tensor: its tensors take {at:,} bytes, "
-            f"found {data_bytes:,}; {AGAIN}"
-        )
+    whole = data_start + at
+    if whole != file_size:
+        what = "truncated" if whole > file_size else f"{file_size - whole:,} bytes follow the last tensor"
+        raise CheckpointError(f"{where}: {what}: expected {whole:,} bytes, found {file_size:,}; {AGAIN}")
 
 
 def _short(value: object) -> str:

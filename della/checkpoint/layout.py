@@ -18,6 +18,7 @@ import xxhash
 from della.checkpoint.header import Header, parse_header, read_header
 from della.checkpoint.pickles import PICKLES, pickle_refusal, read_pickle
 from della.checkpoint.quantised import quantised_tensors, refuse_quantised_config
+from della.checkpoint.shard_names import why_hostile
 from della.checkpoint.strict import AGAIN, json_object
 from della.dtypes import Array, DType
 from della.errors import CheckpointError
@@ -239,20 +240,13 @@ def _read_index(folder: Path, name: str, kind: Kind) -> dict[str, str]:
     if any(not isinstance(file, str) for file in weight_map.values()):
         raise CheckpointError(f"{where}: weight_map must name a file for each tensor; {AGAIN}")
     bad = [
-        f"{where}: names {file[:200]!r}, which is not a {kind.suffix} file of this folder; {AGAIN}"
+        f"{where}: names {file[:200]!r}, which {why}"
         for file in sorted(set(weight_map.values()))
-        if not _stays_inside(file, kind.suffix)
+        if (why := why_hostile(file, kind.suffix))
     ]
     if bad:
         raise CheckpointError(*bad)
     return weight_map
-
-
-def _stays_inside(file: str, suffix: str) -> bool:
-    """Subfolders are fine; everything that some system could read as a way out is not."""
-    parts = file.split("/")
-    plain = not any(part in ("", ".", "..") for part in parts) and not set(file) & set("\\:\0")
-    return plain and file.endswith(suffix)
 
 
 def check_small(path: Path, most: int) -> None:
@@ -304,6 +298,9 @@ def _assemble(
                 continue
         except CheckpointError as error:
             problems.append(str(error))
+            continue
+        except OSError as error:
+            problems.append(f"{folder / name}: cannot be read ({error.strerror})")
             continue
         headers[name] = header
         digest = xxhash.xxh3_128(size.to_bytes(8, "little") + raw).hexdigest()

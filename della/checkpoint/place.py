@@ -79,8 +79,10 @@ def _foreign(out: Path) -> list[str]:
         names = [entry.name + "/" * entry.is_dir() for entry in os.scandir(out)]
     ours: set[str] = set()
     if MANIFEST in names:
-        with suppress(OSError, ValueError, LookupError, TypeError):
-            ours = set(json.loads((out / MANIFEST).read_bytes())["files"])
+        with explained(out / MANIFEST):
+            raw = (out / MANIFEST).read_bytes()
+        with suppress(ValueError, LookupError, TypeError):  # of another version, or damaged
+            ours = set(json.loads(raw)["files"])
     foreign = [name for name in names if not name.endswith(MODEL_FILES) and name not in ours]
     a_model = MANIFEST in names or "config.json" in names or any(n.endswith(".safetensors") for n in names)
     return foreign if a_model else names

@@ -194,10 +194,13 @@ def open_source(
     """
     tried = _candidates(reference, base_dir)
     for path in tried:
-        if path.is_dir():
-            return Source(reference, path, read_folder(path, allow_pickle=allow_pickle))
-        if path.exists():
-            return Source(reference, path, _read_file(path, allow_pickle))
+        try:
+            if path.is_dir():
+                return Source(reference, path, read_folder(path, allow_pickle=allow_pickle))
+            if path.exists():
+                return Source(reference, path, _read_file(path, allow_pickle))
+        except OSError as error:  # a name too long to be one, a folder that may not be listed
+            raise CheckpointError(f"{str(path)[:1000]}: cannot be opened ({error.strerror})") from error
     match = HUB_ID.fullmatch(reference)
     if not match:
         raise CheckpointError(_not_found(reference, tried))

@@ -195,6 +195,6 @@ def unfinished(out: Path) -> Iterator[str]:
 def staged_bytes(out: Path) -> int:
     """Bytes on the disk that a merge into ``out`` which was not finished has taken already."""
     model = Staging(out, "").model
-    with suppress(OSError):
+    with disk.explained(model), suppress(FileNotFoundError, NotADirectoryError):
         return sum(entry.stat(follow_symlinks=False).st_blocks * 512 for entry in os.scandir(model))
     return 0

@@ -39,8 +39,9 @@ class StagedOutput:
     ``fsync=False`` is for tests and scratch models: a power cut may then lose what commit has reported.
 
     ``key`` stands for everything that the bytes depend on, but the layout.  With one, what is finished when
-    the writer stops early is kept for the next writer with the same key, and ``part`` (i, n) writes its share
-    of the files.  Without a key, leaving without `commit` removes all that was written.
+    the writer stops early is kept for the next writer with the same key (if that may do better, or with
+    ``keep`` in any case), and ``part`` (i, n) writes its share of the files.  Without a key, leaving without
+    `commit` removes all that was written.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class StagedOutput:
         stem: str = "model",
         key: str | None = None,
         part: tuple[int, int] = (1, 1),
+        keep: bool = False,
     ) -> None:
         self.out = Path(os.path.abspath(out))
         self._inputs = list(inputs)
@@ -63,7 +65,7 @@ class StagedOutput:
         self._check_place()
         self.shards = lay_out(tensors, shard_bytes, metadata, self.out.name if single_file else None, stem)
         self._index = stem + INDEX
-        self.resumable = key is not None
+        self._resumable, self._keep = key is not None, keep or part[1] > 1
         self._staging = Staging(self.out, _key(key, self.shards), *part)
         self.mine = share(self.shards, *part)
         self._homes = {tensor: shard for shard in self.shards for tensor in shard.spans}
@@ -102,7 +104,6 @@ class StagedOutput:
         return self._staging.replaced
 
     def __enter__(self) -> StagedOutput:
-        self._check_place()
         try:
             with explained(self.out.parent):
                 self._make_folders()
@@ -133,7 +134,7 @@ class StagedOutput:
             raise ValueError(f"bytes {start_byte} to {start_byte + count} of {name}: it has {end - begin}")
         with explained(self._staging.model / shard.name):
             disk.write_at(self._fds[shard.name], rest, at)
-        if (at + count) // WRITE_BACK > at // WRITE_BACK or at + count == end:
+        if self._fsync and ((at + count) // WRITE_BACK > at // WRITE_BACK or at + count == end):
             since = max(begin, at // WRITE_BACK * WRITE_BACK)
             disk.start_writing(self._fds[shard.name], since, at + count - since)
         with self._lock:
@@ -307,12 +308,11 @@ class StagedOutput:
                 disk.sync_folder(step.parent)
 
     def _abandon(self, *, keep: bool) -> None:
-        is_part = self._staging.parts > 1
-        if self._is_held and self.resumable and self.done and (keep or is_part):
+        if self._is_held and self._resumable and self.done and (keep or self._keep):
             self.kept = self._staging.folder
             with suppress(OSError):
                 self._staging.journal.end()
-        elif self._is_held and not is_part:
+        elif self._is_held and self._staging.parts == 1:
             with suppress(OSError):
                 self._staging.remove()
         self._close()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
 from della.dtypes import DType
@@ -83,7 +84,7 @@ class Method:
     def needs_base(self) -> bool:
         return self.drop != "average"
 
-    @property
+    @cached_property
     def parameters(self) -> dict[str, Parameter]:
         """The parameters that this method uses, with this method's defaults."""
         names = {

@@ -1,0 +1,95 @@
+"""Everything that can be known to be wrong is told at once, before anything is written."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from checkpoints import tree
+from llamas import EXPERTS, recipe, save
+
+import della
+from della.errors import DellaError, OutputError, RecipeError
+
+
+def models(folder: Path) -> dict[str, Any]:
+    """Three experts with a fault each, and one that cannot be opened."""
+    base = {f"model.layers.{n}.w": np.ones((4, 8), np.float32) for n in range(4)}
+    tensors: dict[str, dict[str, Any]] = {name: dict(base) for name in ("base", *EXPERTS)}
+    del tensors["math"]["model.layers.1.w"]
+    tensors["math"]["extra"] = np.ones(3, np.float32)
+    tensors["code"]["model.layers.2.w"] = np.ones((4, 8), np.int32)
+    tensors["story"]["model.layers.3.w"] = np.ones((4, 9), np.float32)
+    save(folder / "models", tensors)
+    own = [{"density": [0.9, 0.1], "epsilon": 0.1}, {"density": [0.2, 0.05], "epsilon": 0.1}, {}]
+    made = recipe(folder / "models", "della", own, {"density": 0.5, "epsilon": 0.2})
+    made["models"].append({"model": str(folder / "absent")})
+    return made
+
+
+def test_all_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = models(tmp_path)
+    real = os.statvfs(tmp_path)
+
+    class Full:
+        f_blocks, f_frsize, f_bavail = real.f_blocks, 1, 100
+
+    monkeypatch.setattr(os, "statvfs", lambda _: Full)
+    out = tmp_path / "models/base/out"
+    before = tree(tmp_path)
+    with pytest.raises(RecipeError) as caught:
+        della.merge(made, out, fsync=False)
+    assert tree(tmp_path) == before
+    problems = caught.value.problems
+    base = f"{tmp_path}/models/base"
+    wanted = [
+        f"{tmp_path}/absent: not found",
+        f"{out}: touches the input {base}; choose another place",
+        "for 'code': density 0.05",
+        f"{tmp_path}/models/math: against {base}: lacks model.layers.1.w",
+        f"{tmp_path}/models/math: against {base}: has extra beyond the base's",
+        f"{tmp_path}/models/code: against {base}: model.layers.2.w is stored as I32, expected F32",
+        f"{tmp_path}/models/story: against {base}: model.layers.3.w has shape [4, 9], expected [4, 8]",
+        f"{out.parent}: the result needs 67,109,376 bytes, 100 are free",
+    ]
+    assert len(problems) == len(wanted), problems
+    for text in wanted:
+        assert [text in problem for problem in problems].count(True) == 1, (text, problems)
+    assert str(caught.value).startswith(f"{len(wanted)} problems:\n  - ")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_target_that_may_not_be_written(tmp_path: Path) -> None:
+    made = recipe(
+        save(tmp_path / "m", {n: {"w": np.ones(3)} for n in ("base", *EXPERTS)}), "ties", [{}] * 3, {}
+    )
+    (tmp_path / "locked").mkdir(mode=0o555)
+    with pytest.raises(OutputError) as caught:
+        della.merge(made, tmp_path / "locked/a/out", fsync=False)
+    assert str(caught.value) == (
+        f"{tmp_path}/locked: permission denied; choose a place that you may write to"
+    )
+
+
+def test_a_target_below_a_file(tmp_path: Path) -> None:
+    made = recipe(
+        save(tmp_path / "m", {n: {"w": np.ones(3)} for n in ("base", *EXPERTS)}), "ties", [{}] * 3, {}
+    )
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OutputError) as caught:
+        della.merge(made, tmp_path / "file/a/out", fsync=False)
+    assert str(caught.value) == (
+        f"{tmp_path}/file: not a folder, so nothing can be written in it; choose another place"
+    )
+
+
+def test_a_bad_target_does_not_hide_a_bad_model(tmp_path: Path) -> None:
+    made = models(tmp_path)
+    with pytest.raises(DellaError) as caught:
+        della.merge(made, tmp_path / "models", fsync=False)
+    texts = ("lacks model.layers.1.w", "exists already", "for 'code': density 0.05")
+    for text in texts:
+        assert any(text in problem for problem in caught.value.problems), caught.value.problems
