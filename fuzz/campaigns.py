@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from fuzz import headers, keys, names, recipes, truncations
+from fuzz import flips, headers, keys, names, recipes, truncations
 from fuzz.job import Job
 
 
@@ -28,6 +28,7 @@ CAMPAIGNS: dict[str, Campaign] = {
     "names": Campaign(names.run, 40, 40),
     "keys": Campaign(keys.run, 100_000, 100_000),
     "yaml": Campaign(recipes.run, 20_000, 300, 0.100),
+    "flips": Campaign(flips.run, 1_000, 100),
 }
 
 
