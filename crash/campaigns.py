@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -17,11 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import della
-from crash.scene import EXPERTS, OPTIONS, Scene, run, save_model, tensors, tree
+from crash.scene import EXPERTS, OPTIONS, SCENARIOS, Scenario, Scene, run, save_model, tensors, tree
 from crash.trace import Call, not_synced, record, sabotaged
 
-STARTS = ("absent", "old")
-Case = tuple[str, Call]
+Case = tuple[Scenario, Call]
 
 
 @dataclass
@@ -45,108 +45,115 @@ class Outcome:
 
 
 class Stage:
-    """A scene, the calls that a merge makes in it, and workers that each have a place of their own."""
+    """A scene, the calls that each scenario makes in it, and workers that each have a place of their own."""
 
     def __init__(self, folder: Path, workers: int) -> None:
         self.scene = Scene(folder).build()
         self.folder, self.workers = folder, workers
         self.calls: dict[str, list[Call]] = {}
-        self.unsafe: list[str] = []
-        for start in STARTS:
-            place = folder / "place0"
-            self.scene.set_up(place, start)
-            self.calls[start] = record(self.scene.command(place, start), folder / "strace.log")
-            self.unsafe += not_synced(self.calls[start], place)
+        self.lock = threading.Lock()
+        place = folder / "place0"
+        for scenario in SCENARIOS:
+            self.scene.set_up(place, scenario)
+            self.calls[scenario.name] = record(
+                self.scene.command(place, scenario), folder / "strace.log", scenario.swaps
+            )
 
-    def near(self, start: str) -> list[Call]:
-        """The calls that touch OUT's surroundings."""
-        return [call for call in self.calls[start] if "/place0" in call.text]
+    def cases(self, *, near: bool, scenarios: Sequence[Scenario] = SCENARIOS) -> list[Case]:
+        """The calls that touch OUT's surroundings (``near``); or all others: the start of Python, the reading
+        of recipes and models.
+        """
+        return [
+            (scenario, call)
+            for scenario in scenarios
+            for call in self.calls[scenario.name]
+            if ("/place0" in call.text) == near
+        ]
 
-    def far(self, start: str) -> list[Call]:
-        """All other calls: the start of Python, the reading of recipes and models."""
-        return [call for call in self.calls[start] if "/place0" not in call.text]
-
-    def spread(self, work: Callable[[Path, Case], None], cases: Sequence[Case]) -> None:
-        """``work`` on every case, in several workers."""
+    def spread(self, outcome: Outcome, work: Callable[[Path, Case], str], cases: Sequence[Case]) -> Outcome:
+        """``work`` on every case, in several workers; what it returns is a failure."""
 
         def mine(number: int) -> None:
             place = self.folder / f"place{number}"
-            for case in cases[number :: self.workers]:
-                work(place, case)
+            for scenario, call in cases[number :: self.workers]:
+                self.scene.set_up(place, scenario)
+                wrong = work(place, (scenario, call))
+                told, resumed = self.scene.again(place, scenario)
+                with self.lock:
+                    outcome.tried += 1
+                    outcome.count("tensors found done", resumed)
+                    if wrong or told:
+                        at = f"{scenario.name}, {call.name} number {call.number} ({call.text})"
+                        outcome.failures.append(f"{at}: {wrong or told}")
 
         with ThreadPoolExecutor(self.workers) as pool:
             list(pool.map(mine, range(self.workers)))
+        return outcome
 
 
 def kills(stage: Stage, most: int | None, rng: random.Random) -> Outcome:
-    """Killed at every call near OUT, and at as many of the others as make 500 (or at ``most`` in all)."""
+    """Killed at every call near OUT, and at 200 of the others (or at ``most`` in all)."""
     outcome = Outcome("killed at a system call")
-    cases = [(start, call) for start in STARTS for call in stage.near(start)]
-    others = [(start, call) for start in STARTS for call in stage.far(start)]
-    cases += rng.sample(others, min(len(others), max(50, 500 - len(cases))))
+    others = stage.cases(near=False)
+    cases = stage.cases(near=True) + rng.sample(others, min(len(others), 200))
     cases = cases if most is None else rng.sample(cases, most)
 
-    def work(place: Path, case: Case) -> None:
-        start, call = case
-        stage.scene.set_up(place, start)
-        done = run(sabotaged(stage.scene.command(place, start), call, "signal=SIGKILL"))
-        outcome.tried += 1
-        state = stage.scene.state(place)
-        wrong = state if state not in ("new", start) else ""
-        if done.returncode == 0:
-            wrong = wrong or "was not killed"
-        elif done.returncode not in (-signal.SIGKILL, 128 + signal.SIGKILL):
-            wrong = wrong or f"ended with {done.returncode}: {done.stderr}"
-        told, resumed = stage.scene.again(place, start)
-        outcome.count(f"then {state}" if not wrong else "then wrong")
-        outcome.count("tensors found done", resumed)
-        if wrong or told:
-            outcome.failures.append(f"{start}, {call.name} number {call.number}: {wrong or told}")
+    def work(place: Path, case: Case) -> str:
+        scenario, call = case
+        command = sabotaged(stage.scene.command(place, scenario), call, "signal=SIGKILL", scenario.swaps)
+        done = run(command)
+        state = stage.scene.state(place, scenario)
+        with stage.lock:
+            outcome.count(f"then {state}" if state in ("absent", "old", "new", "new file") else "then wrong")
+        if state not in (scenario.start, scenario.end):
+            return state
+        if done.returncode not in (-signal.SIGKILL, 128 + signal.SIGKILL):
+            return f"was not killed, but ended with {done.returncode}: {done.stderr}"
+        return ""
 
-    stage.spread(work, cases)
-    return outcome
+    return stage.spread(outcome, work, cases)
 
 
 def errors(stage: Stage, code: str, most: int | None, rng: random.Random) -> Outcome:
     """A call near OUT fails with ``code``: one sentence, exit code not 0, OUT as it was, resumable."""
     outcome = Outcome(f"{code} from a system call")
-    cases = [(start, call) for start in STARTS for call in stage.near(start)]
+    scenarios = [scenario for scenario in SCENARIOS if scenario.swaps]
+    cases = stage.cases(near=True, scenarios=scenarios)
     cases = cases if most is None else rng.sample(cases, most)
-    committed = {start: _commit(stage.calls[start]) for start in STARTS}
+    committed = {scenario.name: _commit(stage.calls[scenario.name]) for scenario in scenarios}
 
-    def work(place: Path, case: Case) -> None:
-        start, call = case
-        stage.scene.set_up(place, start)
-        done = run(sabotaged(stage.scene.command(place, start), call, f"error={code}"))
-        outcome.tried += 1
-        is_after = stage.calls[start].index(call) > committed[start]
+    def work(place: Path, case: Case) -> str:
+        scenario, call = case
+        done = run(sabotaged(stage.scene.command(place, scenario), call, f"error={code}"))
+        is_after = stage.calls[scenario.name].index(call) > committed[scenario.name]
         lines = done.stderr.splitlines()
-        state = stage.scene.state(place)
-        wrong = ""
+        state = stage.scene.state(place, scenario)
+        with stage.lock:
+            outcome.count("after the commit" if is_after else "before the commit")
         if done.returncode == 0:
-            wrong = "the exit code is 0"
-        elif len(lines) != 1 or not lines[0].startswith("della: ") or "a defect" in lines[0]:
-            wrong = f"not one sentence: {lines}"
-        elif state != ("new" if is_after else start):
-            wrong = f"OUT: {state}"
-        outcome.count("after the commit" if is_after else "before the commit")
-        told, resumed = stage.scene.again(place, start)
-        outcome.count("tensors found done", resumed)
-        if wrong or told:
-            at = f"{start}, {call.name} number {call.number} ({call.text})"
-            outcome.failures.append(f"{at}: {wrong or told}")
+            return "the exit code is 0"
+        if len(lines) != 1 or not lines[0].startswith("della: ") or "a defect" in lines[0]:
+            return f"not one sentence: {lines}"
+        return "" if state == (scenario.end if is_after else scenario.start) else f"OUT: {state}"
 
-    stage.spread(work, cases)
-    return outcome
+    return stage.spread(outcome, work, cases)
 
 
 def _commit(calls: Sequence[Call]) -> int:
-    return next(i for i, call in enumerate(calls) if call.name.startswith("rename"))
+    """Which call is the commit; past the end where there is none."""
+    return next((i for i, call in enumerate(calls) if call.name.startswith("rename")), len(calls))
 
 
 def durable(stage: Stage) -> Outcome:
     """Every file, its folder, and the folder of OUT are synced before success is told."""
-    return Outcome("fsync of every file and folder before success", len(STARTS), stage.unsafe)
+    outcome = Outcome("fsync of every file and folder before success")
+    for scenario in SCENARIOS:
+        outcome.tried += 1
+        written, missing = not_synced(stage.calls[scenario.name], stage.folder / "place0")
+        outcome.count("files", written)
+        if missing or written < (1 if scenario.single else 3):
+            outcome.failures.append(f"{scenario.name}: {written} files, not synced: {missing}")
+    return outcome
 
 
 # A command that waits, fully loaded, for a line on stdin.

@@ -17,23 +17,69 @@ import numpy as np
 from safetensors.numpy import save_file
 
 import della
+from della.errors import OutputError
 
 EXPERTS = ("math", "code", "story")
 OPTIONS: dict[str, Any] = {"shard_bytes": 4000, "threads": 1}
 ARGUMENTS = ("--shard-size", "4000B", "--threads", "1", "--quiet")
+ASIDE = ".out.della-old"
 Tree = dict[str, bytes]
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A command, and what there is before it: ``old`` whether OUT is an old model that may be replaced;
+    ``part`` and ``finish`` as of `della merge` (the other parts are done); ``single`` one file; ``swaps``
+    whether the file system can exchange two folders.
+    """
+
+    name: str
+    old: bool = False
+    part: tuple[int, int] = (1, 1)
+    finish: bool = False
+    single: bool = False
+    swaps: bool = True
+
+    @property
+    def out(self) -> str:
+        return "out.safetensors" if self.single else "out"
+
+    @property
+    def start(self) -> str:
+        """What OUT is before."""
+        return "old" if self.old else "absent"
+
+    @property
+    def end(self) -> str:
+        """What OUT is when the command is done."""
+        return self.start if self.part[1] > 1 else "new file" if self.single else "new"
+
+    @property
+    def arguments(self) -> list[str]:
+        words = ["--overwrite"] * self.old + ["--finish"] * self.finish
+        return words + (["--part", f"{self.part[0]}/{self.part[1]}"] if self.part[1] > 1 else [])
+
+
+SCENARIOS = (
+    Scenario("absent"),
+    Scenario("old", old=True),
+    Scenario("old, no exchange", old=True, swaps=False),
+    Scenario("part", part=(1, 2)),
+    Scenario("finish", old=True, finish=True),
+    Scenario("one file", single=True),
+)
 
 
 @dataclass
 class Scene:
-    """A folder with models, recipes of the ``new`` and the ``old`` merge, and copies of both results."""
+    """A folder with models, recipes of the ``new`` and the ``old`` merge, and copies of all results."""
 
     folder: Path
     layers: int = 10
     trees: dict[str, Tree] = field(default_factory=dict)
 
     def build(self) -> Scene:
-        """Make the models, and both merges undisturbed."""
+        """Make the models, and the merges undisturbed."""
         for seed, name in enumerate(("base", *EXPERTS)):
             save_model(self.folder / "models" / name, tensors(self.layers, 16, seed))
         for which, method, density in (("new", "della", 0.5), ("old", "ties", 0.3)):
@@ -43,45 +89,62 @@ class Scene:
                 "models": [{"model": f"models/{e}", "parameters": {"density": density}} for e in EXPERTS],
             }
             (self.folder / f"{which}.yml").write_text(json.dumps(recipe))
-            out = self.folder / which / "out"
-            della.merge(self.folder / f"{which}.yml", out, fsync=False, **OPTIONS)
-            self.trees[which] = tree(out)
+            self.trees[which] = tree(self._merge(which, self.folder / which / "out"))
+        self.trees["new file"] = tree(self._merge("new", self.folder / "new file/out.safetensors"))
         self.trees["absent"] = {}
         return self
 
-    def set_up(self, place: Path, start: str) -> None:
-        """``place`` anew: nothing in it, or the old model as OUT."""
+    def _merge(self, which: str, out: Path, **options: Any) -> Path:
+        della.merge(self.folder / f"{which}.yml", out, fsync=False, **OPTIONS, **options)
+        return out
+
+    def set_up(self, place: Path, scenario: Scenario) -> None:
+        """``place`` anew, with what there is before the scenario's command."""
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir()
-        if start == "old":
+        if scenario.old:
             shutil.copytree(self.folder / "old/out", place / "out")
+        if scenario.finish or scenario.part[1] > 1:
+            done = (1, 2) if scenario.finish else (2,)
+            for number in done:
+                self._merge("new", place / "out", part=(number, 2), overwrite=scenario.old)
 
-    def command(self, place: Path, start: str) -> list[str]:
+    def command(self, place: Path, scenario: Scenario) -> list[str]:
         """The merge, as a user would start it."""
-        overwrite = ["--overwrite"] if start == "old" else []
-        recipe, out = self.folder / "new.yml", place / "out"
-        return [sys.executable, "-m", "della.cli", "merge", str(recipe), str(out), *ARGUMENTS, *overwrite]
+        places = [str(self.folder / "new.yml"), str(place / scenario.out)]
+        return [sys.executable, "-m", "della.cli", "merge", *places, *ARGUMENTS, *scenario.arguments]
 
-    def state(self, place: Path) -> str:
+    def state(self, place: Path, scenario: Scenario) -> str:
         """Which of absent, old and new OUT is, to the byte and by `della verify`; else what is wrong."""
-        found = tree(place / "out")
+        out = place / scenario.out
+        found = tree(out)
+        if not found and not scenario.swaps and tree(place / ASIDE) == self.trees["old"]:
+            return "old"  # the next run puts it back
         known = [name for name, wanted in self.trees.items() if wanted == found]
         if not known:
             return f"OUT is neither absent, old nor new: {sorted(found)}"
-        if found and not (verdict := della.verify(place / "out", threads=1)).is_well:
+        if found and not (verdict := della.verify(out, threads=1)).is_well:
             return f"verify finds fault with a whole model: {verdict.bad}"
         return known[0]
 
-    def again(self, place: Path, start: str) -> tuple[str, int]:
-        """The same merge once more: what is then wrong ("" for nothing), and the tensors it found done."""
-        result = della.merge(
-            self.folder / "new.yml", place / "out", overwrite=start == "old" or (place / "out").exists(),
-            fsync=False, **OPTIONS,
-        )  # fmt: skip
-        if (state := self.state(place)) != "new":
-            return f"after a second run: {state}", result.resumed
-        left = sorted(set(os.listdir(place)) - {"out"})
-        return (f"left beside OUT: {left}" if left else ""), result.resumed
+    def again(self, place: Path, scenario: Scenario) -> tuple[str, int]:
+        """The same once more, to the end: what is then wrong, and the tensors that were found done."""
+        out = place / scenario.out
+        options: dict[str, Any] = {"fsync": False, "overwrite": scenario.old or out.exists(), **OPTIONS}
+        recipe = self.folder / "new.yml"
+        if scenario.part[1] > 1:
+            della.merge(recipe, out, part=scenario.part, **options)
+        try:
+            resumed = della.merge(recipe, out, finish=scenario.finish, **options).resumed
+        except OutputError:
+            if not scenario.finish:
+                raise
+            resumed = della.merge(recipe, out, **options).resumed  # the parts were used up already
+        state = self.state(place, scenario)
+        if state != ("new file" if scenario.single else "new"):
+            return f"after a second run: {state}", resumed
+        left = sorted(set(os.listdir(place)) - {scenario.out})
+        return (f"left beside OUT: {left}" if left else ""), resumed
 
 
 def tensors(layers: int, width: int, seed: int) -> dict[str, Any]:
@@ -108,9 +171,11 @@ def save_model(folder: Path, named: dict[str, Any]) -> None:
     (folder / "generation_config.json").write_text("{}")
 
 
-def tree(folder: Path) -> Tree:
-    """Every file below ``folder``."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+def tree(path: Path) -> Tree:
+    """Every file below ``path``, or the file itself."""
+    if path.is_file():
+        return {path.name: path.read_bytes()}
+    return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
 
 
 def run(command: Sequence[str], **options: Any) -> subprocess.CompletedProcess[str]:

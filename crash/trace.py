@@ -47,10 +47,10 @@ def strace() -> str:
     return path
 
 
-def record(command: Sequence[str], log: Path) -> list[Call]:
+def record(command: Sequence[str], log: Path, swaps: bool) -> list[Call]:
     """Every call of the main thread of an undisturbed run, in order."""
     options = ["-f", "-y", "-qq", "-e", "signal=none", "-e", f"trace={','.join(CALLS)}", "-o", str(log)]
-    done = run([strace(), *options, *command])
+    done = run([strace(), *options, *_without_exchange(swaps), *command])
     assert done.returncode == 0, done.stderr
     counts: Counter[str] = Counter()
     calls: list[Call] = []
@@ -65,29 +65,34 @@ def record(command: Sequence[str], log: Path) -> list[Call]:
     return calls
 
 
-def sabotaged(command: Sequence[str], call: Call, effect: str) -> list[str]:
+def sabotaged(command: Sequence[str], call: Call, effect: str, swaps: bool = True) -> list[str]:
     """``command`` with ``effect`` ("signal=SIGKILL", "error=EIO") at one call."""
     inject = f"inject={call.name}:{effect}:when={call.number}"  # with --seccomp-bpf no signal is sent
-    options = ["-f", "-qq", "-e", f"trace={call.name}", "-e", inject, "-o", "/dev/null"]
-    return [strace(), *options, *command]
+    more = [] if call.name == "renameat2" else _without_exchange(swaps)
+    traced = f"trace={call.name},renameat2" if more else f"trace={call.name}"
+    return [strace(), "-f", "-qq", "-e", traced, "-e", inject, *more, "-o", "/dev/null", *command]
 
 
-def not_synced(calls: Sequence[Call], place: Path) -> list[str]:
-    """What was renamed into place before it was safe on the disk: files and their folder, then its parent."""
-    renamed = next(i for i, call in enumerate(calls) if call.name.startswith("rename"))
-    written = {
-        match[1]
-        for call in calls[:renamed]
-        if call.name in ("write", "pwrite64") and (match := re.match(r"\d+<([^>]*)>", call.text))
-        if "/model/" in match[1] and match[1].startswith(str(place))
-    }
-    synced = [
-        (i, match[1])
-        for i, call in enumerate(calls)
-        if call.name == "fsync" and (match := re.match(r"\d+<([^>]*)>", call.text))
-    ]
-    before = {path for i, path in synced if i < renamed}
-    after = {path for i, path in synced if i > renamed}
-    folder = {str(Path(path).parent) for path in written}
-    wanted = written | folder
-    return sorted(wanted - before) + ([] if str(place) in after else [f"{place} (after the rename)"])
+def _without_exchange(swaps: bool) -> list[str]:
+    return [] if swaps else ["-e", "inject=renameat2:error=EINVAL"]
+
+
+def not_synced(calls: Sequence[Call], place: Path) -> tuple[int, list[str]]:
+    """How many files were written; and what was renamed into place (or, by a part, left) before it was safe
+    on the disk: files and their folder, then the folder above.
+    """
+    renamed = next((i for i, call in enumerate(calls) if call.name.startswith("rename")), None)
+    written: set[str] = set()
+    synced: list[tuple[int, str]] = []
+    for i, call in enumerate(calls):
+        match = re.match(r"\d+<([^>]*)>", call.text)
+        if match and call.name == "fsync":
+            synced.append((i, match[1]))
+        elif match and call.name in ("write", "pwrite64") and match[1].startswith(f"{place}/"):
+            written |= {match[1]} if "/model/" in match[1] else set()
+    last = len(calls) if renamed is None else renamed
+    before = {path for i, path in synced if i < last}
+    missing = sorted((written | {str(Path(path).parent) for path in written}) - before)
+    if renamed is not None and str(place) not in {path for i, path in synced if i > renamed}:
+        missing.append(f"{place} (after the rename)")
+    return len(written), missing

@@ -137,7 +137,7 @@ def merge(
                     shard_bytes=shard_bytes, part=share, finish=finish, auto_map=keep_auto_map,
                     progress=progress, tell=say.note,
                 ))  # fmt: skip
-            say.merged(result, plan.bytes_read, plan.bytes_written, part)
+            say.merged(result, plan.bytes_written, part)
 
 
 @app.command()
@@ -270,7 +270,7 @@ def _errors(debug: bool, as_json: bool) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as stopped:
-        code, message = 130, "; ".join(filter(None, ("stopped; the output is as it was", str(stopped))))
+        code, message = 130, f"stopped; {str(stopped) or 'the output is as it was'}"
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         raise typer.Exit(1) from None

@@ -272,8 +272,7 @@ class _Overflow:
 def needs_bands(job: Job) -> bool:
     """Whether the thresholds of the whole model have a part in this tensor."""
     choice = job.choice
-    whole = choice is not None and choice.scope == "model" and choice.drop == "top" and choice.compat is None
-    return whole and job.elements > 0 and not job.exact_double
+    return choice is not None and choice.scope == "model" and choice.drop == "top" and job.elements > 0
 
 
 def digests_of(job: Job) -> list[Any]:

@@ -70,20 +70,21 @@ def _instead(recipe: Recipe, base: Source, model: Source, names: Sequence[str]) 
 def _beyond(recipe: Recipe, base: Source, model: Source) -> tuple[list[str], list[str]]:
     """(problems, notes) about tensors that the base lacks."""
     extra = extras(base, model)
-    notes = []
-    if HEAD in model.tensors and HEAD not in base.tensors:
-        if HEAD in extra:
-            return [
-                f"has a head of its own ({HEAD}) where the base ties it to the embeddings; "
-                "untie the base (save it with tie_word_embeddings: false) or tie this model"
-            ] if any(EMBEDDINGS in n for n in base.tensors) else _refused(extra), []  # fmt: skip
+    problems, notes = [], []
+    if HEAD in model.tensors and HEAD not in base.tensors and HEAD not in extra:
         notes.append(f"{HEAD} is a copy of its tied embeddings, and left out of the result")
+    if HEAD in extra and any(name.endswith(EMBEDDINGS) for name in base.tensors):
+        extra.remove(HEAD)
+        problems.append(
+            f"has a head of its own ({HEAD}) where the base ties it to the embeddings; "
+            "untie the base (save it with tie_word_embeddings: false) or tie this model"
+        )
     if extra and recipe.extra == "error":
-        return _refused(extra), notes
-    if extra:
+        problems += _refused(extra)
+    elif extra:
         end = "left out of the result" if recipe.extra == "ignore" else "copied into the result"
         notes.append(f"{some(extra, 20)} not in the base, and {end} (extra: {recipe.extra})")
-    return [], notes
+    return problems, notes
 
 
 def _refused(extra: Sequence[str]) -> list[str]:

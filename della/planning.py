@@ -12,12 +12,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from della.checkpoint.place import check_place, check_space
+from della.checkpoint.layout import Tensor
+from della.checkpoint.place import check_place, check_space, is_name
 from della.checkpoint.source import Source, open_source
 from della.checkpoint.staging import staged_bytes
 from della.departures import departures
+from della.dtypes import DType
 from della.errors import CheckpointError, DellaError, RecipeError, together
 from della.fitting import check_fit, extras, foreign_code, some, stand_in
 from della.jobs import Input, Job, Plan
@@ -74,20 +75,13 @@ def make_plan(
         opened = _open_all(recipe, weights, permissions, stack, check)
         with check:
             _check_target(target, opened.values())
-        references = [m.reference for m in recipe.models]
-        template = _template(recipe)
-        models = tuple(opened[r] for r in references if r in opened)
-        base = opened.get(template)
-        jobs: tuple[Job, ...] = ()
+        models = tuple(opened[m.reference] for m in recipe.models if m.reference in opened)
+        base = opened.get(_template(recipe))
         notes = list(recipe.notes)
-        if base is None:
-            with check:
-                recipe.check_at_once()
-        else:
-            depths = _depths(base.tensors)
-            with check:
-                recipe.check_at_once()
-                recipe.check((name, *depths[name]) for name in base.tensors)
+        with check:
+            recipe.check_at_once()
+            recipe.check((name, *at) for name, at in _depths(base.tensors if base else ()).items())
+        if base is not None:
             with check:
                 base.side_files()
             problems, said = check_fit(recipe, base, models)
@@ -96,12 +90,10 @@ def make_plan(
                 if problems:
                     raise CheckpointError(*problems)
             with check:
-                _check_space(target, recipe, base)
+                _check_space(target, recipe, base, models)
         check.raise_any()
         assert base is not None
-        jobs = tuple(_job(recipe, name, depths[name][0], base, models) for name in base.tensors)
-        if recipe.extra == "copy":
-            jobs += tuple(_copies(base, models))
+        jobs = tuple(_jobs(recipe, base, models))
         _check_scope(jobs)
         _check_compat(recipe, jobs)
         notes += [*_storage(models, jobs), *foreign_code(base, permissions.auto_map)]
@@ -157,18 +149,21 @@ def _check_target(target: Target | None, sources: Iterable[Source]) -> None:
         check_place(out, target.overwrite, target.is_single, inputs)
 
 
-def _check_space(target: Target | None, recipe: Recipe, base: Source) -> None:
-    if target is None:
+def _check_space(target: Target | None, recipe: Recipe, base: Source, models: Sequence[Source]) -> None:
+    if target is None or not is_name(target.out):
         return
-    needed = 0
-    for tensor in base.tensors.values():
-        dtype = recipe.out_dtype or recipe.dtype or tensor.dtype
-        needed += math.prod(tensor.shape) * (dtype if tensor.dtype.is_float else tensor.dtype).bytes
+    needed = sum(math.prod(t.shape) * _stored_as(recipe, t).bytes for t in base.tensors.values())
+    needed += sum(tensor.nbytes for _, tensor in _copied(recipe, base, models))
     out = Path(os.path.abspath(target.out))
     check_space(out.parent, needed - staged_bytes(out))
 
 
-def _depths(names: Sequence[str] | dict[str, Any]) -> dict[str, tuple[float, str]]:
+def _stored_as(recipe: Recipe, tensor: Tensor) -> DType:
+    """The storage dtype of a tensor of the result."""
+    return (recipe.out_dtype or recipe.dtype or tensor.dtype) if tensor.dtype.is_float else tensor.dtype
+
+
+def _depths(names: Iterable[str]) -> dict[str, tuple[float, str]]:
     """(t, label) of each tensor: its layer's place in its own stack of layers, by the first number in its
     name.
 
@@ -190,11 +185,26 @@ def _depths(names: Sequence[str] | dict[str, Any]) -> dict[str, tuple[float, str
     return depths
 
 
+def _jobs(recipe: Recipe, base: Source, models: Sequence[Source]) -> Iterator[Job]:
+    depths = _depths(base.tensors)
+    for name in base.tensors:
+        yield _job(recipe, name, depths[name][0], base, models)
+    for model, tensor in _copied(recipe, base, models):
+        yield Job(tensor.name, tensor.shape, tensor.dtype, model, tensor, None)
+
+
+def _copied(recipe: Recipe, base: Source, models: Sequence[Source]) -> Iterator[tuple[Source, Tensor]]:
+    """The tensors that the base lacks, where they shall be in the result (extra: copy)."""
+    for model in dict.fromkeys(models if recipe.extra == "copy" else ()):
+        if model is not base:
+            yield from ((model, model.tensors[name]) for name in extras(base, model))
+
+
 def _job(recipe: Recipe, name: str, t: float, base: Source, models: Sequence[Source]) -> Job:
     tensor = base.tensors[name]
-    dtype = recipe.out_dtype or recipe.dtype or tensor.dtype
+    dtype = _stored_as(recipe, tensor)
     if not tensor.dtype.is_float:
-        return Job(name, tensor.shape, tensor.dtype, base, tensor, None)
+        return Job(name, tensor.shape, dtype, base, tensor, None)
     shared, values = recipe.resolve(name, t)
     experts = [expert(m.identity, own) for m, own in zip(recipe.models, values, strict=True)]
     inputs = []
@@ -204,14 +214,6 @@ def _job(recipe: Recipe, name: str, t: float, base: Source, models: Sequence[Sou
         inputs.append(Input(k, *found, experts[k]))
     picked = choice(recipe.method, shared, (recipe.dtype or tensor.dtype) if recipe.compat else None)
     return Job(name, tensor.shape, dtype, base, tensor, picked, tuple(inputs), shared, values)
-
-
-def _copies(base: Source, models: Sequence[Source]) -> Iterator[Job]:
-    """A job for each tensor that the base lacks (extra: copy)."""
-    for model in dict.fromkeys(models):
-        for name in extras(base, model) if model is not base else ():
-            tensor = model.tensors[name]
-            yield Job(name, tensor.shape, tensor.dtype, model, tensor, None)
 
 
 def _check_scope(jobs: Sequence[Job]) -> None:

@@ -49,14 +49,17 @@ class Progress:
 class Result:
     """A finished merge: where it is, its manifest without the seal ({} for a part), the seconds of wall time
     that it took, those of them in which tensors were merged (without staging, side files and the wait for the
-    disk), and the number of tensors that an earlier run had finished.
+    disk), the number of tensors that an earlier run had finished, and the bytes read and written for the
+    others.
     """
 
     out: Path
     manifest: dict[str, Any]
     seconds: float
     merging_seconds: float
-    resumed: int = 0
+    resumed: int
+    bytes_read: int
+    bytes_written: int
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ def run(plan: Plan, out: Path, options: Options) -> Result:
         stem=next((s for s in STEMS if plan.base.files[0].name.startswith(s)), STEMS[0]),
         key=_key(plan, stamps),
         part=options.part,
-        keep=options.finish,
+        finish=options.finish,
     )  # fmt: skip
     try:
         with staged:
@@ -110,11 +113,16 @@ def run(plan: Plan, out: Path, options: Options) -> Result:
                 manifest = _complete(plan, staged, single, options.auto_map)
                 staged.commit()
     except (DellaError, KeyboardInterrupt) as error:
-        if staged.kept and options.part[1] == 1 and not options.finish:
+        is_stopped = isinstance(error, KeyboardInterrupt)
+        if is_stopped and staged.committed:
+            raise KeyboardInterrupt(f"{out} is complete") from error
+        if staged.kept and not options.finish:
+            said = "the output is as it was" if is_stopped else str(error)
             end = f"{len(staged.done)} finished tensors are kept in {staged.kept}; the same command goes on"
-            raise type(error)(f"{error}; {end}" if str(error) else end) from error
+            raise type(error)(f"{said}; {end}") from error
         raise
-    return Result(out, manifest, time.monotonic() - started, merging, resumed)
+    seconds = time.monotonic() - started
+    return Result(out, manifest, seconds, merging, resumed, work.bytes_read, work.bytes_written)
 
 
 def _tensors(plan: Plan) -> list[tuple[str, Any, tuple[int, ...]]]:
@@ -205,7 +213,7 @@ class _Run:
         self.jobs = sorted((j for j in plan.jobs if j.name in mine), key=lambda job: -job.elements)
         self.compute = Compute(plan, options.tile)
         self.total = sum(job.bytes_read + job.nbytes for job in self.jobs)
-        self.done = self.finished = 0
+        self.done = self.finished = self.bytes_read = self.bytes_written = 0
         self.lock = threading.Lock()
         self.bands: dict[str, list[Band]] = {}
 
@@ -274,6 +282,9 @@ class _Run:
             told = now
         self.staged.finish(job.name, Done(digest.hexdigest(), tuple(d.hexdigest() for d in inputs)))
         self._advance(job, 0, finished=1)
+        with self.lock:
+            self.bytes_read += job.bytes_read
+            self.bytes_written += job.nbytes
 
     def _advance(self, job: Job, count: int, finished: int = 0) -> None:
         with self.lock:

@@ -74,7 +74,7 @@ class Speaker:
                 f"{p.tensors} of {p.of_tensors} {counted}"
             ), at_once=False)  # fmt: skip
 
-    def merged(self, result: Result, read: int, written: int, part: str | None) -> None:
+    def merged(self, result: Result, size: int, part: str | None) -> None:
         """The end of a merge, or of one part of it."""
         if self.as_json:
             fields = {"part": part} if part else {}
@@ -83,14 +83,15 @@ class Speaker:
                 out=str(result.out),
                 seconds=round(result.seconds, 3),
                 merging_seconds=round(result.merging_seconds, 3),
-                bytes_read=read,
-                bytes_written=written,
+                bytes_read=result.bytes_read,
+                bytes_written=result.bytes_written,
+                resumed=result.resumed,
                 **fields,
             )
         elif not self.quiet and part:
             tell(f"{result.out}: part {part} in {result.seconds:.1f} s; when all parts are done: --finish")
         elif not self.quiet:
-            tell(f"{result.out}: {size_text(written)} in {result.seconds:.1f} s")
+            tell(f"{result.out}: {size_text(size)} in {result.seconds:.1f} s")
 
     def verified(self, verdict: Verdict) -> None:
         """What `della verify` found: each fault on a line of its own."""

@@ -93,3 +93,52 @@ def test_a_bad_target_does_not_hide_a_bad_model(tmp_path: Path) -> None:
     texts = ("lacks model.layers.1.w", "exists already", "for 'code': density 0.05")
     for text in texts:
         assert any(text in problem for problem in caught.value.problems), caught.value.problems
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("/", "'/' cannot be the name of a model"),
+        ("a\0b", "cannot be the name of a model, which has 1 to 240 bytes and no NUL"),
+        ("x" * 241, "cannot be the name of a model, which has 1 to 240 bytes and no NUL"),
+        ("y" * 300 + "/out", "File name too long"),
+        ("loop/out", "loop: not a folder, so nothing can be written in it; choose another place"),
+        ("file/out", "file: not a folder, so nothing can be written in it; choose another place"),
+    ],
+    ids=["root", "nul", "long", "long parent", "loop", "file"],
+)
+def test_places_that_cannot_be(tmp_path: Path, name: str, said: str) -> None:
+    models = save(tmp_path / "m", {n: {"w": np.ones(3)} for n in ("base", *EXPERTS)})
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OutputError) as caught:
+        della.merge(recipe(models, "ties", [{}] * 3, {}), tmp_path / name, fsync=False)
+    assert said in str(caught.value)
+    assert "problems" not in str(caught.value)
+
+
+def test_a_mount_point_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = save(tmp_path / "m", {n: {"w": np.ones(3)} for n in ("base", *EXPERTS)})
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "out")
+    with pytest.raises(OutputError) as caught:
+        della.merge(recipe(models, "ties", [{}] * 3, {}), tmp_path / "out", overwrite=True, fsync=False)
+    assert str(caught.value) == (
+        f"{tmp_path}/out: a mount point, which cannot be replaced in one step; choose a folder in it"
+    )
+
+
+def test_what_the_system_will_not_rename_is_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = save(tmp_path / "m", {n: {"w": np.ones(3)} for n in ("base", *EXPERTS)})
+    (tmp_path / "shared/out").mkdir(parents=True)
+    (tmp_path / "shared").chmod(0o1777)
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    with pytest.raises(OutputError) as caught:
+        della.merge(
+            recipe(models, "ties", [{}] * 3, {}), tmp_path / "shared/out", overwrite=True, fsync=False
+        )
+    assert str(caught.value) == (
+        f"{tmp_path}/shared/out: belongs to another user, so it cannot be replaced; choose another place"
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import xxhash
 from checkpoints import numbers, save_model, tree
 
-from della.checkpoint import staging
+from della.checkpoint import disk, staging
 from della.checkpoint.journal import Done, Journal
 from della.checkpoint.staging import Staging
 from della.errors import OutputError
@@ -154,7 +156,7 @@ def test_whoever_has_just_begun_is_waited_for(
     assert refused(claim, out) == busy(out, "it has just begun")
     (folder / "model").mkdir()
     journal = Journal(folder / "journal-1-of-1")
-    journal.begin("k", (folder / "model").stat().st_ino, "1/1")
+    journal.begin("k", "1/1")
     assert refused(claim, out) == busy(out, ME)
     journal.close()
     os.close(fd)
@@ -186,6 +188,57 @@ def test_links_in_the_staging_folder_are_not_followed(out: Path, tmp_path: Path)
     assert numbers(out) == [1.0, 1.0]
     folder.mkdir()
     (folder / "journal-1-of-1").symlink_to(precious / "model.safetensors")
-    with pytest.raises(OutputError, match=r"della-staging: cannot be written \(Too many levels"):
+    with pytest.raises(OutputError, match=r"journal-1-of-1: not a journal of della; remove "):
         save_model(out, 2.0, overwrite=True)
     assert tree(precious) == {f"{precious}/model.safetensors": b"x" * 1000}
+
+
+def test_strange_journals(out: Path, claim: Held) -> None:
+    """What is no file is refused, and lines with a right checksum but a wrong form are passed over."""
+    folder = out.with_name(".out.della-staging")
+    for make in (os.mkfifo, os.mkdir):
+        (folder / "model").mkdir(parents=True)
+        make(folder / "journal-1-of-1")
+        assert refused(claim, out) == f"{folder}/journal-1-of-1: not a journal of della; remove {folder}"
+        shutil.rmtree(folder)
+    for text in (
+        *(b"", b"3", b"null", b'"key"', b"[]", b"{}", b'{"key":1}', b'{"key":["a"],"pid":1}', b"{", b"\xff"),
+        *(b'{"key":"k","part":"1/1","pid":99999999999999999999,"host":"h","started":""}', b'{"tensor":1}'),
+        *(b'{"tensor":"w","hash":3,"inputs":[]}', b'{"bands":[]}', b'{"swap":"yes"}', b'{"end":0}'),
+    ):
+        folder.mkdir(exist_ok=True)
+        checksum = xxhash.xxh3_64_hexdigest(text).encode()
+        (folder / "journal-1-of-1").write_bytes(checksum + b" " + text + b"\n")
+        found = claim(out)
+        assert found.done == {}
+        found.release()
+
+
+def test_a_staging_folder_that_is_a_file(out: Path, claim: Held) -> None:
+    out.with_name(".out.della-staging").write_text("")
+    assert refused(claim, out) == f"{out.parent}/.out.della-staging: not a staging folder of della; remove it"
+
+
+def test_a_part_of_another_merge_cannot_slip_in(out: Path, claim: Held, locks: str) -> None:
+    claim(out, "k", 1, 2)
+    assert "holds another merge (" in refused(claim, out, "other", 2, 2)
+    claim(out, "k", 2, 2)
+
+
+def test_a_lock_that_could_not_be_shared_is_taken_anew(
+    out: Path, claim: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From alone to shared is two steps for the system, and another one may come between."""
+    real, answers = disk.try_lock, iter([False])
+
+    def try_lock(fd: int, kind: int = fcntl.LOCK_EX) -> bool | None:
+        if kind == fcntl.LOCK_SH and next(answers, True) is False:
+            return False
+        return real(fd, kind)
+
+    monkeypatch.setattr(disk, "try_lock", try_lock)
+    part = claim(out, "k", 1, 2)
+    monkeypatch.undo()
+    monkeypatch.setattr(staging, "PATIENCE", 0.1)
+    assert part.is_held
+    assert refused(claim, out) == busy(out, f"{ME}, part 1/2")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from safetensors.numpy import save_file
 
 from della.checkpoint import disk, place
 from della.checkpoint.place import check_place
+from della.checkpoint.staging import Staging
 from della.checkpoint.writer import StagedOutput
 from della.dtypes import DTYPES
 from della.errors import OutputError
@@ -100,17 +102,69 @@ def test_what_appears_at_out_during_the_run_is_kept(
         assert not output.staging.exists()
 
 
-def test_a_swap_cut_short_is_undone_or_ended(tmp_path: Path) -> None:
+def test_a_swap_cut_short_is_undone_or_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = save_model(tmp_path / "out", 1.0)
-    aside = tmp_path / ".out.della-staging/old"
-    aside.parent.mkdir()
+    aside = tmp_path / ".out.della-old"
     out.rename(aside)
     with pytest.raises(OutputError, match="exists already"), StagedOutput(out, PLAN):
         pass
     assert numbers(out) == [1.0, 1.0], "the old model is back"
-    aside.mkdir(parents=True)
-    save_model(out, 2.0, overwrite=True)
     assert os.listdir(tmp_path) == ["out"]
+    monkeypatch.setattr(disk, "_renameat2", lambda *_: False)
+    with monkeypatch.context() as patch:  # killed behind the second rename
+        patch.setattr(StagedOutput, "_close", lambda self: self._staging.release())
+        patch.setattr(disk, "remove", lambda path: None)
+        patch.setattr(Staging, "remove", lambda self: None)
+        save_model(out, 2.0, overwrite=True)
+    assert numbers(aside) == [1.0, 1.0]
+    save_model(out, 3.0, overwrite=True)
+    assert (numbers(out), os.listdir(tmp_path)) == ([3.0, 3.0], ["out"])
+
+
+def test_an_old_model_put_aside_is_never_removed_by_mistake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between the two renames; then somebody makes another OUT."""
+    out, aside = save_model(tmp_path / "out", 1.0), tmp_path / ".out.della-old"
+    monkeypatch.setattr(disk, "_renameat2", lambda *_: False)
+    real = os.rename
+
+    def once(source: Path, target: Path) -> None:
+        if target == out:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(source, target)
+
+    monkeypatch.setattr(os, "rename", once)
+    with pytest.raises(OutputError):
+        save_model(out, 2.0, overwrite=True)
+    monkeypatch.setattr(os, "rename", real)
+    assert (out.exists(), numbers(aside)) == (False, [1.0, 1.0])
+    out.mkdir()
+    with pytest.raises(OutputError) as caught:
+        save_model(out, 3.0, overwrite=True)
+    assert str(caught.value) == (
+        f"{aside}: the old model, from a replacement that was cut short, while something else stands at "
+        f"{out}; move one of them away"
+    )
+    out.rmdir()
+    save_model(tmp_path / "out", 3.0, overwrite=True)
+    assert (numbers(out), os.listdir(tmp_path)) == ([3.0, 3.0], ["out"])
+
+
+def test_a_failed_second_rename_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = save_model(tmp_path / "out", 1.0)
+    monkeypatch.setattr(disk, "_renameat2", lambda *_: False)
+    real = os.rename
+
+    def once(source: Path, target: Path) -> None:
+        if source.name == "model":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(source, target)
+
+    monkeypatch.setattr(os, "rename", once)
+    with pytest.raises(OutputError, match=r"out: the disk reports an error"):
+        save_model(out, 2.0, overwrite=True)
+    assert (numbers(out), os.listdir(tmp_path)) == ([1.0, 1.0], ["out"])
 
 
 @pytest.mark.parametrize(
@@ -231,7 +285,9 @@ def test_a_link_in_the_place_of_the_staging_folder_is_not_followed(tmp_path: Pat
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious/file").write_text("x")
     (tmp_path / ".out.della-staging").symlink_to(tmp_path / "precious")
-    assert "cannot be written" in refusal(tmp_path / "out")
+    assert refusal(tmp_path / "out") == (
+        f"{tmp_path}/.out.della-staging: not a staging folder of della; remove it"
+    )
     assert (tmp_path / "precious/file").read_text() == "x"
 
 
@@ -240,4 +296,4 @@ def test_names_that_cannot_be(tmp_path: Path) -> None:
     assert refusal(tmp_path / "out", twice, shard_bytes=1) == "tensor 'w' would be written twice"
     with pytest.raises(OutputError) as caught:
         StagedOutput(Path("/"), PLAN)
-    assert str(caught.value) == "'/' cannot be the name of a model"
+    assert str(caught.value) == ("'/' cannot be the name of a model, which has 1 to 240 bytes and no NUL")

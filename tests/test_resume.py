@@ -16,9 +16,10 @@ from checkpoints import put, tree
 from llamas import recipe, save, trio
 
 import della
-from della.checkpoint import journal
+from della.checkpoint import disk, journal
 from della.checkpoint.layout import Tensor
 from della.checkpoint.source import Source
+from della.checkpoint.staging import Staging
 from della.checkpoint.writer import StagedOutput
 from della.compute import Compute
 from della.errors import CheckpointError, DellaError, OutputError, RecipeError
@@ -43,7 +44,7 @@ def files(out: Path) -> dict[str, bytes]:
 
 def quiet(made: dict[str, Any], out: Path, **options: Any) -> dict[str, bytes]:
     """What an undisturbed merge gives."""
-    della.merge(made, out / "out", **OPTIONS, **options)
+    della.merge(made, out / "out", **{**OPTIONS, **options})
     return files(out / "out")
 
 
@@ -99,11 +100,8 @@ def test_the_same_command_goes_on_and_reads_nothing_twice(
     said = cut_short(made, out, 25, monkeypatch)
     staging = out.with_name(f".{out.name}.della-staging")
     assert said == (f"the disk is full; 25 finished tensors are kept in {staging}; the same command goes on")
-    assert os.listdir(tmp_path) == ["quiet", staging.name] or sorted(os.listdir(tmp_path)) == [
-        staging.name,
-        "quiet",
-    ]
-    finished = set(journal.finished([staging / "journal-1-of-1"])[0])
+    assert sorted(os.listdir(tmp_path)) == [staging.name, "quiet"]
+    finished = set(journal.told([staging / "journal-1-of-1"]).done)
     assert len(finished) == 25
     read.clear()
     told: list[str] = []
@@ -161,9 +159,7 @@ def test_what_another_merge_left_is_not_used(
     result = della.merge(made, out, tell=told.append, **{**OPTIONS, **other})
     assert result.resumed == 0
     assert told == ["what an unfinished run of another merge had left for this place was removed"]
-    assert files(out) == quiet(
-        made, tmp_path / "quiet", **{k: v for k, v in other.items() if k != "shard_bytes"}
-    ) or ("shard_bytes" in other)
+    assert files(out) == quiet(made, tmp_path / "quiet", **other)
     assert della.verify(out).is_well
     assert os.listdir(out.parent) == ["out"]
 
@@ -195,7 +191,9 @@ def test_an_input_that_changes_meanwhile_is_noticed(
         (full_disk(), True),
         (CheckpointError("damaged"), False),
         (OutputError("w: element 1 becomes inf"), False),
-        (ValueError("a defect"), False),
+        (ValueError("a defect"), True),
+        (MemoryError(), True),
+        (BrokenPipeError(), True),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -222,11 +220,17 @@ def test_after_a_swap_the_old_model_is_not_taken_for_a_staged_one(
     for path in out.iterdir():
         os.link(path, tmp_path / f"mine-{path.name}")  # another name of the user's for the same file
     before = {path.name: path.read_bytes() for path in tmp_path.glob("mine-*")}
-    monkeypatch.setattr(StagedOutput, "_tidy_up", lambda self: self._close())
+    monkeypatch.setattr(Staging, "remove", lambda self: None)
     della.merge(made, out, overwrite=True, **OPTIONS)
     monkeypatch.undo()
     assert (staging / "model/stale-00001-of-00002.safetensors").exists()
     wanted = files(out)
+    with pytest.raises(OutputError) as caught:
+        della.merge(made, out, overwrite=True, finish=True, **OPTIONS)
+    assert str(caught.value) == (
+        f"{out}: an earlier run was cut short while it put the new model there; see what `della verify` says, "
+        "and leave out --finish if it is not there"
+    )
     result = della.merge(made, out, overwrite=True, **OPTIONS)
     assert (result.resumed, files(out)) == (0, wanted)
     assert not staging.exists()
@@ -239,7 +243,7 @@ def test_thresholds_of_the_whole_model_are_kept_too(
     made = recipe(models, "ties", [{"density": 0.3}] * 3, {"scope": "model"})
     wanted = quiet(made, tmp_path / "quiet")
     cut_short(made, tmp_path / "out", 25, monkeypatch)
-    finished = set(journal.finished([tmp_path / ".out.della-staging/journal-1-of-1"])[0])
+    finished = set(journal.told([tmp_path / ".out.della-staging/journal-1-of-1"]).done)
     read.clear()
     assert della.merge(made, tmp_path / "out", **OPTIONS).resumed == 25
     assert not read & finished
@@ -278,7 +282,7 @@ def test_one_run_takes_over_from_parts(made: dict[str, Any], tmp_path: Path, rea
     wanted = quiet(made, tmp_path / "quiet")
     out = tmp_path / "out"
     della.merge(made, out, part=(2, 3), **OPTIONS)
-    finished = set(journal.finished([tmp_path / ".out.della-staging/journal-2-of-3"])[0])
+    finished = set(journal.told([tmp_path / ".out.della-staging/journal-2-of-3"]).done)
     read.clear()
     assert 0 < della.merge(made, out, **OPTIONS).resumed == len(finished)
     assert not read & finished
@@ -307,7 +311,7 @@ def test_parts_of_different_merges_do_not_mix(made: dict[str, Any], tmp_path: Pa
             della.merge(made, out, part=(2, 2), **{**OPTIONS, **other})
         assert str(caught.value) == (
             f"{tmp_path}/.out.della-staging: holds another merge (another recipe, seed, version or shard "
-            "size, or inputs that have changed since); give every part the same, or remove that folder"
+            "size, or inputs that have changed since); do this one alike, or remove that folder"
         )
         assert tree(tmp_path) == before
     for part, said in (((0, 2), "0/2"), ((3, 2), "3/2")):
@@ -352,6 +356,123 @@ def test_threads_parts_and_orders(models: Path, tmp_path: Path) -> None:
         shutil.rmtree(out)
     assert len(found) == 20
     assert [each for each in found if each != found[0]] == []
+
+
+def test_a_finish_removes_nothing(made: dict[str, Any], tmp_path: Path) -> None:
+    """With a wrong option it fits no part; the parts' work stays."""
+    out = tmp_path / "out"
+    for number in (1, 2):
+        della.merge(made, out, part=(number, 2), **OPTIONS)
+    before = tree(tmp_path)
+    for other in ({"shard_bytes": 8000}, {"seed": 7}):
+        for finish in (True, False):
+            with pytest.raises(OutputError, match=r"della-staging: holds another merge \("):
+                della.merge(made, out, finish=finish, **{**OPTIONS, **other})
+            assert tree(tmp_path) == before
+    assert della.merge(made, out, finish=True, **OPTIONS).resumed == 40
+
+
+def test_one_run_that_fails_leaves_the_work_of_parts(
+    made: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    della.merge(made, out, part=(1, 2), **OPTIONS)
+    stop_after(3, CheckpointError("damaged"), monkeypatch)
+    with pytest.raises(CheckpointError):
+        della.merge(made, out, **OPTIONS)
+    assert (tmp_path / ".out.della-staging/journal-1-of-2").exists()
+    done = journal.told(sorted((tmp_path / ".out.della-staging").glob("journal-*"))).done
+    assert della.merge(made, out, **OPTIONS).resumed == len(done) > 3
+
+
+def test_a_part_that_fails_at_once_leaves_nothing(
+    made: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop_after(0, CheckpointError("damaged"), monkeypatch)
+    with pytest.raises(CheckpointError):
+        della.merge(made, tmp_path / "out", part=(1, 2), **OPTIONS)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("part", [(1, 1), (1, 2)])
+def test_a_run_whose_staging_was_replaced_does_not_commit(
+    made: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: tuple[int, int]
+) -> None:
+    """The folder was taken for a dead run's and removed, and another merge has begun in it."""
+    out, staging = tmp_path / "out", tmp_path / ".out.della-staging"
+    real = StagedOutput.finish
+    left = itertools.count(10, -1)
+
+    def finish(self: StagedOutput, name: str, done: journal.Done) -> None:
+        real(self, name, done)
+        if next(left) == 0:
+            monkeypatch.setattr(StagedOutput, "finish", real)
+            shutil.rmtree(staging)
+            della.merge(made, out, part=(2, 3), seed=9, **OPTIONS)
+
+    monkeypatch.setattr(StagedOutput, "finish", finish)
+    with pytest.raises(
+        OutputError, match="replaced or removed by another run while this one worked; start again"
+    ):
+        della.merge(made, out, part=part, **OPTIONS)
+    assert not out.exists()
+    assert (staging / "journal-2-of-3").exists(), "the other's work is not touched"
+    assert della.merge(made, out, seed=9, **OPTIONS).resumed > 5
+
+
+def test_what_a_user_puts_into_out_meanwhile_is_not_lost(
+    made: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    della.merge(made, out, **OPTIONS)
+    before = files(out) | {"precious.bin": b"x"}
+    for late in (False, True):  # while the files are synced, or in the instant before the rename
+        real = disk.move_in
+
+        def move_in(staged: Path, place: Path, replace: bool, aside: Path, real: Any = real) -> None:
+            put(out, {"precious.bin": b"x"})
+            monkeypatch.setattr(disk, "move_in", real)
+            real(staged, place, replace, aside)
+
+        if late:
+            (out / "precious.bin").unlink()
+            monkeypatch.setattr(disk, "move_in", move_in)
+        else:
+            monkeypatch.setattr(StagedOutput, "_sync_files", lambda self: put(out, {"precious.bin": b"x"}))
+        with pytest.raises(OutputError, match=r"not a model, or more \(it holds precious.bin\)"):
+            della.merge(made, out, seed=7, overwrite=True, **OPTIONS)
+        monkeypatch.undo()
+        assert files(out) == before
+        assert os.listdir(tmp_path) == ["out"]
+
+
+def test_after_the_commit_nothing_untrue_is_told(
+    made: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Staging.remove
+
+    def stopped(self: Staging) -> None:
+        monkeypatch.setattr(Staging, "remove", real)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Staging, "remove", stopped)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        della.merge(made, tmp_path / "out", **OPTIONS)
+    assert str(caught.value) == f"{tmp_path}/out is complete"
+
+    def broken(folder: Path) -> None:
+        if folder.name != "model":
+            raise OSError(errno.EIO, "")
+
+    monkeypatch.setattr(disk, "sync_folder", broken)
+    with pytest.raises(OutputError) as refused:
+        della.merge(made, tmp_path / "new", **{**OPTIONS, "fsync": True})
+    assert str(refused.value) == (
+        f"{tmp_path}/new: complete, but {tmp_path}/new: the disk reports an error; check it, and write to "
+        "another one"
+    )
+    assert sorted(os.listdir(tmp_path)) == ["new", "out"]
+    assert files(tmp_path / "new") == files(tmp_path / "out")
 
 
 # ---- the command ------------------------------------------------------------------------------------------
@@ -403,25 +524,25 @@ def test_a_journal_believes_only_whole_lines(tmp_path: Path) -> None:
 
     def write(act: Callable[[journal.Journal], None]) -> None:
         book = journal.Journal(path)
-        book.begin("key", 5, "1/1")
+        book.begin("key", "1/1")
         act(book)
         book.close()
 
     write(lambda book: book.finished("a", done))
     write(lambda book: book.finished("b\n\0é", done))
-    assert journal.finished([path]) == ({"a": done, "b\n\0é": done}, {})
+    assert journal.told([path]).done == {"a": done, "b\n\0é": done}
     raw = path.read_bytes()
     for end in range(len(raw)):
         path.write_bytes(raw[:end])
-        found, _ = journal.finished([path])
+        found = journal.told([path]).done
         assert set(found) <= {"a", "b\n\0é"}
         assert all(entry == done for entry in found.values())
     path.write_bytes(raw[:-9])
     write(lambda book: book.finished("c", done))
-    assert set(journal.finished([path])[0]) == {"a", "c"}, "a torn line does not swallow the next one"
+    assert set(journal.told([path]).done) == {"a", "c"}, "a torn line does not swallow the next one"
     for at in range(len(raw)):
         path.write_bytes(raw[:at] + bytes([raw[at] ^ 4]) + raw[at + 1 :])
-        assert all(entry == done for entry in journal.finished([path])[0].values())
+        assert all(entry == done for entry in journal.told([path]).done.values())
 
 
 def test_space_that_is_taken_already_is_not_asked_for_again(

@@ -118,27 +118,39 @@ def move_in(staged: Path, out: Path, replace: bool, aside: Path) -> None:
     the place of ``staged``.
 
     At every moment ``out`` is the old one or the new one.  Only where the system cannot exchange two folders
-    is it missing for an instant; the old one then stands at ``aside``, until `recover`.
+    is it missing for an instant; the old one then stands at ``aside``.
     """
     if not replace:
         if not _renameat2(staged, out, NOREPLACE):
-            if os.path.lexists(out):
-                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(out))
-            os.rename(staged, out)
+            _rename_to_free(staged, out)
     elif not staged.is_dir():
         os.replace(staged, out)
     elif not _renameat2(staged, out, EXCHANGE):
         os.rename(out, aside)
-        os.rename(staged, out)
-
-
-def recover(out: Path, aside: Path) -> None:
-    """Undoes, or ends, an exchange that was cut short."""
-    if aside.is_dir() and not aside.is_symlink():
-        if os.path.lexists(out):
-            remove(aside)
-        else:
+        try:
+            os.rename(staged, out)
+        except BaseException:
             os.rename(aside, out)
+            raise
+
+
+def _rename_to_free(staged: Path, out: Path) -> None:
+    """A rename that replaces nothing, where the system has none: a folder's never replaces one that holds
+    something, and a file gets a second name first.
+    """
+    if os.path.lexists(out):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(out))
+    if staged.is_dir():
+        os.rename(staged, out)
+        return
+    try:
+        os.link(staged, out)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        os.rename(staged, out)
+    else:
+        os.unlink(staged)
 
 
 def _renameat2(source: Path, target: Path, flags: int) -> bool:

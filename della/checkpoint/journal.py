@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,20 @@ from typing import Any
 
 import xxhash
 
-Record = Mapping[str, Any]
+from della.errors import OutputError
+
+Record = dict[str, Any]
 # tensor -> for every expert (high, skip, low, take): see merging.tensor.Band
 Bands = Mapping[str, Sequence[Sequence[int]]]
+
+# The fields of every kind of record, told by its first one.
+_KINDS: dict[str, dict[str, type]] = {
+    "key": {"key": str, "part": str, "pid": int, "host": str, "started": str},
+    "tensor": {"tensor": str, "hash": str, "inputs": list},
+    "bands": {"bands": dict},
+    "swap": {"swap": bool},
+    "end": {"end": bool},
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,17 +46,16 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
-        self.fd = os.open(path, flags, 0o666)
+        self.fd = _open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
 
-    def begin(self, key: str, model: int, part: str) -> None:
-        """A writer begins: ``key`` says what is merged, ``model`` is the inode of the staged folder."""
+    def begin(self, key: str, part: str) -> None:
+        """A writer begins; ``key`` says what is merged."""
         size = os.fstat(self.fd).st_size
         if size and os.pread(self.fd, 1, size - 1) != b"\n":
             os.write(self.fd, b"\n")  # ends a torn line
         pid = os.getpid()
-        self._append({"key": key, "model": model, "part": part, "pid": pid, "host": os.uname().nodename,
-                      "started": _start_of(pid)})  # fmt: skip
+        host, started = os.uname().nodename, _start_of(pid)
+        self._append({"key": key, "part": part, "pid": pid, "host": host, "started": started})
 
     def finished(self, name: str, done: Done) -> None:
         """All bytes of tensor ``name`` are written."""
@@ -54,6 +65,10 @@ class Journal:
         """Thresholds of the whole model, which took a pass over all inputs."""
         self._append({"bands": bands})
 
+    def swap(self, begun: bool) -> None:
+        """From now on (``begun``) the old model may stand where the new one was staged; or it does not."""
+        self._append({"swap": begun})
+
     def end(self) -> None:
         """The writer stops in good order."""
         self._append({"end": True})
@@ -61,33 +76,72 @@ class Journal:
     def close(self) -> None:
         os.close(self.fd)
 
-    def _append(self, record: Record) -> None:
+    def _append(self, record: Mapping[str, Any]) -> None:
         text = json.dumps(record).encode()
         line = xxhash.xxh3_64_hexdigest(text).encode() + b" " + text + b"\n"
         if os.write(self.fd, line) != len(line):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def records(path: Path) -> Iterator[dict[str, Any]]:
-    """What a journal says, line by line; lines that are torn or damaged are passed over."""
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    with open(fd, "rb") as file:
+def _open(path: Path, flags: int) -> int:
+    """A journal, opened; what is no plain file is refused: a pipe would hang, a link lead elsewhere."""
+    try:
+        fd = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        if stat.S_ISREG(os.fstat(fd).st_mode):
+            return fd
+        os.close(fd)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise
+    raise OutputError(f"{path}: not a journal of della; remove {path.parent}")
+
+
+def records(path: Path) -> Iterator[Record]:
+    """What a journal says, line by line; lines that are torn, damaged or strange are passed over."""
+    with open(_open(path, os.O_RDONLY), "rb") as file:
         for line in file:
             checksum, _, text = line.rstrip(b"\n").partition(b" ")
-            if xxhash.xxh3_64_hexdigest(text).encode() == checksum:
-                yield json.loads(text)
+            if xxhash.xxh3_64_hexdigest(text).encode() == checksum and (record := _parsed(text)):
+                yield record
 
 
-def finished(paths: Sequence[Path]) -> tuple[dict[str, Done], Bands]:
-    """The tensors that journals call finished, and the thresholds of the whole model if one holds them."""
-    done: dict[str, Done] = {}
-    bands: Bands = {}
+def _parsed(text: bytes) -> Record | None:
+    try:
+        record = json.loads(text)
+    except ValueError:
+        return None
+    kind = next(iter(record), None) if isinstance(record, dict) else None
+    fields = _KINDS.get(str(kind), {})
+    right = bool(fields) and all(isinstance(record.get(name), of) for name, of in fields.items())
+    return record if right else None
+
+
+@dataclass
+class Told:
+    """What journals say together: the keys of all writers, finished tensors, thresholds of the whole model,
+    whether a swap has begun, and by which of the journals something was finished.
+    """
+
+    keys: set[str]
+    done: dict[str, Done]
+    bands: Bands
+    swapped: bool
+    authors: set[str]
+
+
+def told(paths: Sequence[Path]) -> Told:
+    """Everything that the journals at ``paths`` say.  Raises OutputError for what is no journal."""
+    found = Told(set(), {}, {}, False, set())
     for path in paths:
         for record in records(path):
             if "tensor" in record:
-                done[record["tensor"]] = Done(record["hash"], tuple(record["inputs"]))
-            bands = record.get("bands", bands)
-    return done, bands
+                found.done[record["tensor"]] = Done(record["hash"], tuple(record["inputs"]))
+                found.authors.add(path.name)
+            elif "key" in record:
+                found.keys.add(record["key"])
+            found.bands = record.get("bands", found.bands)
+            found.swapped = record.get("swap", found.swapped)
+    return found
 
 
 def writer_of(path: Path) -> Record | None:
@@ -110,7 +164,7 @@ def may_live(writer: Record) -> bool:
         return True
     try:
         os.kill(writer["pid"], 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         pass

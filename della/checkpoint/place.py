@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -12,6 +13,7 @@ from della.checkpoint.disk import explained
 from della.errors import OutputError
 
 MANIFEST = "della.json"
+MOST_NAME_BYTES = 255 - len("..della-staging")  # what stands beside it has a longer name
 MARGIN_BYTES = 1 << 26  # for tokenizers and other side files, whose sizes are not known beforehand
 # What a folder without della.json may hold and still be taken for a model that --overwrite may replace.
 MODEL_FILES = (
@@ -29,14 +31,16 @@ MODEL_FILES = (
 
 def check_place(out: Path, overwrite: bool, single_file: bool, inputs: Iterable[Path] = ()) -> None:
     """Refuses an OUT that is taken, cannot be written or replaced, or touches an input (OutputError)."""
-    problems = list(_complaints(out, overwrite, single_file, inputs))
+    with explained(out):
+        problems = list(_complaints(out, overwrite, single_file, inputs))
     if problems:
         raise OutputError(*problems)
 
 
 def _complaints(out: Path, overwrite: bool, single_file: bool, inputs: Iterable[Path]) -> Iterator[str]:
-    if not out.name or "\0" in out.name:
-        yield f"{str(out)!r} cannot be the name of a model"
+    if not is_name(out):
+        said = f"cannot be the name of a model, which has 1 to {MOST_NAME_BYTES} bytes and no NUL"
+        yield f"{str(out)[:1000]!r} {said}"
         return
     if single_file and out.suffix != ".safetensors":
         yield f"{out}: one file was asked for; its name must end in .safetensors"
@@ -51,10 +55,15 @@ def _complaints(out: Path, overwrite: bool, single_file: bool, inputs: Iterable[
         yield f"{home}: not a folder, so nothing can be written in it; choose another place"
     elif not os.access(home, os.W_OK | os.X_OK):
         yield f"{home}: permission denied; choose a place that you may write to"
-    if out.is_symlink():
+    elif out.is_symlink():
         yield f"{out}: a link; name the place that it leads to"
     elif out.exists():
         yield from _taken(out, overwrite, single_file)
+
+
+def is_name(out: Path) -> bool:
+    """Whether a model can have this name."""
+    return 0 < len(os.fsencode(out.name)) <= MOST_NAME_BYTES and "\0" not in str(out)
 
 
 def _taken(out: Path, overwrite: bool, single_file: bool) -> Iterator[str]:
@@ -63,11 +72,33 @@ def _taken(out: Path, overwrite: bool, single_file: bool) -> Iterator[str]:
     elif single_file != out.is_file():
         kind = "folder" if single_file else "file"
         yield f"{out}: a {kind}, which is not replaced; choose another place"
-    elif not single_file and (foreign := _foreign(out)):
-        yield (
-            f"{out}: not replaced: it is not a model, or more (it holds {', '.join(sorted(foreign)[:5])}); "
-            "choose another place, or remove it yourself"
-        )
+    elif os.path.ismount(out):
+        yield f"{out}: a mount point, which cannot be replaced in one step; choose a folder in it"
+    elif not _is_ours_to_move(out):
+        yield f"{out}: belongs to another user, so it cannot be replaced; choose another place"
+    elif not single_file and (text := refusal_to_replace(out, out)):
+        yield text
+
+
+def _is_ours_to_move(out: Path) -> bool:
+    """Whether the system lets this user rename ``out``: in a folder with the sticky bit only its owner may,
+    and a folder that moves must be writable.
+    """
+    mine, home, found = os.geteuid(), out.parent.stat(), out.stat()
+    if mine and home.st_mode & stat.S_ISVTX and mine not in (home.st_uid, found.st_uid):
+        return False
+    return not out.is_dir() or os.access(out, os.W_OK | os.X_OK)
+
+
+def refusal_to_replace(out: Path, found: Path) -> str:
+    """Why ``found``, which stands (or stood) at ``out``, may not be replaced, or ""."""
+    foreign = _foreign(found)
+    if not foreign:
+        return ""
+    return (
+        f"{out}: not replaced: it is not a model, or more (it holds {', '.join(sorted(foreign)[:5])}); "
+        "choose another place, or remove it yourself"
+    )
 
 
 def _foreign(out: Path) -> list[str]:
@@ -94,7 +125,10 @@ def _inside(path: Path, place: Path) -> bool:
         there = place.stat()
     except OSError:
         return False
-    real = path.resolve()
+    try:
+        real = path.resolve()
+    except RuntimeError:  # links in a circle
+        return False
     for step in (real, *real.parents):
         with suppress(OSError):
             if os.path.samestat(step.stat(), there):
@@ -107,7 +141,7 @@ def check_space(folder: Path, needed: int) -> None:
 
     A ``folder`` that is not there yet lies on the disk of its nearest parent.
     """
-    home = next(step for step in (folder, *folder.parents) if step.is_dir())
+    home = next(step for step in (folder, *folder.parents) if os.path.isdir(step))
     with explained(home):
         found = os.statvfs(home)
     free = found.f_bavail * found.f_frsize

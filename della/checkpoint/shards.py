@@ -82,10 +82,10 @@ def index_json(shards: Sequence[Shard]) -> bytes:
 
 def share(shards: Sequence[Shard], part: int, parts: int) -> list[Shard]:
     """The shards of part ``part`` (from 1) of ``parts``: every shard in exactly one, about equal in bytes."""
-    loads = [0] * parts
+    loads = [0] * min(parts, len(shards))
     mine = []
     for shard in sorted(shards, key=lambda shard: -shard.size):
-        owner = min(range(parts), key=loads.__getitem__)
+        owner = min(range(len(loads)), key=loads.__getitem__)
         loads[owner] += shard.size
         if owner == part - 1:
             mine.append(shard)

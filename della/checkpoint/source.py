@@ -166,10 +166,10 @@ class Source:
 def _open_unchanged(path: Path, size: int) -> int:
     try:
         fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-    except FileNotFoundError:
+    except FileNotFoundError as error:
         raise CheckpointError(
             f"{path}: the weights are not here; they were not downloaded, or were moved"
-        ) from None
+        ) from error
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be opened ({error.strerror})") from error
     found = os.fstat(fd).st_size

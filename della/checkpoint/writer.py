@@ -18,10 +18,10 @@ import xxhash
 from della.checkpoint import disk
 from della.checkpoint.disk import explained
 from della.checkpoint.journal import Bands, Done
-from della.checkpoint.place import check_place, check_space
+from della.checkpoint.place import check_place, check_space, refusal_to_replace
 from della.checkpoint.shards import INDEX, Shard, TensorPlan, index_json, lay_out, share
 from della.checkpoint.staging import Staging
-from della.errors import OutputError
+from della.errors import DellaError, OutputError
 
 Bytes = bytes | bytearray | memoryview
 
@@ -39,8 +39,8 @@ class StagedOutput:
     ``fsync=False`` is for tests and scratch models: a power cut may then lose what commit has reported.
 
     ``key`` stands for everything that the bytes depend on, but the layout.  With one, what is finished when
-    the writer stops early is kept for the next writer with the same key (if that may do better, or with
-    ``keep`` in any case), and ``part`` (i, n) writes its share of the files.  Without a key, leaving without
+    the writer stops early is kept for the next writer with the same key, if that may do better; ``part``
+    (i, n) writes its share of the files, and ``finish`` puts parts together.  Without a key, leaving without
     `commit` removes all that was written.
     """
 
@@ -57,7 +57,7 @@ class StagedOutput:
         stem: str = "model",
         key: str | None = None,
         part: tuple[int, int] = (1, 1),
-        keep: bool = False,
+        finish: bool = False,
     ) -> None:
         self.out = Path(os.path.abspath(out))
         self._inputs = list(inputs)
@@ -65,8 +65,8 @@ class StagedOutput:
         self._check_place()
         self.shards = lay_out(tensors, shard_bytes, metadata, self.out.name if single_file else None, stem)
         self._index = stem + INDEX
-        self._resumable, self._keep = key is not None, keep or part[1] > 1
-        self._staging = Staging(self.out, _key(key, self.shards), *part)
+        self._resumable = key is not None
+        self._staging = Staging(self.out, _key(key, self.shards), *part, finish)
         self.mine = share(self.shards, *part)
         self._homes = {tensor: shard for shard in self.shards for tensor in shard.spans}
         self._missing = {
@@ -75,7 +75,7 @@ class StagedOutput:
         self._lock = threading.Lock()
         self._fds: dict[str, int] = {}
         self._made: list[Path] = []
-        self._is_held = False
+        self.committed = False
         self.kept: Path | None = None
 
     @property
@@ -109,7 +109,6 @@ class StagedOutput:
                 self._make_folders()
             with explained(self._staging.folder):
                 self._staging.claim()
-                self._is_held = True
                 self._remove_strange_files()
             self._check_place()  # another run may have ended, or been recovered, before the claim
             check_space(self.out.parent, self._still_needed())
@@ -203,30 +202,32 @@ class StagedOutput:
         ]
         if unfinished:
             raise OutputError(*(f"{self.out}: not complete: {text}" for text in unfinished))
-        self._check_place()
         if index := self.index():
             self._add(*index)
-        for name, fd in self._fds.items():
-            with explained(self._staging.model / name):
-                if self._fsync:
-                    disk.sync(fd)
+        self._sync_files()
         model, replace = self._staging.model, self._overwrite and os.path.lexists(self.out)
         with explained(self.out):
             if self._fsync:
                 disk.sync_folder(model)
-            staged = model / self.shards[0].name if self._single_file else model
-            disk.move_in(staged, self.out, replace, self._staging.aside)
-            if self._fsync:
-                disk.sync_folder(self.out.parent)
-        self._tidy_up()
+            self._check_place()
+            self._check_files()
+            self._move_in(model / self.shards[0].name if self._single_file else model, replace)
+        try:
+            with explained(self.out):
+                if self._fsync:
+                    disk.sync_folder(self.out.parent)
+            with explained(self._staging.folder):
+                disk.remove(self._staging.aside)
+                self._staging.remove()
+        except OutputError as error:
+            raise OutputError(f"{self.out}: complete, but {error}") from error
+        self._close()
 
     def end_part(self) -> None:
         """Leaves what this part has finished to the parts beside it; on the disk when this returns."""
-        for name, fd in self._fds.items():
-            with explained(self._staging.model / name):
-                if self._fsync:
-                    disk.sync(fd)
+        self._sync_files()
         with explained(self._staging.folder):
+            self._check_files()
             self._staging.journal.end()
             if self._fsync:
                 disk.sync(self._staging.journal.fd)
@@ -237,10 +238,44 @@ class StagedOutput:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._is_held:
-            # What no second try can mend (a damaged input, a value out of range) is not worth keeping.
-            by_chance = isinstance(error, KeyboardInterrupt) or isinstance(error and error.__cause__, OSError)
-            self._abandon(keep=by_chance)
+        # What no second try can mend (a damaged input, a value out of range) is not worth keeping.
+        is_final = isinstance(error, DellaError) and not isinstance(error.__cause__, OSError)
+        self._abandon(keep=not is_final)
+
+    def _move_in(self, staged: Path, replace: bool) -> None:
+        """The rename; what a user has put into the old model meanwhile is not lost."""
+        journal = self._staging.journal
+        if replace and not self._single_file:
+            journal.swap(True)
+            if self._fsync:
+                disk.sync(journal.fd)
+        try:
+            disk.move_in(staged, self.out, replace, self._staging.aside)
+            old = next((path for path in (self._staging.aside, staged) if path.is_dir()), None)
+            if old and (text := refusal_to_replace(self.out, old)):
+                disk.move_in(old, self.out, True, self._staging.folder / "refused")
+                raise OutputError(text)
+        except BaseException:
+            if replace and not self._single_file:
+                with suppress(OSError):
+                    journal.swap(False)
+            raise
+        self.committed = True
+
+    def _check_files(self) -> None:
+        """Refuses to go on when what was written to is no longer what stands in the staging folder."""
+        lost = [name for name, fd in self._fds.items() if not disk.is_open(self._staging.model / name, fd)]
+        if lost or not self._staging.is_held:
+            place = self._staging.model / lost[0] if lost else self._staging.folder
+            raise OutputError(
+                f"{place}: replaced or removed by another run while this one worked; start again"
+            )
+
+    def _sync_files(self) -> None:
+        for name, fd in self._fds.items():
+            with explained(self._staging.model / name):
+                if self._fsync:
+                    disk.sync(fd)
 
     def _check_place(self) -> None:
         check_place(self.out, self._overwrite, self._single_file, self._inputs)
@@ -250,8 +285,6 @@ class StagedOutput:
         with explained(path):
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
             self._fds[shard.name] = fd
-            if os.fstat(fd).st_size > shard.size:
-                os.ftruncate(fd, shard.size)
             disk.allocate(fd, shard.size)
             disk.write_at(fd, memoryview(shard.header), 0)
 
@@ -280,24 +313,11 @@ class StagedOutput:
             total += shard.size
         return total
 
-    def _tidy_up(self) -> None:
-        """OUT is the new model; what is left of the staging goes."""
-        try:
-            self._staging.remove()
-        except OSError as error:
-            raise OutputError(
-                f"{self.out}: complete, but {self._staging.folder} cannot be removed ({error.strerror}); "
-                "remove it yourself"
-            ) from error
-        finally:
-            self._close()
-
     def _close(self) -> None:
         """Closes everything; the lock last, because it keeps other runs away."""
         while self._fds:
             os.close(self._fds.popitem()[1])
         self._staging.release()
-        self._is_held = False
 
     def _make_folders(self) -> None:
         missing = [step for step in (self.out.parent, *self.out.parent.parents) if not step.exists()]
@@ -308,13 +328,11 @@ class StagedOutput:
                 disk.sync_folder(step.parent)
 
     def _abandon(self, *, keep: bool) -> None:
-        if self._is_held and self._resumable and self.done and (keep or self._keep):
-            self.kept = self._staging.folder
-            with suppress(OSError):
-                self._staging.journal.end()
-        elif self._is_held and self._staging.parts == 1:
-            with suppress(OSError):
+        with suppress(OSError, OutputError):
+            if self.committed and self._staging.is_held:
                 self._staging.remove()
+            elif self._staging.abandon(keep=keep and self._resumable):
+                self.kept = self._staging.folder
         self._close()
         for folder in reversed(self._made):
             with suppress(OSError):  # something else is in it by now
