@@ -39,11 +39,34 @@ def widen_unseen(stored: Any, out: Any) -> Any:
     return True
 
 
+@kernel
+def subtract_unseen(stored: Any, base: Any, out: Any, bits: Any) -> Any:
+    """cast.subtract_bf16 without a look at the values."""
+    for start in range(0, out.shape[0], 1 << 13):
+        end = min(start + (1 << 13), out.shape[0])
+        narrow, wide = stored[start:end], bits[start:end]
+        for i in range(wide.shape[0]):
+            wide[i] = np.uint32(narrow[i]) << np.uint32(16)
+        difference, subtrahend = out[start:end], base[start:end]
+        for i in range(difference.shape[0]):
+            difference[i] -= subtrahend[i]
+    return True
+
+
+@kernel
+def round_unseen(values: Any, out: Any) -> Any:
+    """cast.round_bf16 without a look at the values."""
+    for i in range(out.shape[0]):
+        x = values[i]
+        out[i] = np.uint16((x + np.uint32(0x7FFF) + ((x >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+    return True
+
+
 def strip(what: str) -> None:
     """Take away the safety that ``what`` names."""
     if what in ("finite", "all"):
-        cast.widen_bf16 = widen_unseen
-        cast.all_clear = lambda bits, special: True
+        cast.widen_bf16, cast.subtract_bf16, cast.round_bf16 = widen_unseen, subtract_unseen, round_unseen
+        cast.all_finite = lambda values, dtype: True
     if what == "all":
         fake: Any = SimpleNamespace(xxh3_128=NoDigest, xxh3_128_hexdigest=lambda _: "0" * 32)
         vars(run)["xxhash"] = vars(compute)["xxhash"] = fake

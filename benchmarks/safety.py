@@ -32,7 +32,9 @@ def measure(scratch: Path, data: Path, method: str, kind: str, fsync: bool) -> R
 
 
 def main() -> None:
-    """Print a table: medians of merge time and of the whole process, and what the safety takes of them."""
+    """Print a table: medians of merge time, of the whole process and of its CPU time, and how much longer
+    they are than without safety.
+    """
     parser = argparse.ArgumentParser(description="Measure what safety costs.")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--methods", default="della,ties,dare_ties,task_arithmetic,linear")
@@ -42,8 +44,8 @@ def main() -> None:
     options.data = data_folder(options.small).resolve()
     make_data(options)
     read_all([path for name in (BASE, *EXPERTS) for path in (options.data / name).glob("*.safetensors")])
-    print("| method | merging | of it NaN and Inf | of it all safety | whole process | of it all safety |")
-    print("|---|---|---|---|---|---|")
+    print("| method | merging | NaN and Inf | all safety | whole process | all safety | CPU | all safety |")
+    print("|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory(prefix="run-", dir=options.data.parent) as name:
         for method in (m for m in options.methods.split(",") if m in PARAMETERS):
             runs: dict[str, list[Run]] = {kind: [] for kind in KINDS}
@@ -59,12 +61,14 @@ def row(method: str, runs: dict[str, list[Run]]) -> str:
     """One line of the table."""
     merging = {kind: statistics.median(map(compute_seconds, runs[kind])) for kind in KINDS}
     wall = {kind: statistics.median(each.wall for each in runs[kind]) for kind in KINDS}
+    cpu = {kind: statistics.median(each.cpu for each in runs[kind]) for kind in KINDS}
 
     def share(seconds: dict[str, float], kind: str) -> str:
         return f"{100 * (seconds['nothing'] / seconds[kind] - 1):.1f} %"
 
     cells = [f"`{method}`", f"{merging['nothing']:.2f} s", share(merging, "finite"), share(merging, "all")]
-    return "| " + " | ".join([*cells, f"{wall['nothing']:.2f} s", share(wall, "all")]) + " |"
+    cells += [f"{wall['nothing']:.2f} s", share(wall, "all"), f"{cpu['nothing']:.2f} s", share(cpu, "all")]
+    return f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

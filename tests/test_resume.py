@@ -228,8 +228,8 @@ def test_after_a_swap_the_old_model_is_not_taken_for_a_staged_one(
     with pytest.raises(OutputError) as caught:
         della.merge(made, out, overwrite=True, finish=True, **OPTIONS)
     assert str(caught.value) == (
-        f"{out}: an earlier run was cut short while it put the new model there; see what `della verify` says, "
-        "and leave out --finish if it is not there"
+        f"{out}: an earlier run was cut short while it put the new model there; see what `della verify` says"
+        ", and leave out --finish if it is not there"
     )
     result = della.merge(made, out, overwrite=True, **OPTIONS)
     assert (result.resumed, files(out)) == (0, wanted)
