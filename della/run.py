@@ -222,6 +222,11 @@ class _Run:
         tell = self.options.tell or (lambda text: None)
         if self.staged.has_replaced:
             tell("what an unfinished run of another merge had left for this place was removed")
+        if not self.jobs and self.options.part[1] > 1:
+            files = len(self.staged.shards)
+            tell(
+                f"nothing to do for this part: the result has {files} files; a smaller --shard-size makes more"
+            )
         self._each(self._look, [job for job in self.jobs if job.name in self.staged.done])
         before = self.finished
         left = [job for job in self.jobs if job.name not in self.staged.done]

@@ -278,6 +278,14 @@ def test_parts_in_any_order_give_the_bytes_of_one_run(
     assert os.listdir(out.parent) == [name]
 
 
+def test_a_part_without_a_file_says_so(made: dict[str, Any], tmp_path: Path) -> None:
+    told: list[str] = []
+    for number in range(1, 8):
+        della.merge(made, tmp_path / "out", part=(number, 7), tell=told.append, **OPTIONS)
+    said = "nothing to do for this part: the result has 5 files; a smaller --shard-size makes more"
+    assert told == [said] * 2
+
+
 def test_one_run_takes_over_from_parts(made: dict[str, Any], tmp_path: Path, read: set[str]) -> None:
     wanted = quiet(made, tmp_path / "quiet")
     out = tmp_path / "out"
