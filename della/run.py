@@ -224,9 +224,8 @@ class _Run:
             tell("what an unfinished run of another merge had left for this place was removed")
         if not self.jobs and self.options.part[1] > 1:
             files = len(self.staged.shards)
-            tell(
-                f"nothing to do for this part: the result has {files} files; a smaller --shard-size makes more"
-            )
+            end = f"the result has {files} files; a smaller --shard-size makes more"
+            tell(f"nothing to do for this part: {end}")
         self._each(self._look, [job for job in self.jobs if job.name in self.staged.done])
         before = self.finished
         left = [job for job in self.jobs if job.name not in self.staged.done]

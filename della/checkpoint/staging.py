@@ -129,7 +129,8 @@ class Staging:
                 self.replaced = bool(found.done) and not found.swapped
                 self.clear()
                 found = told([])
-        self.model.mkdir(exist_ok=True)
+        with suppress(FileExistsError):  # nothing else: mkdir(exist_ok=True) would pass over a broken disk
+            self.model.mkdir()
         self.done, self.bands = found.done, found.bands
         return True
 
