@@ -97,7 +97,9 @@ def test_json_lines(place: Path) -> None:
     assert progress.pop("tensor")
     assert progress == {"event": "progress", "bytes": 188988, "total": 188988, "tensors": 40, "of": 40}
     assert 0 <= end.pop("merging_seconds") <= end.pop("seconds")
-    assert end == {"event": "done", "out": "out", "bytes_read": 151155, "bytes_written": 37833}
+    assert end == {
+        "event": "done", "out": "out", "bytes_read": 151155, "bytes_written": 37833, "resumed": 0,
+    }  # fmt: skip
 
 
 def test_a_plan_on_stdout(place: Path, models: Path) -> None:
