@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,9 +78,10 @@ def make_plan(
         models = tuple(opened[m.reference] for m in recipe.models if m.reference in opened)
         base = opened.get(_template(recipe))
         notes = list(recipe.notes)
+        depths = _depths(base.tensors if base else ())
         with check:
             recipe.check_at_once()
-            recipe.check((name, *at) for name, at in _depths(base.tensors if base else ()).items())
+            recipe.check((name, *at) for name, at in depths.items())
         if base is not None:
             with check:
                 base.side_files()
@@ -93,7 +94,7 @@ def make_plan(
                 _check_space(target, recipe, base, models)
         check.raise_any()
         assert base is not None
-        jobs = tuple(_jobs(recipe, base, models))
+        jobs = tuple(_jobs(recipe, base, models, depths))
         _check_scope(jobs)
         _check_compat(recipe, jobs)
         notes += [*_storage(models, jobs), *foreign_code(base, permissions.auto_map)]
@@ -144,7 +145,7 @@ def _open_all(
 
 def _check_target(target: Target | None, sources: Iterable[Source]) -> None:
     if target is not None:
-        inputs = [path for s in sources for path in (s.place, *(f.path for f in s.files))]
+        inputs = [path for source in sources for path in source.places]
         out = Path(os.path.abspath(target.out))
         check_place(out, target.overwrite, target.is_single, inputs)
 
@@ -185,10 +186,11 @@ def _depths(names: Iterable[str]) -> dict[str, tuple[float, str]]:
     return depths
 
 
-def _jobs(recipe: Recipe, base: Source, models: Sequence[Source]) -> Iterator[Job]:
-    depths = _depths(base.tensors)
-    for name in base.tensors:
-        yield _job(recipe, name, depths[name][0], base, models)
+def _jobs(
+    recipe: Recipe, base: Source, models: Sequence[Source], depths: Mapping[str, tuple[float, str]]
+) -> Iterator[Job]:
+    for name, (t, _) in depths.items():
+        yield _job(recipe, name, t, base, models)
     for model, tensor in _copied(recipe, base, models):
         yield Job(tensor.name, tensor.shape, tensor.dtype, model, tensor, None)
 

@@ -91,7 +91,7 @@ def run(plan: Plan, out: Path, options: Options) -> Result:
     staged = StagedOutput(
         out, _tensors(plan), options.shard_bytes, options.overwrite, single, options.fsync,
         metadata=embed(_manifest(plan, unknown, {})) if single else None,
-        inputs=[path for s in plan.sources for path in (s.place, *(f.path for f in s.files))],
+        inputs=[path for source in plan.sources for path in source.places],
         stem=next((s for s in STEMS if plan.base.files[0].name.startswith(s)), STEMS[0]),
         key=_key(plan, stamps),
         part=options.part,
@@ -104,8 +104,7 @@ def run(plan: Plan, out: Path, options: Options) -> Result:
             work = _Run(plan, staged, options)
             resumed = work.all()
             merging = time.monotonic() - staged_at
-            if _stamps(plan) != stamps:
-                raise CheckpointError(_changed(plan, stamps))
+            _check_unchanged(plan, stamps)
             manifest: dict[str, Any] = {}
             if options.part[1] > 1:
                 staged.end_part()
@@ -143,10 +142,13 @@ def _stamps(plan: Plan) -> dict[str, str]:
     return stamps
 
 
-def _changed(plan: Plan, stamps: Mapping[str, str]) -> str:
+def _check_unchanged(plan: Plan, stamps: Mapping[str, str]) -> None:
     now = _stamps(plan)
     names = ", ".join(path for path, stamp in stamps.items() if now.get(path) != stamp)
-    return f"{names}: changed while it was merged; is something writing to it? Start again"
+    if names:
+        raise CheckpointError(
+            f"{names}: changed while it was merged; is something writing to it? Start again"
+        )
 
 
 def _key(plan: Plan, stamps: Mapping[str, str]) -> str:

@@ -90,6 +90,11 @@ class Source:
         self._fds: dict[Path, int] = {}
         self._lock = threading.Lock()
 
+    @property
+    def places(self) -> list[Path]:
+        """The folder or file that was opened, and every file of weights: what no result may touch."""
+        return [self.place, *(file.path for file in self.files)]
+
     def read_into(self, tensor: Tensor, start_byte: int, buffer: memoryview) -> None:
         """Fills ``buffer`` (writable, contiguous) with the bytes of ``tensor`` from ``start_byte`` on.
 
