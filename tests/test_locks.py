@@ -242,3 +242,11 @@ def test_a_lock_that_could_not_be_shared_is_taken_anew(
     monkeypatch.setattr(staging, "PATIENCE", 0.1)
     assert part.is_held
     assert refused(claim, out) == busy(out, f"{ME}, part 1/2")
+
+
+def test_a_folder_of_the_users_own_is_not_touched(out: Path, claim: Held) -> None:
+    folder = out.with_name(".out.della-staging")
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    assert refused(claim, out) == f"{folder}: holds 'notes.txt', which is not della's; move it away"
+    assert (folder / "notes.txt").read_text() == "mine"

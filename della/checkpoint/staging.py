@@ -27,6 +27,7 @@ from della.errors import OutputError
 
 PATIENCE = 2.0  # seconds that a writer waits for another one that has just begun
 WHOLE = "journal-1-of-1"
+OWN = ("model", "refused")  # what may stand in the folder beside journals
 
 
 class Staging:
@@ -108,6 +109,9 @@ class Staging:
         """Removes what is of no use; never what another merge has finished in parts, and nothing at all
         unless ``alone``.  False: not yet.
         """
+        strange = [n for n in os.listdir(self.folder) if n not in OWN and not n.startswith("journal-")]
+        if strange:
+            raise OutputError(f"{self.folder}: holds {strange[0]!r}, which is not della's; move it away")
         if alone:
             self._recover()
         found = told(self._journals())
