@@ -4,7 +4,8 @@
     |-- RecipeError               exit code 2: the recipe, an option or an argument
     |-- CheckpointError           exit code 3: an input model
     |-- OutputError               exit code 4: the place the result should go to
-    `-- DamageError               exit code 5: a finished model is not (or no longer) what was merged
+    |-- DamageError               exit code 5: a finished model is not (or no longer) what was merged
+    `-- EvaluationError           exit code 6: a model cannot be scored as asked
 
 A message is one sentence or two for the user: which file and tensor, what was expected, what was found, and
 what to do about it.  Anything else that escapes is a defect of della.
@@ -51,6 +52,12 @@ class DamageError(DellaError):
     """A finished model, or an input of it, is not what its manifest says."""
 
     exit_code = 5
+
+
+class EvaluationError(DellaError):
+    """A model cannot be scored as asked: a backend, a judge, the sandbox or the data of a task fail."""
+
+    exit_code = 6
 
 
 def together(errors: Sequence[DellaError]) -> DellaError:

@@ -1,0 +1,1 @@
+"""Scoring models: benchmarks, backends that generate, the sandbox for generated code, judges, intervals."""
