@@ -43,18 +43,19 @@ ORDER = (
     *("jobs", "fitting", "departures", "planning", "show", "card", "compute", "run"),
     *("hashing", "verifying", "arrays"),
     *("api", "della", "demo", "demo.tasks", "demo.llama", "demo.score", "demo.run", "evaluate.statistics"),
-    *("speaker", "cli"),
+    "evaluate.calibration",
+    *("speaker", "cli_calibrate", "cli"),
 )
 # Where a library may be imported; nowhere if it is not said.
 FENCES = {
     "yaml": ["recipe_yaml"],
     "huggingface_hub": ["checkpoint.source"],
     "numba": ["merging.kernel"],
-    "typer": ["cli"],
+    "typer": ["cli", "cli_calibrate"],
     "rich": ["speaker"],
     "tokenizers": ["demo.score"],
-    "torch": ["checkpoint.pickles"],
-    "transformers": [],
+    "torch": ["checkpoint.pickles", "evaluate.calibration"],
+    "transformers": ["evaluate.calibration"],
     "safetensors": [],
 }
 PUBLIC = [
