@@ -366,12 +366,21 @@ def _rank_table(pieces: Iterable[Array]) -> tuple[Array, Array, Array]:
     """(where each upper half begins, the distinct magnitudes in order, twice the averaged rank of each) of
     the scores of one expert, which come in pieces.
     """
-    distinct, counts = np.zeros(0, np.uint32), np.zeros(0, np.int64)
+    tables: list[tuple[Array, Array]] = []
     for sizes in pieces:
-        values, times = np.unique(sizes.view(np.uint32) & np.uint32(0x7FFFFFFF), return_counts=True)
-        joined, where = np.unique(np.concatenate([distinct, values]), return_inverse=True)
-        counts = np.bincount(where, np.concatenate([counts, times]), joined.size).astype(np.int64)
-        distinct = joined
+        tables.append(np.unique(sizes.view(np.uint32) & np.uint32(0x7FFFFFFF), return_counts=True))
+        while (
+            len(tables) > 1 and tables[-2][0].size <= 2 * tables[-1][0].size
+        ):  # so that none is joined often
+            tables[-2:] = [_joined(tables[-2:])]
+    distinct, counts = _joined(tables) if tables else (np.zeros(0, np.uint32), np.zeros(0, np.int64))
     behind = np.cumsum(counts)
     first = np.searchsorted(distinct >> np.uint32(15), np.arange((1 << 16) + 1)).astype(np.int64)
     return first, distinct, 2 * behind - counts - 1
+
+
+def _joined(tables: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
+    """(distinct values in order, how often each occurs) of several such tables."""
+    values, times = (np.concatenate(column) for column in zip(*tables, strict=True))
+    distinct, where = np.unique(values, return_inverse=True)
+    return distinct, np.bincount(where, times, distinct.size).astype(np.int64)
