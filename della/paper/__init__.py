@@ -1,0 +1,1 @@
+"""The paper's experiment: in miniature, on a 135 M parameter model, and at full size."""
