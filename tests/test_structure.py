@@ -38,7 +38,7 @@ ORDER = (
         )
     ),
     *(f"merging.{name}" for name in ("methods", "reference", "compat", "kernel", "cast", "drop", "largest")),
-    *("merging.fuse", "merging.tensor"),
+    *("merging.fuse", "merging.tensor", "norms"),
     *(f"recipe{part}" for part in ("_tree", "_yaml", "_settings", "_types", "_overrides", "")),
     *("jobs", "fitting", "departures", "planning", "show", "card", "compute", "run"),
     *("hashing", "verifying", "arrays"),
