@@ -43,6 +43,7 @@ ORDER = (
     *("jobs", "fitting", "departures", "planning", "show", "card", "compute", "run"),
     *("hashing", "verifying", "arrays"),
     *("api", "della", "demo", "demo.tasks", "demo.llama", "demo.score", "demo.run", "evaluate.statistics"),
+    *(f"evaluate.{name}" for name in ("problems", "templates", "generations")),
     *("speaker", "cli"),
 )
 # Where a library may be imported; nowhere if it is not said.
@@ -55,6 +56,7 @@ FENCES = {
     "tokenizers": ["demo.score"],
     "torch": ["checkpoint.pickles"],
     "transformers": [],
+    "datasets": ["evaluate.problems"],
     "safetensors": [],
 }
 PUBLIC = [
