@@ -43,6 +43,7 @@ ORDER = (
     *("jobs", "fitting", "departures", "planning", "show", "card", "compute", "run"),
     *("hashing", "verifying", "arrays"),
     *("api", "della", "demo", "demo.tasks", "demo.llama", "demo.score", "demo.run", "evaluate.statistics"),
+    "evaluate.endpoint",
     *("speaker", "cli"),
 )
 # Where a library may be imported; nowhere if it is not said.
@@ -52,6 +53,7 @@ FENCES = {
     "numba": ["merging.kernel"],
     "typer": ["cli"],
     "rich": ["speaker"],
+    "openai": ["evaluate.endpoint"],
     "tokenizers": ["demo.score"],
     "torch": ["checkpoint.pickles"],
     "transformers": [],
