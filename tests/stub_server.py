@@ -41,11 +41,12 @@ class Request:
 
 @dataclass(frozen=True)
 class Status:
-    """An HTTP error with the server's message, and what it says about when to come back, in seconds."""
+    """An HTTP error: the server's message, its own code for it, and the seconds after which to come back."""
 
     code: int
     message: str = "scripted"
     retry_after: float | None = None
+    kind: str | None = None
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ class _Handler(BaseHTTPRequestHandler):
         if isinstance(reply, Hangup):
             self.close_connection = True
         elif isinstance(reply, Status):
-            error = {"error": {"message": reply.message, "type": "scripted", "code": None}}
+            error = {"error": {"message": reply.message, "type": "scripted", "code": reply.kind}}
             self._send(reply.code, json.dumps(error).encode(), "application/json", reply.retry_after)
         elif isinstance(reply, Raw):
             self._send(200, reply.body, reply.content_type)

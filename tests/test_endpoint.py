@@ -77,8 +77,9 @@ def test_a_chat_sends_its_messages(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_refusal_and_silence_are_answers() -> None:
     path = "/v1/chat/completions"
     refused, silent = Raw(answer(path, {}, None, refusal=REFUSAL)), Raw(answer(path, {}, None))
-    with served(in_turn(refused, silent, "")) as (endpoint, _):
-        assert [chat(endpoint), chat(endpoint), chat(endpoint)] == [REFUSAL, "", ""]
+    filtered = Status(400, "the prompt was filtered", kind="content_filter")
+    with served(in_turn(refused, silent, "", filtered)) as (endpoint, _):
+        assert [chat(endpoint) for _ in range(4)] == [REFUSAL, "", "", ""]
 
 
 @BOTH

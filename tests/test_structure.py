@@ -43,7 +43,7 @@ ORDER = (
     *("jobs", "fitting", "departures", "planning", "show", "card", "compute", "run"),
     *("hashing", "verifying", "arrays"),
     *("api", "della", "demo", "demo.tasks", "demo.llama", "demo.score", "demo.run", "evaluate.statistics"),
-    "evaluate.endpoint",
+    *("evaluate.endpoint", "evaluate.gsm8k"),
     *("speaker", "cli"),
 )
 # Where a library may be imported; nowhere if it is not said.

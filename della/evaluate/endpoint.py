@@ -67,8 +67,8 @@ class Endpoint:
         self, messages: Sequence[Mapping[str, str]], *, max_tokens: int, stop: Sequence[str] = (),
         temperature: float = 0.0, seed: int | None = None,
     ) -> str:  # fmt: skip
-        """The answer to a conversation of {role, content}: "" where the model says nothing, its words where
-        it refuses.  EvaluationError when the server does not give one.
+        """The answer to a conversation of {role, content}: "" where the model says nothing or the server's
+        filter stands before it, its words where it refuses.  EvaluationError when there is none.
         """
         options = _options(max_tokens, stop, temperature, seed)
         said = [dict(message) for message in messages]
@@ -88,6 +88,8 @@ class Endpoint:
             try:
                 found = text(create(model=self.model, **arguments))
             except openai.APIStatusError as error:
+                if error.code == "content_filter":  # of a server that will not show its model this prompt
+                    return ""
                 raise self._refused(error.status_code, error.message) from error
             except openai.APITimeoutError as error:
                 raise self._failed(
