@@ -113,12 +113,15 @@ class Endpoint:
         return self._failed(f"HTTP {status}: {message}", advice.format(key_env=self._key_env))
 
     def _failed(self, what: str, advice: str) -> EvaluationError:
-        """Servers repeat keys in their messages; we do not."""
-        if self._key != NO_KEY:
-            what = what.replace(self._key, "***")
+        what = without_key(what, self._key)
         if len(what) > MOST_OF_A_MESSAGE:
             what = what[:MOST_OF_A_MESSAGE] + "..."
         return EvaluationError(f"{self.name}: {what}; {advice}")
+
+
+def without_key(text: str, key: str) -> str:
+    """Servers repeat keys in their messages; we do not."""
+    return text if key == NO_KEY else text.replace(key, "***")
 
 
 def _options(max_tokens: int, stop: Sequence[str], temperature: float, seed: int | None) -> dict[str, Any]:
