@@ -29,8 +29,8 @@ class Store:
     """The answers in one file, by id; several threads may add to it.
 
     settings: everything that the answers depend on, as JSON; None takes a file as it is.  A file of other
-    settings is refused, unless it is begun anew (``fresh``).
-    ``records`` are the finished ones, each with its "id".  Raises EvaluationError, and OutputError where the disk refuses.
+    settings is refused, unless it is begun anew (``fresh``).  ``records`` are the
+    finished ones, each with its "id".  Raises EvaluationError, and OutputError where the disk refuses.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any] | None, *, fresh: bool = False) -> None:

@@ -25,8 +25,9 @@ class HfModel:
                 "the hf backend needs the packages torch and transformers; pip install 'della[hf]'"
             ) from error
         place, revision = model.local_or_hub
-        transformers.utils.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
+        talk: Any = transformers.utils.logging
+        talk.set_verbosity_error()
+        talk.disable_progress_bar()
         self._batch, self._name = batch, model.reference
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         plain = {"revision": revision or "main", "trust_remote_code": False}
