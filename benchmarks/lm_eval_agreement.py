@@ -3,11 +3,11 @@
     python -m benchmarks.lm_eval_agreement --model DIR --data FILE [--limit 50] [--save FILE]
     python -m benchmarks.lm_eval_agreement --generations FILE
 
---model lets lm-eval generate with the model of DIR for questions of FILE, GSM8K's JSONL of {question, answer};
---save keeps what it generated, as JSONL of {question, answer, output}, which --generations takes.  Either way a
-task file of lm-eval scores them: its own gsm8k_cot_zeroshot with its metric and its flexible filter, the paper's
-strict filter, and that without its slip.  Answers made to be hard are scored along.  The exit code is 1 where
-one item differs.
+--model lets lm-eval generate with the model of DIR for questions of FILE, GSM8K's JSONL of {question,
+answer}; --save keeps what it generated, as JSONL of {question, answer, output}, which --generations takes.
+Either way a task file of lm-eval scores them: its own gsm8k_cot_zeroshot with its metric and its flexible
+filter, the paper's strict filter, and that without its slip.  Answers made to be hard are scored along.
+The exit code is 1 where one item differs.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ HARD = (
     "The answer is: 1234. The answer is: 5.", "The answer is: 5. No, The answer is: 1234.", "It is 1234...",
     "It is $1,234", "1234 of 99", "so 1.234,00", "#### 1234", "The answer is:1234.", "The answer is: .",
     "The answer is: ,,1234,,", "...", "$$", "1234$", "-1234", "--1234", "- 1234", "12 34", "x=1234=x",
-    "The answer is: 12345", "The answer is: 4", "The answer is: 1234%", "Ⅻ 1234 ١٢٣٤", "1234\u00a0", "a\x00b 1234",
-    "The answer is: 1234\x00", "1234\r\n", "The answer is: 1234.\nQ: And 7?",
+    "The answer is: 12345", "The answer is: 4", "The answer is: 1234%", "Ⅻ 1234 ١٢٣٤", "1234\u00a0",
+    "a\x00b 1234", "The answer is: 1234\x00", "1234\r\n", "The answer is: 1234.\nQ: And 7?",
 )  # fmt: skip
 
 
@@ -112,7 +112,7 @@ def evaluated(rows: Sequence[Row], model: Any, **more: Any) -> list[dict[str, An
 def generated(rows: Sequence[Row], model: Path, most_tokens: int) -> list[Row]:
     """The rows with what lm-eval's own backend generates for them."""
     arguments = {"pretrained": str(model), "dtype": "float32"}
-    options = {"model_args": arguments, "batch_size": 8, "device": "cpu"}
+    options = {"model_args": arguments, "batch_size": 16, "device": "cpu"}
     samples = evaluated(rows, "hf", gen_kwargs={"max_gen_toks": most_tokens}, **options)
     outputs = {sample["doc_id"]: sample["resps"][0][0] for sample in samples}
     return [{**row, "output": outputs[number]} for number, row in enumerate(rows)]

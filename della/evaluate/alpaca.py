@@ -1,8 +1,8 @@
-"""AlpacaEval: answers in the format of the package alpaca_eval, which compares them with a reference by a judge.
+"""AlpacaEval: answers in the format of alpaca_eval, whose judge compares them with those of a reference.
 
-The package stands in an environment of its own (scripts/alpaca-venv), so it is run as another process; the win
-rates are its own.  It shuffles which of two answers comes first, and keeps what the judge said: a run that was
-stopped goes on.
+The package stands in an environment of its own (scripts/alpaca-venv), so it is run as another process; the
+win rates are its own.  It shuffles which of two answers comes first, and keeps what the judge said: a run
+that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -65,13 +65,13 @@ def win_rate(
     outputs: Path, reference: Path, out: Path, *, command: str = "alpaca_eval", annotator: str = ANNOTATOR,
     judge_url: str | None = None, key_env: str = "OPENAI_API_KEY", length_controlled: bool = False,
 ) -> WinRate:  # fmt: skip
-    """Let alpaca_eval compare ``outputs`` with ``reference``, both JSON files in its format, and read its result.
+    """Let alpaca_eval compare ``outputs`` with ``reference``, both in its JSON format, and read its result.
 
-    out: a folder for the judge's annotations, the package's leaderboard and its log.  command: the package's
-    command.  annotator: a name that the package knows, or the path of a folder in its format, which has a / in
-    it.  judge_url: base URL of an OpenAI-compatible judge; by default the package's own.  length_controlled:
-    also the length-controlled win rate, for which the package fetches a file from the Hub; otherwise nothing is
-    fetched.  Raises EvaluationError.
+    out: a folder for the judge's annotations, the package's leaderboard and its log.  command: the
+    package's command.  annotator: a name that the package knows, or the path of a folder in its format,
+    which has a / in it.  judge_url: base URL of an OpenAI-compatible judge; by default the package's own.
+    length_controlled: also the length-controlled win rate, for which the package fetches a file from the
+    Hub; otherwise nothing is fetched.  Raises EvaluationError.
     """
     total = _compared(outputs, reference)
     out.mkdir(parents=True, exist_ok=True)
@@ -113,10 +113,9 @@ def _rows(path: Path) -> list[dict[str, str]]:
         rows = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise EvaluationError(f"{path}: cannot be read as JSON ({error})") from error
-    if not isinstance(rows, list) or not rows or not all(
-        isinstance(row, dict) and isinstance(row.get("instruction"), str) and isinstance(row.get("output"), str)
-        for row in rows
-    ):  # fmt: skip
+    rows = rows if isinstance(rows, list) else [None]
+    texts = [row.get(key) for row in rows if isinstance(row, dict) for key in ("instruction", "output")]
+    if not rows or len(texts) < 2 * len(rows) or not all(isinstance(text, str) for text in texts):
         raise EvaluationError(
             f"{path}: expected what alpaca_eval reads, a list of objects with instruction and output"
         )
@@ -131,7 +130,10 @@ def _environment(out: Path, judge_url: str | None, key_env: str, online: bool) -
         environment |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     if judge_url is not None:
         client = out.resolve() / _CLIENT
-        client.write_text(json.dumps({"default": [{"base_url": judge_url, "timeout": 120, "max_retries": 5}]}) + "\n", encoding="utf-8")
+        client.write_text(
+            json.dumps({"default": [{"base_url": judge_url, "timeout": 120, "max_retries": 5}]}) + "\n",
+            encoding="utf-8",
+        )
         environment["OPENAI_CLIENT_CONFIG_PATH"] = str(client)
     return environment
 
@@ -144,8 +146,9 @@ def _run(command: Sequence[str], environment: Mapping[str, str], log: Path) -> N
             )
         except OSError as error:
             raise EvaluationError(
-                f"{command[0]}: cannot be run ({error.strerror}); AlpacaEval needs the package alpaca_eval in an "
-                "environment of its own: scripts/alpaca-venv, then name its command, .venv-alpaca/bin/alpaca_eval"
+                f"{command[0]}: cannot be run ({error.strerror}); AlpacaEval needs the package "
+                "alpaca_eval, in an environment of its own: scripts/alpaca-venv makes it, and "
+                ".venv-alpaca/bin/alpaca_eval is the command to name"
             ) from error
     if ended.returncode:
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no word"]
@@ -163,8 +166,8 @@ def _result(place: Path, total: int) -> WinRate:
         annotations = json.loads((place / "annotations.json").read_bytes())
         if not int(float(row["n_total"])):
             raise EvaluationError(
-                f"{place}: the judge gave no preference that alpaca_eval could read; see preference_raw_completion "
-                "in annotations.json"
+                f"{place}: the judge gave no preference that alpaca_eval could read; see what it said, "
+                "preference_raw_completion in annotations.json"
             )
         controlled = row.get("length_controlled_winrate")
         preferences = {
