@@ -44,7 +44,7 @@ ORDER = (
     *("hashing", "verifying", "arrays"),
     *("api", "della", "demo", "demo.tasks", "demo.llama", "demo.score", "demo.run", "evaluate.statistics"),
     *("evaluate.endpoint", "evaluate.gsm8k", "evaluate.problems", "evaluate.templates"),
-    *("evaluate.generations", "evaluate.alpaca"),
+    *("evaluate.generations", "evaluate.judge", "evaluate.alpaca"),
     *("evaluate.backends", "evaluate.numpy_backend", "evaluate.hf", "evaluate.server"),
     *("evaluate.vllm_server", "evaluate.settings", "evaluate.scoring", "evaluate.evaluation"),
     *("paper.full_models", "paper.full_grid", "paper.full_plan", "paper.full_data", "paper.full_published"),
