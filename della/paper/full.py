@@ -1,6 +1,6 @@
 """The paper's experiment with its own models: every merge of the tables, scored, beside the paper's numbers.
 
-One merge at a time: recipe, merge, answers, and then the merge is deleted and its answers are scored.  What is
+One merge at a time: recipe, merge, answers; then the merge is deleted, and its answers are scored.  What is
 finished is kept under ``out`` and used by the next run:
 
     inputs/ copies of models that cannot be merged as they are     data/ the problems of both splits
@@ -21,10 +21,11 @@ from typing import Any
 from della.checkpoint import disk
 from della.errors import EvaluationError
 from della.evaluate.backends import Model
-from della.evaluate.evaluation import Result, Settings, evaluate
+from della.evaluate.evaluation import Result, evaluate
 from della.evaluate.generations import Store
 from della.evaluate.problems import load
 from della.evaluate.scoring import Score
+from della.evaluate.settings import Settings
 from della.paper import full_data
 from della.paper.full_grid import Cell, Grid, Row, rows
 from della.paper.full_models import prepare, references

@@ -1,8 +1,8 @@
 """The problems of the full experiment in two parts: what hyperparameters are chosen on, and what is reported.
 
-    gsm8k        validation: the last 200 of the training file       test: the test file
-    mbpp         validation: task ids 511 to 600, its own split      test: task ids 11 to 510, as in the paper
-    alpaca_eval  validation: every eighth instruction                test: the other seven
+gsm8k        validation: the last 200 of the training file       test: the test file
+mbpp         validation: task ids 511 to 600, its own split      test: task ids 11 to 510, as in the paper
+alpaca_eval  validation: every eighth instruction                test: the other seven
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The numbers of the DELLA paper (arXiv 2406.11617v1, tables 1 to 7), in percent, by table, models and label."""
+"""The numbers of the DELLA paper (arXiv 2406.11617v1, tables 1 to 7), in percent."""
 
 from __future__ import annotations
 

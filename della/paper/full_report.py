@@ -150,7 +150,9 @@ def _ours(row: Mapping[str, Any], column: str) -> str:
     if column == "average":
         return _percent(row["average"])
     score = row["scores"].get(column)
-    return score and f"{_percent(score['value'])} ({_percent(score['low'])} to {_percent(score['high'])})" or ""
+    if score is None:
+        return ""
+    return f"{_percent(score['value'])} ({_percent(score['low'])} to {_percent(score['high'])})"
 
 
 def _percent(share: float | None, sign: str = "") -> str:
