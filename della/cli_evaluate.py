@@ -6,7 +6,7 @@ import shlex
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
@@ -18,72 +18,67 @@ if TYPE_CHECKING:
 
 PACE = 5.0  # seconds between two lines of progress
 
-Text = Optional[str]  # noqa: UP045  (typer evaluates annotations on Python 3.10)
-Texts = Optional[list[str]]  # noqa: UP045
-Count = Optional[int]  # noqa: UP045
+_Text = Optional[str]  # noqa: UP045  (typer evaluates annotations on Python 3.10)
+_Texts = Optional[list[str]]  # noqa: UP045
+_Count = Optional[int]  # noqa: UP045
+
+
+def _option(help_: str, *names: str, **more: Any) -> Any:
+    return typer.Option(*names, help=help_, **more)
+
+
+Models = Annotated[
+    list[str],
+    typer.Argument(metavar="MODEL", help="A folder, a hub id, or what a server calls it; or NAME=MODEL."),
+]
+Tasks = Annotated[str, _option("gsm8k, mbpp, alpaca_eval.", metavar="TASK,...", show_default=False)]
+Data = Annotated[_Texts, _option("Problems from a local file. [default: the Hub]", metavar="[TASK=]FILE")]
+Out = Annotated[Path, _option("Where answers and scores go.", metavar="DIR")]
+Backend = Annotated[str, _option("Who answers: hf, vllm, openai, numpy.", metavar="NAME")]
+Template = Annotated[
+    _Texts, _option("alpaca, vicuna, chat. [default: as in the paper]", metavar="[TASK=]NAME")
+]
+PromptForm = Annotated[str, _option("gsm8k: fixed, or published with its slip.", metavar="NAME")]
+MaxTokens = Annotated[int, _option("Most new tokens of an answer.", min=1)]
+Limit = Annotated[_Count, _option("Only the first N problems of each task.", min=1, metavar="N")]
+Seed = Annotated[int, _option("Seed of the server and of the bootstrap.")]
+Dtype = Annotated[str, _option("hf, vllm: bfloat16, float16, float32.", metavar="NAME")]
+Batch = Annotated[int, _option("hf, numpy: prompts at a time.", min=1)]
+BaseUrl = Annotated[_Text, _option("openai: the server's address, mostly with /v1.", metavar="URL")]
+ModelName = Annotated[_Text, _option("openai: what it calls MODEL. [default: MODEL]", metavar="NAME")]
+KeyEnv = Annotated[str, _option("openai: environment variable of its key.", metavar="NAME")]
+Concurrency = Annotated[_Count, _option("Requests at once. [default: 8, of vllm 64]", min=1, metavar="N")]
+VllmCommand = Annotated[str, _option("vllm: its program, of any environment.", metavar="PROGRAM")]
+VllmArgs = Annotated[str, _option("vllm: further arguments of `vllm serve`, quoted.", metavar="TEXT")]
+Judge = Annotated[_Text, _option("gsm8k: a model that grades the answers too.", metavar="MODEL")]
+Annotator = Annotated[
+    _Text,
+    _option("alpaca_eval: who compares, such as alpaca_eval_gpt4. [default: nobody]", metavar="NAME|FOLDER"),
+]
+AlpacaCommand = Annotated[str, _option("alpaca_eval: the package's command.", metavar="PROGRAM")]
+LengthControlled = Annotated[
+    bool, _option("alpaca_eval: that win rate too; it needs the Hub.", "--length-controlled")
+]
+JudgeUrl = Annotated[_Text, _option("Server of judge and annotator. [default: OpenAI's]", metavar="URL")]
+JudgeKeyEnv = Annotated[str, _option("Environment variable of its key.", metavar="NAME")]
+Fresh = Annotated[bool, _option("Forget the answers that are there.", "--fresh")]
+ScoreOnly = Annotated[bool, _option("Score stored answers; load no model.", "--score-only")]
+Quiet = Annotated[bool, _option("Say nothing but errors and scores.", "--quiet", "-q")]
+AsJson = Annotated[bool, _option("Progress and scores as JSON lines.", "--json")]
+Debug = Annotated[bool, _option("Show the traceback of an error.", "--debug")]
 
 
 def evaluate(
-    models: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="MODEL...", help="Folders, hub ids, or names that a server knows; or NAME=MODEL."
-        ),
-    ],
-    tasks: Annotated[
-        str, typer.Option(metavar="TASK,...", help="gsm8k, mbpp, alpaca_eval.", show_default=False)
-    ],
-    data: Annotated[
-        Texts,
-        typer.Option(metavar="[TASK=]FILE", help="Problems from a local file. [default: from the Hub]"),
-    ] = None,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where answers and scores go.")] = Path("eval-out"),
-    backend: Annotated[str, typer.Option(help="Who answers: hf, vllm, openai, numpy.")] = "hf",
-    template: Annotated[
-        Texts,
-        typer.Option(metavar="[TASK=]NAME", help="alpaca, vicuna, chat. [default: as in the paper]"),
-    ] = None,
-    prompt: Annotated[str, typer.Option(help="GSM8K's: fixed, or published with its slip.")] = "fixed",
-    max_tokens: Annotated[int, typer.Option(min=1, help="Most new tokens of an answer.")] = 512,
-    limit: Annotated[Count, typer.Option(min=1, help="Only the first N problems of each task.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the server and of the bootstrap.")] = 42,
-    dtype: Annotated[str, typer.Option(help="hf, vllm: bfloat16, float16, float32.")] = "bfloat16",
-    batch: Annotated[int, typer.Option(min=1, help="hf, numpy: prompts at a time.")] = 8,
-    base_url: Annotated[
-        Text, typer.Option(metavar="URL", help="openai: the server, mostly with /v1.")
-    ] = None,
-    model_name: Annotated[Text, typer.Option(help="openai: what it calls MODEL. [default: MODEL]")] = None,
-    key_env: Annotated[str, typer.Option(help="openai: environment variable of its key.")] = "OPENAI_API_KEY",
-    concurrency: Annotated[
-        Count, typer.Option(min=1, help="Requests at once. [default: 8, of vllm 64]")
-    ] = None,
-    vllm_command: Annotated[str, typer.Option(help="vllm: its program, of any environment.")] = "vllm",
-    vllm_args: Annotated[str, typer.Option(help="vllm: further arguments of `vllm serve`, quoted.")] = "",
-    judge: Annotated[Text, typer.Option(metavar="MODEL", help="gsm8k: the model that grades too.")] = None,
-    annotator: Annotated[
-        Text,
-        typer.Option(
-            help="alpaca_eval: who compares, such as alpaca_eval_gpt4. [default: only write answers]"
-        ),
-    ] = None,
-    alpaca_command: Annotated[str, typer.Option(help="alpaca_eval: the package's command.")] = "alpaca_eval",
-    length_controlled: Annotated[
-        bool, typer.Option("--length-controlled", help="alpaca_eval: this win rate too; uses the Hub.")
-    ] = False,
-    judge_url: Annotated[Text, typer.Option(metavar="URL", help="Server of the judge and annotator.")] = None,
-    judge_key_env: Annotated[
-        str, typer.Option(help="Environment variable of the judge's key.")
-    ] = "OPENAI_API_KEY",
-    fresh: Annotated[bool, typer.Option("--fresh", help="Forget the answers that are there.")] = False,
-    score_only: Annotated[
-        bool, typer.Option("--score-only", help="Score stored answers; load no model.")
-    ] = False,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Say nothing but errors and the table.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Progress and results as JSON lines.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
-) -> None:
+    models: Models, tasks: Tasks, data: Data = None, out: Out = Path("eval-out"), backend: Backend = "hf",
+    template: Template = None, prompt: PromptForm = "fixed", max_tokens: MaxTokens = 512,
+    limit: Limit = None, seed: Seed = 42, dtype: Dtype = "bfloat16", batch: Batch = 8,
+    base_url: BaseUrl = None, model_name: ModelName = None, key_env: KeyEnv = "OPENAI_API_KEY",
+    concurrency: Concurrency = None, vllm_command: VllmCommand = "vllm", vllm_args: VllmArgs = "",
+    judge: Judge = None, annotator: Annotator = None, alpaca_command: AlpacaCommand = "alpaca_eval",
+    length_controlled: LengthControlled = False, judge_url: JudgeUrl = None,
+    judge_key_env: JudgeKeyEnv = "OPENAI_API_KEY", fresh: Fresh = False, score_only: ScoreOnly = False,
+    quiet: Quiet = False, as_json: AsJson = False, debug: Debug = False,
+) -> None:  # fmt: skip
     """Score models: ask for answers, keep them in DIR, and compute scores with intervals.  The same command
     goes on where it was cut short; what has been answered is not asked for again.
     """

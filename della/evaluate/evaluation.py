@@ -173,8 +173,8 @@ class _Run:
                 missing.append(prompt)
             elif record.get("prompt") != _key(prompt) or not isinstance(record.get("answer"), str):
                 raise EvaluationError(
-                    f"{store.path}: problem {prompt.id} was put otherwise than now: the data, the template or "
-                    "della's version has changed; choose another --out, or begin anew with --fresh"
+                    f"{store.path}: problem {prompt.id} was put otherwise than now: the data, the template "
+                    "or della's version has changed; choose another --out, or begin anew with --fresh"
                 )
         if missing and self._settings.score_only:
             raise EvaluationError(

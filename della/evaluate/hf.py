@@ -40,7 +40,7 @@ class HfModel:
             raise EvaluationError(
                 f"{self._name}: transformers cannot load it: {_first_line(error)}"
             ) from error
-        self._model: Any = loaded.to(self._device).eval()
+        self._model: Any = loaded.to(self._device)  # in evaluation mode, as it was loaded
         # The model's own settings for sampling must not take part.
         ends = self._model.generation_config.eos_token_id
         ends = self._tokenizer.eos_token_id if ends is None else ends
