@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +175,7 @@ def test_the_other_expert_of_table_3_has_a_base_of_its_own(tmp_path: Path, serve
 
 def test_what_is_missing_is_told_before_the_first_merge(tmp_path: Path, server: StubServer) -> None:
     options = make_options(tmp_path, server.url, TWO)
-    lacking = FullOptions(**{**vars(options), "data": {"mbpp": options.data["mbpp"]}})
+    lacking = replace(options, data={"mbpp": options.data["mbpp"]})
     with pytest.raises(EvaluationError) as raised:
         run(lacking)
     assert str(raised.value) == (
@@ -182,6 +183,19 @@ def test_what_is_missing_is_told_before_the_first_merge(tmp_path: Path, server: 
         "https://github.com/openai/grade-school-math (grade_school_math/data/test.jsonl)"
     )
     assert not (options.out / "merges").exists()
+
+
+def test_answers_of_other_settings_are_not_mixed(tmp_path: Path, server: StubServer) -> None:
+    options = make_options(tmp_path, server.url, Grid(tables=(6,), pruned=(0.5,), seeds=1))
+    run(options)
+    other = replace(options, scoring=replace(options.scoring, prompt="published"))
+    with pytest.raises(EvaluationError) as raised:
+        run(other)
+    assert str(raised.value) == (
+        f"{options.out}: begun with other settings: prompt fixed, now published; choose another --out"
+    )
+    results, _ = run(replace(options, grid=Grid(tables=(6,), pruned=(0.5, 0.7), seeds=1)))
+    assert len(results["rows"]) == 8, "more of the grid is no other setting"
 
 
 def test_the_plan_writes_nothing(tmp_path: Path, server: StubServer) -> None:

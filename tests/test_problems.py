@@ -105,7 +105,9 @@ BAD: dict[str, tuple[str, bytes, str]] = {
 
 
 @pytest.mark.parametrize(("task", "raw", "message"), BAD.values(), ids=BAD)
-def test_what_is_wrong_is_told_with_file_and_line(tmp_path: Path, task: str, raw: bytes, message: str) -> None:
+def test_what_is_wrong_is_told_with_file_and_line(
+    tmp_path: Path, task: str, raw: bytes, message: str
+) -> None:
     file = tmp_path / "problems"
     file.write_bytes(raw)
     with pytest.raises(EvaluationError) as error:
@@ -140,7 +142,9 @@ def test_without_a_file_the_hub_is_asked(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(sys.modules, "datasets", hub)
     assert [problem.instruction for problem in load("gsm8k")] == ["2 peas and 3 peas?"]
     assert asked == [("openai/gsm8k", "main", "test")]
-    with pytest.raises(EvaluationError, match=r"^google-research-datasets/mbpp of the Hub: item 1: expected a n"):
+    with pytest.raises(
+        EvaluationError, match=r"^google-research-datasets/mbpp of the Hub: item 1: expected a n"
+    ):
         load("mbpp")
 
     def fail(*_: Any, **__: Any) -> None:

@@ -21,11 +21,12 @@ from typing import Any
 from della.checkpoint import disk
 from della.errors import EvaluationError
 from della.evaluate.backends import Model
-from della.evaluate.evaluation import Result, evaluate
+from della.evaluate.evaluation import Progress, Result, evaluate
 from della.evaluate.generations import Store
 from della.evaluate.problems import load
 from della.evaluate.scoring import Score
 from della.evaluate.settings import Settings
+from della.jobs import default_threads
 from della.paper import full_data
 from della.paper.full_grid import Cell, Grid, Row, rows
 from della.paper.full_models import prepare, references
@@ -42,7 +43,7 @@ class FullOptions:
 
     models: references by role, of base, lm, math, code, coder and coder_base; the others are folders of
     ``models_dir`` or ids on the Hub.  data: files by name (`full_data.FILES`).  scoring: how answers are made
-    and judged; its tasks, folder and data are of no account.  threads: of a merge.
+    and judged; its tasks, folder, data and whether to begin anew are of no account.  threads: of a merge.
     """
 
     out: Path
@@ -61,16 +62,20 @@ def plan_full(options: FullOptions) -> dict[str, Any]:
     """What `run_full` would take, as JSON; nothing is downloaded or written.  Raises EvaluationError."""
     wanted = rows(options.grid)
     found = references(options.models, options.models_dir, _roles(wanted))
-    return plan_json(wanted, found, options.scoring.limit, options.rates)
+    rates = replace(options.rates, threads=options.threads or default_threads())
+    return plan_json(wanted, found, options.scoring.limit, rates)
 
 
-def run_full(options: FullOptions, tell: Callable[[str], None]) -> dict[str, Any]:
+def run_full(
+    options: FullOptions, tell: Callable[[str], None], progress: Callable[[Progress], None] | None = None
+) -> dict[str, Any]:
     """Run the experiment, or go on with it, and write results.json and tables.md; the results.
 
-    tell: takes what is going on, a line at a time.  Raises DellaError; the same call then goes on.
+    tell: takes what is going on, a line at a time.  progress: takes how far a model's answers are.
+    Raises DellaError; the same call then goes on.
     """
     wanted = rows(options.grid)
-    run = _Run(options, wanted, tell)
+    run = _Run(options, wanted, tell, progress)
     found = []
     for number, row in enumerate(wanted, 1):
         chosen = run.choose(row)
@@ -91,12 +96,16 @@ def _roles(wanted: Sequence[Row]) -> list[str]:
 class _Run:
     """One call of `run_full`: everything is looked at before the first merge."""
 
-    def __init__(self, options: FullOptions, wanted: Sequence[Row], tell: Callable[[str], None]) -> None:
-        self._options, self._tell = options, tell
+    def __init__(
+        self, options: FullOptions, wanted: Sequence[Row], tell: Callable[[str], None],
+        progress: Callable[[Progress], None] | None,
+    ) -> None:  # fmt: skip
+        self._options, self._tell, self._progress = options, tell, progress
         self._out = options.out
         tasks = list(dict.fromkeys(task for row in wanted for task in row.tasks))
         roles = _roles(wanted)
         found = references(options.models, options.models_dir, roles)
+        _check_settings(self._out / "settings.json", options.scoring, found)
         self._data = full_data.split(options.data, tasks, self._out / "data")
         if "mbpp" in tasks:
             from della.evaluate.sandbox import open_sandbox
@@ -148,7 +157,7 @@ class _Run:
         scoring = self._options.scoring
         return replace(
             scoring, tasks=tasks, out=self._out / "answers" / split, data=self._data[split],
-            judge=scoring.judge if split == "test" else None,
+            judge=scoring.judge if split == "test" else None, fresh=False, score_only=False,
         )  # fmt: skip
 
     def _evaluated(self, cell: Cell, settings: Settings) -> list[Result]:
@@ -156,17 +165,17 @@ class _Run:
         plain = replace(settings, judge=None, annotator=None)
         model = Model(cell.name, self._place(cell))
         if _is_answered(model, plain):
-            plain = replace(plain, score_only=True, fresh=False)
+            plain = replace(plain, score_only=True)
         else:
             self._make(cell)
-        results = {result.task: result for result in evaluate([model], plain)}
+        results = {r.task: r for r in evaluate([model], plain, progress=self._progress)}
         if cell.method and not self._options.keep_merges:
             shutil.rmtree(self._place(cell), ignore_errors=True)
         judged = [t for t, by in (("gsm8k", settings.judge), ("alpaca_eval", settings.annotator)) if by]
         again = tuple(task for task in settings.tasks if task in judged)
         if again:
-            scored = replace(settings, tasks=again, score_only=True, fresh=False)
-            results |= {result.task: result for result in evaluate([model], scored, tell=self._tell)}
+            scored = replace(settings, tasks=again, score_only=True)
+            results |= {r.task: r for r in evaluate([model], scored, tell=self._tell)}
         return list(results.values())
 
     def _place(self, cell: Cell) -> str:
@@ -197,11 +206,26 @@ class _Run:
         return str(path.absolute())
 
 
+def _check_settings(path: Path, scoring: Settings, found: Mapping[str, str]) -> None:
+    """Refuse to mix answers of other models or other settings with those that are there."""
+    now = {
+        "backend": scoring.backend, "templates": dict(scoring.templates), "prompt": scoring.prompt,
+        "max_tokens": scoring.max_tokens, "seed": scoring.seed, "dtype": scoring.dtype,
+    }  # fmt: skip
+    now |= {f"model {role}": reference for role, reference in found.items()}
+    then = _read(path)
+    changed = [name for name in now if name in then and then[name] != now[name]]
+    if changed:
+        told = "; ".join(f"{name} {then[name]}, now {now[name]}" for name in changed)
+        raise EvaluationError(f"{path.parent}: begun with other settings: {told}; choose another --out")
+    _write(path, json.dumps(then | now, indent=1) + "\n")
+
+
 def _is_answered(model: Model, settings: Settings) -> bool:
     """Whether the answers to all problems are stored."""
     for task in settings.tasks:
         path = settings.out / model.name / f"{task}.jsonl"
-        if settings.fresh or not path.is_file():
+        if not path.is_file():
             return False
         with Store(path, None) as store:
             asked = load(task, settings.data[task], settings.limit)
