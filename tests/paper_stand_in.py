@@ -22,10 +22,11 @@ from stub_server import Request, StubServer
 
 from della.demo import TRIO
 from della.evaluate.settings import Settings
-from della.paper.full import FullOptions, run_full
+from della.paper.full import FullOptions, plan_full, run_full
 from della.paper.full_data import GSM8K_VALIDATION
-from della.paper.full_grid import Grid
 from della.paper.full_models import BASE_OF, MODELS
+from della.paper.full_options import full_options
+from della.paper.full_plan import plan_text
 
 HIDDEN, WIDE, VOCABULARY = 32, 64, 512  # the vocabulary is the demo's
 CONFIG: dict[str, Any] = {
@@ -145,17 +146,15 @@ def make_alpaca(folder: Path) -> str:
     return str(path)
 
 
-def make_options(place: Path, judge_url: str, grid: Grid, **more: Any) -> FullOptions:
+def make_options(place: Path, judge_url: str, **more: Any) -> FullOptions:
     """The options of a run in ``place``/out, and everything it needs beside it."""
     make_models(place / "models")
     scoring = Settings(
-        tasks=(), out=place, backend="numpy", max_tokens=8, limit=COUNT, batch=16, judge="judge",
+        tasks=(), out=place / "out", backend="numpy", max_tokens=8, limit=COUNT, batch=16, judge="judge",
         judge_url=judge_url, annotator="stand_in", alpaca_command=make_alpaca(place / "bin"),
     )  # fmt: skip
-    return FullOptions(
-        out=place / "out", scoring=scoring, grid=grid, models_dir=place / "models",
-        data=make_data(place / "data"), threads=1, **more,
-    )  # fmt: skip
+    data = [f"{name}={path}" for name, path in make_data(place / "data").items()]
+    return full_options(scoring, models_dir=place / "models", data=data, threads=1, **more)
 
 
 def main() -> None:
@@ -164,9 +163,10 @@ def main() -> None:
     parser.add_argument("out", nargs="?", type=Path, default=Path("paper-stand-in"), metavar="OUT")
     place = parser.parse_args().out
     began = time.monotonic()
-    grid = Grid(drop_rates=(0.5,), lambdas=(1.0,), pruned=(0.5,), seeds=1)
     with StubServer(judge) as server:
-        run_full(make_options(place, server.url, grid), lambda line: print(line, flush=True))
+        options = make_options(place, server.url, drop_rates="0.5", lambdas="1", pruned="0.5", seeds=1)
+        print(plan_text(plan_full(options)), flush=True)
+        run_full(options, lambda line: print(line, flush=True))
         print(f"\n{(place / 'out/tables.md').read_text()}")
         print(
             f"{len(server.requests)} calls of the judge, {time.monotonic() - began:.0f} s; all is in {place}"

@@ -19,16 +19,19 @@ from stub_server import Reply, Request, Status, StubServer
 
 import della
 from della.errors import EvaluationError
+from della.evaluate.settings import Settings
 from della.paper import full_data
 from della.paper.full import FullOptions, plan_full, run_full
 from della.paper.full_grid import MERGES, METHODS, Grid
+from della.paper.full_options import full_options
 from della.paper.full_published import published
 from della.paper.full_report import tables
 
 pytest.importorskip("openai", reason="the judge is spoken to by the package openai")
 pytest.importorskip("tokenizers", reason="the stand-ins answer by the demo's tokenizer")
 
-TWO = Grid(tables=(2,), drop_rates=(0.3, 0.7), seeds=2)
+TWO: dict[str, Any] = {"tables": "2", "drop_rates": "0.3,0.7", "seeds": 2}
+SIX: dict[str, Any] = {"tables": "6", "pruned": "0.5", "seeds": 1}
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +76,7 @@ def never(*_: object, **__: object) -> None:
 def test_what_is_chosen_on_validation_is_reported_on_test(
     tmp_path: Path, server: StubServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = make_options(tmp_path, server.url, TWO)
+    options = make_options(tmp_path, server.url, **TWO)
     results, told = run(options)
     out = options.out
     assert [row["label"] for row in results["rows"]] == ["without rescale", "with rescale"]
@@ -116,7 +119,7 @@ def test_what_is_chosen_on_validation_is_reported_on_test(
 def test_answers_outlive_a_judge_that_fails(
     tmp_path: Path, server: StubServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = make_options(tmp_path, server.url, Grid(tables=(6,), pruned=(0.5,), seeds=1), keep_merges=True)
+    options = make_options(tmp_path, server.url, **SIX, keep_merges=True)
     rule = server.rule
     assert isinstance(rule, Judge)
     rule.rule = lambda request: Status(400, "no credit")
@@ -141,7 +144,7 @@ def test_answers_outlive_a_judge_that_fails(
 def test_a_run_that_is_killed_goes_on_where_it_was(tmp_path: Path, server: StubServer) -> None:
     program = (
         "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; import test_paper_full as t;"
-        "t.run_full(t.make_options(Path(sys.argv[2]), sys.argv[3], t.TWO), lambda line: None)"
+        "t.run_full(t.make_options(Path(sys.argv[2]), sys.argv[3], **t.TWO), lambda line: None)"
     )
     command = [sys.executable, "-c", program, str(Path(__file__).parent), str(tmp_path / "a"), server.url]
     answers = tmp_path / "a/out/answers/validation"
@@ -154,7 +157,7 @@ def test_a_run_that_is_killed_goes_on_where_it_was(tmp_path: Path, server: StubS
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     kept = {path: path.read_bytes() for path in answers.glob("*/*.jsonl")}
-    killed, whole = (run(make_options(tmp_path / name, server.url, TWO))[0] for name in "ab")
+    killed, whole = (run(make_options(tmp_path / name, server.url, **TWO))[0] for name in "ab")
     assert killed == whole
     for path, content in kept.items():
         if path.name in ("gsm8k.jsonl", "mbpp.jsonl"):
@@ -164,7 +167,7 @@ def test_a_run_that_is_killed_goes_on_where_it_was(tmp_path: Path, server: StubS
 
 
 def test_the_other_expert_of_table_3_has_a_base_of_its_own(tmp_path: Path, server: StubServer) -> None:
-    options = make_options(tmp_path, server.url, Grid(tables=(3,), pruned=(0.9,), seeds=1))
+    options = make_options(tmp_path, server.url, tables="3", pruned="0.9", seeds=1)
     results, _ = run(options)
     labels = [f"{name} {how} rescale" for name in ("DARE", "DELLA") for how in ("without", "with")]
     assert [row["label"] for row in results["rows"]] == labels
@@ -174,7 +177,7 @@ def test_the_other_expert_of_table_3_has_a_base_of_its_own(tmp_path: Path, serve
 
 
 def test_what_is_missing_is_told_before_the_first_merge(tmp_path: Path, server: StubServer) -> None:
-    options = make_options(tmp_path, server.url, TWO)
+    options = make_options(tmp_path, server.url, **TWO)
     lacking = replace(options, data={"mbpp": options.data["mbpp"]})
     with pytest.raises(EvaluationError) as raised:
         run(lacking)
@@ -186,7 +189,7 @@ def test_what_is_missing_is_told_before_the_first_merge(tmp_path: Path, server: 
 
 
 def test_answers_of_other_settings_are_not_mixed(tmp_path: Path, server: StubServer) -> None:
-    options = make_options(tmp_path, server.url, Grid(tables=(6,), pruned=(0.5,), seeds=1))
+    options = make_options(tmp_path, server.url, **SIX)
     run(options)
     other = replace(options, scoring=replace(options.scoring, prompt="published"))
     with pytest.raises(EvaluationError) as raised:
@@ -199,7 +202,7 @@ def test_answers_of_other_settings_are_not_mixed(tmp_path: Path, server: StubSer
 
 
 def test_the_plan_writes_nothing(tmp_path: Path, server: StubServer) -> None:
-    options = make_options(tmp_path, server.url, TWO)
+    options = make_options(tmp_path, server.url, **TWO)
     before = files(tmp_path)
     plan = plan_full(options)
     assert plan["merges"] == {"validation": 4, "test": 4}
@@ -248,3 +251,29 @@ def test_the_papers_averages_are_those_of_its_columns_but_one() -> None:
     }
     gains = [mean["DELLA"] - mean[label] for label in ("TA", "TIES", "DARE")]
     assert gains == pytest.approx([11.15, 3.6, 1.2]), "the headline"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"tables": "1;3"}, "--tables 1;3: expected numbers with commas between them"),
+        ({"tables": "8"}, "tables (8,): expected some of 1 to 7"),
+        ({"judge_price": "30"}, "--judge-price 30: expected READ,WRITTEN, such as 30,60"),
+        ({"tokens_per_second": 0.0}, "--tokens-per-second 0: expected a number above 0"),
+        ({"models": ["lm"]}, "--models lm: expected ROLE=MODEL"),
+        ({"data": ["mbpp="]}, "--data mbpp=: expected NAME=FILE"),
+    ],
+)
+def test_options_that_cannot_be_are_told(wrong: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(EvaluationError) as raised:
+        full_options(Settings(tasks=(), out=tmp_path), **wrong)
+    assert str(raised.value) == message
+
+
+def test_options_are_the_papers_where_nothing_is_said(tmp_path: Path) -> None:
+    options = full_options(
+        Settings(tasks=(), out=tmp_path), tables="1,3,1", lambdas="1", window=0.2, models=["lm=a=b"],
+        judge_price="30,60",
+    )  # fmt: skip
+    assert options.grid == Grid(tables=(1, 3), lambdas=(1.0,), window=0.2)
+    assert (options.out, options.models, options.rates.judge_price) == (tmp_path, {"lm": "a=b"}, (30.0, 60.0))

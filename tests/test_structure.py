@@ -48,7 +48,7 @@ ORDER = (
     *("evaluate.backends", "evaluate.numpy_backend", "evaluate.hf", "evaluate.server"),
     *("evaluate.vllm_server", "evaluate.settings", "evaluate.scoring", "evaluate.evaluation"),
     *("paper.full_models", "paper.full_grid", "paper.full_plan", "paper.full_data", "paper.full_published"),
-    *("paper.full_report", "paper.full"),
+    *("paper.full_report", "paper.full", "paper.full_options"),
     *("speaker", "cli_evaluate", "cli"),
 )
 # Where a library may be imported; nowhere if it is not said.
