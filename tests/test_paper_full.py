@@ -178,6 +178,26 @@ def test_the_other_expert_of_table_3_has_a_base_of_its_own(tmp_path: Path, serve
     assert "codellama/CodeLlama-13b-Python-hf" in recipe
 
 
+def test_wanda_ranks_by_norms_of_calibration_texts(tmp_path: Path, server: StubServer) -> None:
+    options = make_options(
+        tmp_path, server.url, tables="5", drop_rates="0.5", lambdas="1", seeds=1, keep_merges=True
+    )
+    results, _ = run(options)
+    assert len(results["rows"]) == 3 + 4 * 3
+    out = options.out
+    assert sorted(path.name for path in (out / "norms").iterdir()) == [
+        "WizardLM-13B-V1.2.safetensors", "WizardMath-13B-V1.0.safetensors",
+        "llama-2-13b-code-alpaca.safetensors",
+    ]  # fmt: skip
+    recipe = (out / "recipes/math+code-della-l1-p0.5-w0.14-importance_wanda-s42.yml").read_text()
+    assert f'input_norms: "{out}/norms/WizardMath-13B-V1.0.safetensors"' in recipe
+    merged = [
+        (out / f"merges/math+code-della-l1-p0.5-w0.14{kind}-s42/model.safetensors").read_bytes()
+        for kind in ("", "-importance_wanda")
+    ]
+    assert merged[0] != merged[1]
+
+
 def test_what_is_missing_is_told_before_the_first_merge(tmp_path: Path, server: StubServer) -> None:
     options = make_options(tmp_path, server.url, **TWO)
     lacking = replace(options, data={"mbpp": options.data["mbpp"]})
@@ -230,9 +250,13 @@ def test_the_splits_share_no_problem(tmp_path: Path) -> None:
     assert said["validation"] == [f"Name {n} things." for n in range(0, 40, 8)]
     assert len(said["test"]) == 35
     assert not set(said["test"]) & set(said["validation"])
-    texts = full_data.calibration(data, "code")
-    assert texts[0] == "Write a function to add 601.\ndef f(x):\n    return x + 601"
-    assert len(full_data.calibration(data, "math")) == 16, "without what is chosen on"
+    texts = [
+        full_data.calibration(data, role, tmp_path).read_text().splitlines()
+        for role in ("code", "math", "lm")
+    ]
+    assert json.loads(texts[0][0]) == {"text": "Write a function to add 601.\ndef f(x):\n    return x + 601"}
+    assert len(texts[1]) == 16, "without what is chosen on"
+    assert json.loads(texts[2][0]) == {"text": "The 0 foxes went to the park with a kite."}
 
 
 def test_the_papers_averages_are_those_of_its_columns_but_one() -> None:

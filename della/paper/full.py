@@ -201,8 +201,11 @@ class _Run:
 
         path = self._out / "norms" / f"{Path(self._models[role]).name}.safetensors"
         if not path.is_file():
-            self._tell(f"{self._models[role]}: collecting the norms of its inputs for WANDA")
-            calibrate(self._models[role], full_data.calibration(self._options.data, role), path)
+            self._tell(f"{self._models[role]}: collecting the norms of its inputs, for WANDA")
+            texts = full_data.calibration(self._options.data, role, self._out / "data")
+            backend = "numpy" if self._options.scoring.backend == "numpy" else "hf"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            calibrate(self._models[role], texts, path, backend=backend)
         return str(path.absolute())
 
 

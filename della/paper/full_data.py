@@ -37,9 +37,9 @@ def split(data: Mapping[str, Path], tasks: Iterable[str], out: Path) -> dict[str
     return found
 
 
-def calibration(data: Mapping[str, Path], role: str) -> list[str]:
-    """The paper's calibration texts of an expert: 128 samples of GSM8K (math), of MBPP's training split
-    (code), of C4 in the paper and of the file ``text``, a text a line, here (lm).
+def calibration(data: Mapping[str, Path], role: str, out: Path) -> Path:
+    """A file of an expert's calibration texts, as the paper has them: 128 samples of GSM8K (math) and of
+    MBPP's training split (code); for lm the paper takes C4, and we the lines of the file ``text``.
     """
     name = {"math": "gsm8k_train", "code": "mbpp", "lm": "text"}[role]
     _need(data, name)
@@ -53,7 +53,7 @@ def calibration(data: Mapping[str, Path], role: str) -> list[str]:
         texts = [f"{r.get('text')}\n{r.get('code')}" for r in training]
     if not texts:
         raise EvaluationError(f"{data[name]}: nothing in it to calibrate {role} with; {FIX}")
-    return texts[:CALIBRATION]
+    return _write(out / f"calibration-{role}.jsonl", [{"text": text} for text in texts[:CALIBRATION]])
 
 
 def _check(data: Mapping[str, Path], tasks: Iterable[str]) -> None:
