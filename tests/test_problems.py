@@ -56,61 +56,66 @@ def test_alpaca_eval_is_an_array_or_lines_and_the_reference_may_lack(tmp_path: P
 
 
 FIX = "; correct the file, or take the published one"
-BAD: dict[str, tuple[str, bytes, str]] = {
-    "no JSON": ("gsm8k", b"{}x\n", "FILE:1: invalid JSON: Extra data: line 1 column 3 (char 2)" + FIX),
+BAD: dict[str, tuple[str, bytes, str, str]] = {
+    "no JSON": ("gsm8k", b"{}x\n", ":1", "invalid JSON: Extra data: line 1 column 3 (char 2)"),
     "a key twice": (
-        "gsm8k", b'{"question": "a", "question": "b"}', "FILE:1: invalid JSON: the key 'question' stands twice" + FIX,
+        "gsm8k", b'{"question": "a", "question": "b"}', ":1",
+        "invalid JSON: the key 'question' stands twice",
     ),
     "not UTF-8": (
         "gsm8k", b'{"question": "\xff"}',
-        "FILE:1: text is not UTF-8 ('utf-8' codec can't decode byte 0xff in position 14: invalid start byte)" + FIX,
+        ":1", "text is not UTF-8 ('utf-8' codec can't decode byte 0xff in position 14: invalid start byte)",
     ),
-    "nested": ("gsm8k", b'{"question": ' + b"[" * 200_000, "FILE:1: JSON is nested too deeply" + FIX),
-    "a number": ("gsm8k", b"7", "FILE:1: expected a JSON object, found 7" + FIX),
-    "no question": ("gsm8k", b'{"answer": "#### 5"}', "FILE:1: expected a text as 'question', found none" + FIX),
+    "nested": ("gsm8k", b'{"question": ' + b"[" * 200_000, ":1", "JSON is nested too deeply"),
+    "a number": ("gsm8k", b"7", ":1", "expected a JSON object, found 7"),
+    "no question": ("gsm8k", b'{"answer": "#### 5"}', ":1", "expected a text as 'question', found none"),
     "empty question": (
-        "gsm8k", b'{"question": " ", "answer": "#### 5"}', "FILE:1: expected a text as 'question', found \" \"" + FIX,
+        "gsm8k", b'{"question": " ", "answer": "#### 5"}', ":1",
+        "expected a text as 'question', found \" \"",
     ),
     "no number at the end": (
         "gsm8k", b'\n{"question": "a", "answer": "five"}',
-        "FILE:2: expected an 'answer' that ends in '#### ' and a number, found \"five\"" + FIX,
+        ":2", "expected an 'answer' that ends in '#### ' and a number, found \"five\"",
     ),
     "an id that is true": (
-        "mbpp", json.dumps(ADD | {"task_id": True}).encode(), "FILE:1: expected a number as 'task_id', found true" + FIX,
+        "mbpp", json.dumps(ADD | {"task_id": True}).encode(), ":1",
+        "expected a number as 'task_id', found true",
     ),
     "an id twice": (
-        "mbpp", b"\n".join([json.dumps(ADD).encode()] * 2), "FILE:2: the problem 11 stands twice" + FIX,
+        "mbpp", b"\n".join([json.dumps(ADD).encode()] * 2), ":2", "the problem 11 stands twice",
     ),
     "the sanitized file": (
         "mbpp", json.dumps([{**{k: v for k, v in ADD.items() if k != "text"}, "prompt": "Add."}]).encode(),
-        "FILE: item 1: expected a text as 'text', found none" + FIX,
+        ": item 1", "expected a text as 'text', found none",
     ),
     "tests that are no texts": (
         "mbpp", json.dumps(ADD | {"test_list": [1]}).encode(),
-        "FILE:1: expected a list of asserts as 'test_list', found [1]" + FIX,
+        ":1", "expected a list of asserts as 'test_list', found [1]",
     ),
     "no tests": (
         "mbpp", json.dumps(ADD | {"test_list": []}).encode(),
-        "FILE:1: expected a list of asserts as 'test_list', found []" + FIX,
+        ":1", "expected a list of asserts as 'test_list', found []",
     ),
     "another split": (
-        "mbpp", json.dumps(ADD | {"task_id": 601}).encode(), "FILE: no test problem of mbpp in it" + FIX,
+        "mbpp", json.dumps(ADD | {"task_id": 601}).encode(), "", "no test problem of mbpp in it",
     ),
     "an output that is no text": (
         "alpaca_eval", b'[{"instruction": "a"}, {"instruction": "b", "output": 1}]',
-        "FILE: item 2: expected a text as 'output', found 1" + FIX,
+        ": item 2", "expected a text as 'output', found 1",
     ),
-    "nothing": ("alpaca_eval", b"[]", "FILE: no test problem of alpaca_eval in it" + FIX),
+    "nothing": ("alpaca_eval", b"[]", "", "no test problem of alpaca_eval in it"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("task", "raw", "message"), BAD.values(), ids=BAD)
-def test_what_is_wrong_is_told_with_file_and_line(tmp_path: Path, task: str, raw: bytes, message: str) -> None:
+@pytest.mark.parametrize(("task", "raw", "where", "what"), BAD.values(), ids=BAD)
+def test_what_is_wrong_is_told_with_file_and_line(
+    tmp_path: Path, task: str, raw: bytes, where: str, what: str
+) -> None:
     file = tmp_path / "problems"
     file.write_bytes(raw)
     with pytest.raises(EvaluationError) as error:
         load(task, file)
-    assert str(error.value) == message.replace("FILE", str(file))
+    assert str(error.value) == f"{file}{where}: {what}{FIX}"
 
 
 def test_what_is_no_file_is_told(tmp_path: Path) -> None:
@@ -140,7 +145,9 @@ def test_without_a_file_the_hub_is_asked(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(sys.modules, "datasets", hub)
     assert [problem.instruction for problem in load("gsm8k")] == ["2 peas and 3 peas?"]
     assert asked == [("openai/gsm8k", "main", "test")]
-    with pytest.raises(EvaluationError, match=r"^google-research-datasets/mbpp of the Hub: item 1: expected a n"):
+    with pytest.raises(
+        EvaluationError, match=r"^google-research-datasets/mbpp of the Hub: item 1: expected a n"
+    ):
         load("mbpp")
 
     def fail(*_: Any, **__: Any) -> None:
@@ -150,8 +157,8 @@ def test_without_a_file_the_hub_is_asked(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(EvaluationError) as error:
         load("gsm8k")
     assert str(error.value) == (
-        "openai/gsm8k: cannot be fetched from the Hub (ConnectionError: no route); give a local file with --data "
-        "gsm8k=FILE; it is published at https://github.com/openai/grade-school-math "
+        "openai/gsm8k: cannot be fetched from the Hub (ConnectionError: no route); give a local file with "
+        "--data gsm8k=FILE; it is published at https://github.com/openai/grade-school-math "
         "(grade_school_math/data/test.jsonl)"
     )
 
@@ -161,7 +168,7 @@ def test_without_a_file_and_the_package_it_is_said_what_to_give(monkeypatch: pyt
     with pytest.raises(EvaluationError) as error:
         load("mbpp")
     assert str(error.value) == (
-        "mbpp: no file was given, and the package datasets, which would fetch it from the Hub, is not installed "
-        "(pip install 'della[hub]'); give a local file with --data mbpp=FILE; it is published at "
+        "mbpp: no file was given, and the package datasets, which would fetch it from the Hub, is not "
+        "installed (pip install 'della[hub]'); give a local file with --data mbpp=FILE; it is published at "
         "https://github.com/google-research/google-research (mbpp/mbpp.jsonl)"
     )

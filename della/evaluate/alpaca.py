@@ -58,7 +58,7 @@ def write_outputs(
         {"instruction": problem.instruction, "output": answers[problem.id], "generator": generator}
         for problem in problems
     ]
-    path.write_text(json.dumps(rows, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
 def win_rate(
