@@ -296,7 +296,7 @@ def test_alpaca_evals_answers_are_written_for_the_package(tmp_path: Path) -> Non
     with pytest.raises(EvaluationError) as error:
         evaluate(["m"], Settings(**{**as_dict(settings), "annotator": "alpaca_eval_gpt4"}))
     assert str(error.value) == (
-        "alpaca_eval: 1 of 2 instructions have no reference 'output' to compare with, such as number 1; take "
+        "alpaca_eval: 1 of 2 instructions have no reference 'output', such as number 1; take "
         "a file that has them, or leave out --annotator"
     )
 

@@ -261,7 +261,7 @@ class _Run:
         lacking = [problem.id for problem in asked if not problem.reference]
         if lacking:
             raise EvaluationError(
-                f"alpaca_eval: {len(lacking)} of {len(asked)} instructions have no reference 'output' to compare with, "
+                f"alpaca_eval: {len(lacking)} of {len(asked)} instructions have no reference 'output', "
                 f"such as number {lacking[0]}; take a file that has them, or leave out --annotator"
             )
 
