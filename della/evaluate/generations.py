@@ -28,15 +28,15 @@ Record = dict[str, Any]
 class Store:
     """The answers in one file, by id; several threads may add to it.
 
-    settings: everything that the answers depend on, as JSON.  A file of other settings is refused, unless it
-    is begun anew (``fresh``).  ``records`` are the finished ones, each with its "id".
-    Raises EvaluationError, and OutputError where the disk refuses.
+    settings: everything that the answers depend on, as JSON; None takes a file as it is.  A file of other
+    settings is refused, unless it is begun anew (``fresh``).  ``records`` are the
+    finished ones, each with its "id".  Raises EvaluationError, and OutputError where the disk refuses.
     """
 
-    def __init__(self, path: Path, settings: Mapping[str, Any], *, fresh: bool = False) -> None:
+    def __init__(self, path: Path, settings: Mapping[str, Any] | None, *, fresh: bool = False) -> None:
         self.path = path
         self.records: dict[str, Record] = {}
-        self._settings: Record = json.loads(json.dumps(settings))
+        self._settings: Record | None = json.loads(json.dumps(settings))
         self._adding = threading.Lock()
         self._end = 0
         with disk.explained(path):
@@ -139,11 +139,12 @@ class Store:
         ):  # fmt: skip
             raise foreign
         stored = header.get("settings")
-        if stored == self._settings:
+        now = self._settings
+        if now is None or stored == now:
             return
         stored = stored if isinstance(stored, dict) else {}
-        keys = [k for k in {**stored, **self._settings} if stored.get(k) != self._settings.get(k)]
-        told = "; ".join(f"{k} {_shown(stored.get(k))}, now {_shown(self._settings.get(k))}" for k in keys)
+        keys = [k for k in {**stored, **now} if stored.get(k) != now.get(k)]
+        told = "; ".join(f"{k} {_shown(stored.get(k))}, now {_shown(now.get(k))}" for k in keys)
         raise EvaluationError(
             f"{self.path}: its answers are of other settings: {told}; choose another --out, or begin anew "
             "with --fresh"
