@@ -62,7 +62,7 @@ class Slow:
     """Another reply, late by some seconds."""
 
     seconds: float
-    reply: str = ""
+    reply: str | Status = ""
 
 
 class Hangup:
@@ -153,7 +153,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _reply(self, request: Request, reply: Reply) -> None:
         if isinstance(reply, Slow):
             time.sleep(reply.seconds)
-            reply = reply.reply
+            return self._reply(request, reply.reply)
         if isinstance(reply, Hangup):
             self.close_connection = True
         elif isinstance(reply, Status):

@@ -147,7 +147,7 @@ def test_a_command_that_fails(
     command = stand_in(tmp_path, "sys.exit('no\\nbad key ' + os.environ['OPENAI_API_KEY'])")
     assert refused(files, tmp_path, command) == (
         f"{command}: failed with exit code 1 (bad key ***); see {tmp_path}/out/alpaca_eval.log, then run "
-        "again: what the judge has said is kept"
+        "again: most of what the judge has said is kept"
     )
 
 

@@ -65,7 +65,8 @@ def test_damage_before_a_good_line_is_told(file: Path) -> None:
     with pytest.raises(EvaluationError) as error:
         Store(file, SETTINGS)
     assert str(error.value) == (
-        f"{file}:2: expected a JSON object with a text as 'id'; delete this line, and its answer is asked for again"
+        f"{file}:2: expected a JSON object with a text as 'id'; delete this line, and its answer is "
+        "asked for again"
     )
     assert file.read_text(encoding="utf-8") == HEADER + "{}\n" + LINES
     file.write_text(HEADER + LINES + LINES, encoding="utf-8")
@@ -77,8 +78,8 @@ def test_other_settings_are_refused_by_name_unless_it_is_begun_anew(file: Path) 
     with pytest.raises(EvaluationError) as error:
         Store(file, {"model": "n", "stops": ["a", "b"], "limit": None, "seed": 1})
     assert str(error.value) == (
-        f'{file}: its answers are of other settings: model "m", now "n"; seed null, now 1; choose another --out, '
-        "or begin anew with --fresh"
+        f'{file}: its answers are of other settings: model "m", now "n"; seed null, now 1; choose another '
+        "--out, or begin anew with --fresh"
     )
     assert file.read_text(encoding="utf-8") == HEADER + LINES
     with Store(file, {"model": "n"}, fresh=True) as store:
@@ -107,7 +108,10 @@ def test_no_file_at_all_is_told(tmp_path: Path) -> None:
 
 
 def test_one_evaluation_at_a_time(file: Path) -> None:
-    program = f"from della.evaluate.generations import Store; from pathlib import Path; Store(Path({str(file)!r}), None)"
+    program = (
+        "from della.evaluate.generations import Store; from pathlib import Path; "
+        f"Store(Path({str(file)!r}), None)"
+    )
     command = [sys.executable, "-c", program]
     with Store(file, SETTINGS):
         second = subprocess.run(command, capture_output=True, text=True, check=False)

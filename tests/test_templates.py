@@ -11,10 +11,13 @@ from della.evaluate.templates import Prompt, check_template, cut, program_in, pr
 MATH = Problem("3", "gsm8k", "Two and three?", "#### 5")
 CODE = Problem("11", "mbpp", "Write a function.", "", ("assert f(1) == 1", "assert f(2) ==    2"))
 CHAT = Problem("0", "alpaca_eval", "Say {hello}.", "")
-ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+ALPACA = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request."
+)
 VICUNA = (
-    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
-    "and polite answers to the user's questions. USER: "
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+    "detailed, and polite answers to the user's questions. USER: "
 )
 
 

@@ -58,7 +58,7 @@ def write_outputs(
         {"instruction": problem.instruction, "output": answers[problem.id], "generator": generator}
         for problem in problems
     ]
-    path.write_text(json.dumps(rows, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
 def win_rate(
@@ -152,10 +152,10 @@ def _run(command: Sequence[str], environment: Mapping[str, str], log: Path) -> N
             ) from error
     if ended.returncode:
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no word"]
-        last = without_key(lines[-1][:300], environment["OPENAI_API_KEY"])
+        last = without_key(lines[-1], environment["OPENAI_API_KEY"])[:300]
         raise EvaluationError(
             f"{command[0]}: failed with exit code {ended.returncode} ({last}); see {log}, then run again: "
-            "what the judge has said is kept"
+            "most of what the judge has said is kept"
         )
 
 

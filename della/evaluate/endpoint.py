@@ -90,7 +90,7 @@ class Endpoint:
             except openai.APIStatusError as error:
                 if error.code == "content_filter":  # of a server that will not show its model this prompt
                     return ""
-                raise self._refused(error.status_code, error.message) from error
+                raise self._refused(error) from error
             except openai.APITimeoutError as error:
                 raise self._failed(
                     f"no answer within {self._timeout:g} s",
@@ -107,10 +107,12 @@ class Endpoint:
             "HTTP 200 without an answer in it", "is it a server that speaks the OpenAI protocol?"
         )
 
-    def _refused(self, status: int, message: str) -> EvaluationError:
+    def _refused(self, error: Any) -> EvaluationError:
+        """In the server's own words, where it has some."""
+        status = error.status_code
+        said = error.body.get("message") if isinstance(error.body, dict) else None
         advice = _ADVICE.get(status, _SERVER_ADVICE if status >= 500 else _ADVICE[400])
-        message = message.removeprefix(f"Error code: {status} - ")
-        return self._failed(f"HTTP {status}: {message}", advice.format(key_env=self._key_env))
+        return self._failed(f"HTTP {status}: {said or error.message}", advice.format(key_env=self._key_env))
 
     def _failed(self, what: str, advice: str) -> EvaluationError:
         what = without_key(what, self._key)

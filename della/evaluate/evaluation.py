@@ -6,6 +6,7 @@ Answers and scores are apart: answers are asked for once, scores are computed fr
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -256,11 +257,12 @@ class _Run:
         return Scored(tuple(scores), {key: {"preference": value} for key, value in items.items()})
 
     def _check_references(self) -> None:
-        lacking = [p.id for p in self._problems["alpaca_eval"] if not p.reference]
+        asked = self._problems["alpaca_eval"]
+        lacking = [problem.id for problem in asked if not problem.reference]
         if lacking:
             raise EvaluationError(
-                f"alpaca_eval: {len(lacking)} instructions have no reference 'output' to compare with, such "
-                f"as number {lacking[0]}; take a file that has them, or leave out --annotator"
+                f"alpaca_eval: {len(lacking)} of {len(asked)} instructions have no reference 'output', "
+                f"such as number {lacking[0]}; take a file that has them, or leave out --annotator"
             )
 
 
@@ -323,7 +325,9 @@ def _numbers(interval: Interval) -> dict[str, float]:
 
 
 def _share(percent: Interval) -> Interval:
-    return Interval(percent.value / 100, percent.low / 100, percent.high / 100)
+    """Of a single item alpaca_eval knows no error: nothing is known then but the whole range."""
+    low, high = (0.0, 100.0) if math.isnan(percent.low + percent.high) else (percent.low, percent.high)
+    return Interval(percent.value / 100, low / 100, high / 100)
 
 
 def _write(path: Path, text: str) -> None:
