@@ -7,7 +7,7 @@ arXiv 2306.11695).  `della calibrate` makes it.  A weight without an entry is ra
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -66,13 +66,3 @@ def checked(stored: Array, where: str) -> Array:
             f"{'are' if bad.size > 1 else 'is'} not (feature {bad[0]}: {norms[bad[0]]}); calibrate again"
         )
     return norms
-
-
-def as_written(norms: Mapping[str, Array]) -> bytes:
-    """A file of norms (float32), the same bytes for the same norms."""
-    from della.checkpoint.header import build_header
-    from della.dtypes import DTYPES
-
-    ordered = sorted(norms)
-    header, _ = build_header([(name, DTYPES["F32"], norms[name].shape) for name in ordered])
-    return header + b"".join(norms[name].astype("<f4").tobytes() for name in ordered)

@@ -47,21 +47,22 @@ ORDER = (
     *(f"evaluate.{name}" for name in ("endpoint", "gsm8k", "judge", "alpaca")),
     *(f"evaluate.{name}" for name in ("backends", "numpy_backend", "hf", "server", "vllm_server")),
     *(f"evaluate.{name}" for name in ("settings", "scoring", "evaluation")),
+    "evaluate.calibration",
     *("paper.full_models", "paper.full_grid", "paper.full_plan", "paper.full_data", "paper.full_published"),
     *("paper.full_report", "paper.full", "paper.full_options"),
-    *("speaker", "cli_evaluate", "cli"),
+    *("speaker", "cli_calibrate", "cli_evaluate", "cli"),
 )
 # Where a library may be imported; nowhere if it is not said.
 FENCES = {
     "yaml": ["recipe_yaml"],
     "huggingface_hub": ["checkpoint.source"],
     "numba": ["merging.kernel"],
-    "typer": ["cli", "cli_evaluate"],
+    "typer": ["cli", "cli_calibrate", "cli_evaluate"],
     "rich": ["speaker"],
     "openai": ["evaluate.endpoint"],
     "tokenizers": ["demo.score"],
-    "torch": ["checkpoint.pickles", "evaluate.hf"],
-    "transformers": ["evaluate.hf"],
+    "torch": ["checkpoint.pickles", "evaluate.calibration", "evaluate.hf"],
+    "transformers": ["evaluate.calibration", "evaluate.hf"],
     "datasets": ["evaluate.problems"],
     "safetensors": [],
 }
