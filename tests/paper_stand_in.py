@@ -168,9 +168,7 @@ def main() -> None:
         print(plan_text(plan_full(options)), flush=True)
         run_full(options, lambda line: print(line, flush=True))
         print(f"\n{(place / 'out/tables.md').read_text()}")
-        print(
-            f"{len(server.requests)} calls of the judge, {time.monotonic() - began:.0f} s; all is in {place}"
-        )
+        print(f"{len(server.requests)} calls of the judge, {time.monotonic() - began:.0f} s; see {place}/out")
 
 
 if __name__ == "__main__":

@@ -48,8 +48,8 @@ ORDER = (
     *(f"evaluate.{name}" for name in ("backends", "numpy_backend", "hf", "server", "vllm_server")),
     *(f"evaluate.{name}" for name in ("settings", "scoring", "evaluation")),
     "evaluate.calibration",
-    *("paper.full_models", "paper.full_grid", "paper.full_plan", "paper.full_data", "paper.full_published"),
-    *("paper.full_report", "paper.full", "paper.full_options"),
+    *(f"paper.{name}" for name in ("published", "tables", "plots", "page", "results")),
+    *(f"paper.full{part}" for part in ("_models", "_grid", "_plan", "_data", "_report", "", "_options")),
     *("speaker", "cli_calibrate", "cli_evaluate", "cli"),
 )
 # Where a library may be imported; nowhere if it is not said.
@@ -65,6 +65,7 @@ FENCES = {
     "transformers": ["evaluate.calibration", "evaluate.hf"],
     "datasets": ["evaluate.problems"],
     "safetensors": [],
+    "vl_convert": ["paper.plots"],
 }
 # Who may start another process: the environments of alpaca_eval and vLLM are not ours.
 PROCESSES = {"evaluate.alpaca": {"subprocess"}, "evaluate.vllm_server": {"subprocess"}}

@@ -1,1 +1,1 @@
-"""The paper's experiment: in miniature, on a 135 M parameter model, and at full size."""
+"""The paper's experiment, repeated: in miniature, on a small real model, at full size."""

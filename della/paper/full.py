@@ -6,13 +6,14 @@ finished is kept under ``out`` and used by the next run:
     inputs/ copies of models that cannot be merged as they are     data/ the problems of both splits
     norms/ input norms for WANDA                                   recipes/ every recipe that was merged
     merges/ the merge at hand                                      answers/SPLIT/CELL/ answers and verdicts
-    scores/SPLIT/CELL.json                                         results.json, tables.md
+    scores/SPLIT/CELL.json                                         results.json, tables.md, index.html
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,7 +32,8 @@ from della.paper import full_data
 from della.paper.full_grid import Cell, Grid, Row, rows
 from della.paper.full_models import prepare, references
 from della.paper.full_plan import Rates, plan_json
-from della.paper.full_report import Scores, report, tables
+from della.paper.full_report import Scores, numbers, report
+from della.paper.results import head, interval, write
 
 # What is reported of a task: the first of these scores that there is.
 REPORTED = {"gsm8k": ("judge", "flexible"), "mbpp": ("pass@1",), "alpaca_eval": ("win_rate",)}
@@ -44,6 +46,7 @@ class FullOptions:
     models: references by role, of base, lm, math, code, coder and coder_base; the others are folders of
     ``models_dir`` or ids on the Hub.  data: files by name (`full_data.FILES`).  scoring: how answers are made
     and judged; its tasks, folder, data and whether to begin anew are of no account.  threads: of a merge.
+    command: what makes the results again, for the results.
     """
 
     out: Path
@@ -56,6 +59,7 @@ class FullOptions:
     keep_merges: bool = False
     threads: int | None = None
     rates: Rates = field(default_factory=Rates)
+    command: str = "della paper --scale 13b"
 
 
 def plan_full(options: FullOptions) -> dict[str, Any]:
@@ -69,12 +73,12 @@ def plan_full(options: FullOptions) -> dict[str, Any]:
 def run_full(
     options: FullOptions, tell: Callable[[str], None], progress: Callable[[Progress], None] | None = None
 ) -> dict[str, Any]:
-    """Run the experiment, or go on with it, and write results.json and tables.md; the results.
+    """Run the experiment, or go on with it, and write its report (`results.write`); returns its results.json.
 
     tell: takes what is going on, a line at a time.  progress: takes how far a model's answers are.
     Raises DellaError; the same call then goes on.
     """
-    wanted = rows(options.grid)
+    began, wanted = time.monotonic(), rows(options.grid)
     run = _Run(options, wanted, tell, progress)
     found = []
     for number, row in enumerate(wanted, 1):
@@ -82,9 +86,9 @@ def run_full(
         tell(f"[{number}/{len(wanted)}] table {row.table}, {row.models}, {row.label}: {chosen.name}")
         scores = [run.score(cell, "test", row.tasks) for cell in row.reported(chosen)]
         found.append((row, chosen, scores))
-    results = report(found, options.scoring.seed)
-    _write(options.out / "results.json", json.dumps(results, indent=1) + "\n")
-    _write(options.out / "tables.md", tables(results))
+    seed, seconds = options.scoring.seed, time.monotonic() - began
+    results = head("13b", options.command, seed, seconds) | numbers(found, seed)
+    write(options.out, results, report(results))
     return results
 
 
@@ -126,7 +130,7 @@ class _Run:
 
     def _mean(self, cell: Cell, tasks: tuple[str, ...]) -> float:
         scores = self.score(cell, "validation", tasks)
-        values = [scores[task].value for task in tasks if task in scores]
+        values = [scores[task].interval.value for task in tasks if task in scores]
         if not values:
             raise EvaluationError(
                 f"nothing to choose by: {', '.join(tasks)} has no score without a judge; give --annotator"
@@ -238,16 +242,15 @@ def _is_answered(model: Model, settings: Settings) -> bool:
 
 
 def _stored(score: Score) -> dict[str, Any]:
-    interval = score.interval
-    return {
-        "value": interval.value, "low": interval.low, "high": interval.high, "items": dict(score.items),
-    }  # fmt: skip
+    found = score.interval
+    return {"value": found.value, "low": found.low, "high": found.high, "items": dict(score.items)}
 
 
 def _reported(task: str, results: Mapping[str, Any]) -> Scores | None:
     for metric in REPORTED[task]:
         if metric in results.get(task, {}):
-            return Scores(metric, **results[task][metric])
+            found = results[task][metric]
+            return Scores(metric, interval(found), found["items"])
     return None
 
 

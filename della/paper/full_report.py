@@ -1,4 +1,4 @@
-"""Results of the full experiment as JSON and as Markdown tables, beside the paper's numbers."""
+"""The results of the full experiment as JSON and as a report, beside the paper's numbers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from typing import Any
 
 from della.evaluate.statistics import Interval, paired_bootstrap, wilson
 from della.paper.full_grid import Cell, Row
-from della.paper.full_published import COLUMNS, published
+from della.paper.page import Report, Section
+from della.paper.published import COLUMNS, NAMES, published
+from della.paper.results import as_json, interval
+from della.paper.tables import Table, number, with_interval
 
 TITLES = {
     1: "Table 1: Drop, Elect, Fuse",
@@ -19,8 +22,13 @@ TITLES = {
     6: "Table 6: pruning WizardMath alone",
     7: "Table 7: drop rates of DELLA",
 }
-NAMES = {"alpaca_eval": "AlpacaEval", "gsm8k": "GSM8K", "mbpp": "MBPP", "average": "average"}
-COMPARED = {1: "DELLA", 4: "DELLA", 5: "DELLA"}
+COMPARED = (1, 4, 5)  # tables in which DELLA is held against each other row
+INTRODUCTION = (
+    "The experiment of DELLA-Merging (arXiv 2406.11617) with its own models. All numbers are per cent, with "
+    "95 % intervals over the problems; of several seeds they are of the mean over seeds.",
+    "Hyperparameters were chosen on validation problems, which are not among those reported. GSM8K is scored "
+    "by the judge where there was one, else by exact match of the last number.",
+)
 
 
 @dataclass(frozen=True)
@@ -28,17 +36,15 @@ class Scores:
     """A model's score on a task: ``metric``, its value as a share, and what each problem adds to it."""
 
     metric: str
-    value: float
-    low: float
-    high: float
+    interval: Interval
     items: Mapping[str, float]
 
 
 Found = tuple[Row, Cell, Sequence[Mapping[str, Scores]]]
 
 
-def report(found: Sequence[Found], seed: int) -> dict[str, Any]:
-    """Rows of (row, chosen cell, scores by task for each seed) as JSON; all numbers are shares."""
+def numbers(found: Sequence[Found], seed: int) -> dict[str, Any]:
+    """Rows of (row, chosen cell, scores by task for each seed) as JSON; shares, not per cent."""
     return {
         "rows": [_row(row, chosen, scores, seed) for row, chosen, scores in found],
         "differences": list(_differences(found, seed)),
@@ -51,10 +57,9 @@ def _row(row: Row, chosen: Cell, seeds: Sequence[Mapping[str, Scores]], seed: in
     for task in row.tasks:
         scored = [scores[task] for scores in seeds if task in scores]
         if scored:
-            interval = _interval(scored, seed)
             ours[task] = {
-                "metric": scored[0].metric, "value": interval.value, "low": interval.low,
-                "high": interval.high, "seeds": [one.value for one in scored], "items": len(scored[0].items),
+                "metric": scored[0].metric, **as_json(_interval(scored, seed)),
+                "seeds": [one.interval.value for one in scored], "items": len(scored[0].items),
             }  # fmt: skip
     values = {task: one["value"] for task, one in ours.items()}
     if len(values) == len(row.tasks) > 1:
@@ -73,9 +78,9 @@ def _row(row: Row, chosen: Cell, seeds: Sequence[Mapping[str, Scores]], seed: in
 def _interval(scored: Sequence[Scores], seed: int) -> Interval:
     """Of one model its own interval; of several seeds, that of the mean over seeds, over the problems."""
     if len(scored) == 1:
-        return Interval(scored[0].value, scored[0].low, scored[0].high)
+        return scored[0].interval
     means = list(_means(scored).values())
-    if all(mean in (0.0, 1.0) for mean in means):  # the bootstrap would see no spread at all
+    if all(mean in (0.0, 1.0) for mean in means):  # the bootstrap would see no spread where all are equal
         return wilson(round(sum(means)), len(means))
     return paired_bootstrap(means, [0.0] * len(means), seed=seed)
 
@@ -91,77 +96,76 @@ def _means(scored: Sequence[Scores]) -> dict[str, float]:
 
 def _differences(found: Sequence[Found], seed: int) -> Iterator[dict[str, Any]]:
     """DELLA minus each other row of the same table and merge, on the same problems."""
+    della = {(row.table, row.models): seeds for row, _, seeds in found if row.label == "DELLA"}
     for row, _, seeds in found:
-        mine = COMPARED.get(row.table)
-        if mine is None or row.label in (mine, "alone"):
+        if row.table not in COMPARED or row.label in ("DELLA", "alone"):
             continue
-        for other, _, theirs in found:
-            if (other.table, other.models, other.label) != (row.table, row.models, mine):
-                continue
-            for task in row.tasks:
-                a = _means([scores[task] for scores in theirs if task in scores])
-                b = _means([scores[task] for scores in seeds if task in scores])
-                shared = [key for key in a if key in b]
-                if shared:
-                    gap = paired_bootstrap([a[k] for k in shared], [b[k] for k in shared], seed=seed)
-                    yield {
-                        "table": row.table, "models": row.models, "a": mine, "b": row.label, "task": task,
-                        "value": gap.value, "low": gap.low, "high": gap.high, "items": len(shared),
-                        "within_noise": gap.holds_zero,
-                    }  # fmt: skip
+        for task in row.tasks:
+            ours, theirs = (
+                _means([scores[task] for scores in each if task in scores])
+                for each in (della[row.table, row.models], seeds)
+            )
+            shared = [key for key in ours if key in theirs]
+            if shared:
+                gap = paired_bootstrap([ours[k] for k in shared], [theirs[k] for k in shared], seed=seed)
+                yield {
+                    "table": row.table, "models": row.models, "task": task, "against": row.label,
+                    **as_json(gap), "items": len(shared), "within_noise": gap.holds_zero,
+                }  # fmt: skip
 
 
-def tables(results: Mapping[str, Any]) -> str:
-    """Markdown: for each table ours with its interval, the paper's number, and ours minus the paper's."""
-    lines = ["# DELLA at full size", "", "In percent, with 95 % intervals over the problems.", ""]
+def report(results: Mapping[str, Any]) -> Report:
+    """For each table ours with its interval, the paper's number, and ours minus the paper's."""
+    sections = []
     for table, title in TITLES.items():
         rows = [row for row in results["rows"] if row["table"] == table]
+        gaps = [gap for gap in results["differences"] if gap["table"] == table]
         if rows:
-            lines += [f"## {title}", "", *_table(rows), ""]
-    gaps = results["differences"]
-    if gaps:
-        lines += ["## DELLA and the others, on the same problems", ""]
-        lines += ["| table | models | task | against | DELLA minus it | |", "|---|---|---|---|---|---|"]
-        for gap in gaps:
-            noise = "within noise" if gap["within_noise"] else ""
-            value = f"{100 * gap['value']:+.1f} ({100 * gap['low']:+.1f} to {100 * gap['high']:+.1f})"
-            told = [gap["table"], gap["models"], NAMES[gap["task"]], gap["b"], value, noise]
-            lines.append(_line(told))
-    return "\n".join(lines).rstrip() + "\n"
+            shown = [_table(rows), *([_gaps(gaps)] if gaps else [])]
+            sections.append(Section(title, tables=tuple(shown)))
+    return Report("DELLA at full size", INTRODUCTION, tuple(sections))
 
 
-def _table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    columns = [c for c in COLUMNS if any(c in row["scores"] or c in row["paper"] for row in rows)]
+def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    columns = [c for c in COLUMNS if any(c in row["difference"] or c in row["scores"] for row in rows)]
     head = ["models", "", "p", "lambda"]
     for column in columns:
         head += [NAMES[column], "paper", "difference"]
-    yield _line(head)
-    yield "|" + "---|" * len(head)
+    body = []
     for row in rows:
-        cells: list[object] = [row["models"], row["label"], _number(row["chosen"]["p"])]
-        cells.append(_number(row["chosen"]["lambda"]) if row["chosen"]["method"] else "")
+        chosen = row["chosen"]
+        cells = [row["models"], row["label"], "" if chosen["p"] is None else f"{chosen['p']:g}"]
+        cells.append(f"{chosen['lambda']:g}" if chosen["method"] else "")
         for column in columns:
             cells += [_ours(row, column), _percent(row["paper"].get(column))]
-            cells.append(_percent(row["difference"].get(column), "+"))
-        yield _line(cells)
+            cells.append(_percent(row["difference"].get(column), sign=True))
+        body.append(tuple(cells))
+    return Table("", tuple(head), tuple(body), labels=2)
+
+
+def _gaps(gaps: Sequence[Mapping[str, Any]]) -> Table:
+    body = [
+        (
+            gap["models"], NAMES[gap["task"]], gap["against"],
+            with_interval(_hundredfold(interval(gap)), sign=True),
+            "within noise" if gap["within_noise"] else "",
+        )
+        for gap in gaps
+    ]  # fmt: skip
+    head = ("models", "benchmark", "against", "DELLA minus it", "")
+    return Table("DELLA and the others, on the same problems", head, tuple(body), labels=3)
 
 
 def _ours(row: Mapping[str, Any], column: str) -> str:
     if column == "average":
         return _percent(row["average"])
     score = row["scores"].get(column)
-    if score is None:
-        return ""
-    return f"{_percent(score['value'])} ({_percent(score['low'])} to {_percent(score['high'])})"
+    return "" if score is None else with_interval(_hundredfold(interval(score)))
 
 
-def _percent(share: float | None, sign: str = "") -> str:
-    return "" if share is None else f"{100 * share:{sign}.1f}"
+def _hundredfold(share: Interval) -> Interval:
+    return Interval(100 * share.value, 100 * share.low, 100 * share.high)
 
 
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:g}"
-
-
-def _line(cells: Sequence[object]) -> str:
-    return "| " + " | ".join(map(str, cells)) + " |"
+def _percent(share: float | None, *, sign: bool = False) -> str:
+    return number(None if share is None else 100 * share, sign=sign)

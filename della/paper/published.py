@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+SOURCE = "DELLA-Merging, arXiv 2406.11617"
 COLUMNS = ("alpaca_eval", "gsm8k", "mbpp", "average")
-_MODELS = ("LM+Math", "LM+Code", "Math+Code", "all three")
+NAMES = {"alpaca_eval": "AlpacaEval", "gsm8k": "GSM8K", "mbpp": "MBPP", "average": "average"}
+# By kind of expert, the benchmark that it is scored on.
+BENCHMARKS = {"lm": "alpaca_eval", "math": "gsm8k", "code": "mbpp"}
+MERGES = ("LM+Math", "LM+Code", "Math+Code", "all three")
 _TASKS = {
     "LM+Math": ("alpaca_eval", "gsm8k"),
     "LM+Code": ("alpaca_eval", "mbpp"),
@@ -75,7 +79,7 @@ def published(table: int, models: str, label: str) -> Mapping[str, float]:
 def _merges(table: int, label: str, values: tuple[tuple[float, ...], ...]) -> dict[_Key, dict[str, float]]:
     return {
         (table, models, label): dict(zip((*_TASKS[models], "average"), scores, strict=True))
-        for models, scores in zip(_MODELS, values, strict=True)
+        for models, scores in zip(MERGES, values, strict=True)
     }
 
 
@@ -88,7 +92,9 @@ for _label, _scores in _TABLE2.items():
     _PUBLISHED[2, "Math+Code", _label] = dict(zip((*_TASKS["Math+Code"], "average"), _scores, strict=True))
 for _p, _row in _TABLE3.items():
     for _label, _value in zip(
-        (f"{name} {how} rescale" for name in ("DARE", "DELLA") for how in ("without", "with")), _row
+        (f"{name} {how} rescale" for name in ("DARE", "DELLA") for how in ("without", "with")),
+        _row,
+        strict=True,
     ):
         _PUBLISHED[3, f"p={_p:g}", _label] = {"mbpp": _value}
 for _p, _row6 in _TABLE6.items():
