@@ -17,7 +17,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from della import cli_calibrate
+from della import cli_calibrate, cli_evaluate
 from della.errors import DamageError, DellaError
 from della.speaker import Speaker, print_json, tell
 
@@ -306,6 +306,7 @@ def _register(name: str, command: Callable[..., None]) -> None:
     app.command(name)(guarded)
 
 
+_register("eval", cli_evaluate.evaluate)
 _register("calibrate", cli_calibrate.calibrate)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 from della.checkpoint.layout import Tensor
 from della.checkpoint.source import Source
 from della.dtypes import DType
-from della.merging.methods import Choice, Expert
+from della.merging.methods import Choice, Drop, Expert
 from della.merging.reference import row_length
 from della.recipe import Recipe
 
@@ -140,12 +141,18 @@ class Plan:
 
     def seconds(self, threads: int) -> float:
         """Estimated wall time, with the inputs in memory or on a fast disk."""
-        compute = 0.0
-        for job in self.jobs:
-            if job.choice is not None:
-                compute += job.elements * max(len(job.inputs), 1) * _NANOSECONDS[job.choice.drop] * 1e-9
-        moving = (self.bytes_read + self.bytes_written) / _BYTES_PER_SECOND
-        return _START_SECONDS + compute / threads + moving
+        work = [
+            (job.choice.drop, job.elements * max(len(job.inputs), 1))
+            for job in self.jobs
+            if job.choice is not None
+        ]
+        return estimated_seconds(work, self.bytes_read + self.bytes_written, threads)
+
+
+def estimated_seconds(work: Iterable[tuple[Drop, int]], nbytes: int, threads: int) -> float:
+    """Wall time for ``work`` of (kind of Drop, elements times experts), ``nbytes`` being read or written."""
+    compute = sum(_NANOSECONDS[drop] * 1e-9 * elements for drop, elements in work)
+    return _START_SECONDS + compute / threads + nbytes / _BYTES_PER_SECOND
 
 
 def _working_bytes(job: Job) -> int:
