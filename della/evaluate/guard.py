@@ -58,7 +58,7 @@ def lock(
     rules = _landlock(readable, writable, alone)
     if alone:
         if os.geteuid() == 0:
-            _become(1_900_000_000 + os.getpid())
+            _become_nobody()
         _prctl(_SET_PDEATHSIG, _SIGKILL)
         if os.getppid() != parent:
             raise OSError("the process that started the sandbox is gone")
@@ -104,19 +104,23 @@ def _landlock(readable: list[str], writable: list[str], alone: bool) -> int | No
     return ruleset
 
 
-def _become(uid: int) -> None:
-    """Root becomes a user whom nobody else is.
+def _become_nobody() -> None:
+    """Root becomes a user whom nobody else is; where it cannot (in a container), it stays a root without rights.
 
     An interpreter in root's own folder could then no longer read its library: if so, the process reads files
     as root's (Landlock says which), and is the other user for all else.
     """
-    library = os.__file__
-    os.setgroups([])
     _prctl(_SET_KEEPCAPS, 1)
-    os.setresgid(uid, uid, uid)
-    os.setresuid(uid, uid, uid)
+    for uid in (1_900_000_000 + os.getpid(), 65534):
+        try:
+            os.setgroups([])
+            os.setresgid(uid, uid, uid)
+            os.setresuid(uid, uid, uid)
+        except OSError:
+            continue
+        break
     try:
-        os.stat(library)
+        os.stat(os.__file__)
     except PermissionError:
         _set_capabilities(1 << _CAP_SETUID)
         _LIBC.setfsuid(0)
