@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -16,8 +17,14 @@ from stub_server import Request, Slow, StubServer
 from test_evaluation import COMMAND, number_in, sums
 from test_problems import HELLO, lines
 from test_vllm_server import STAND_IN
+from typer.main import get_command
 
+from della.cli import app
 from della.demo import TRIO
+from della.evaluate import evaluation
+from della.evaluate.backends import Model
+from della.evaluate.scoring import Score
+from della.evaluate.settings import Settings, check
 
 
 def run(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -137,7 +144,30 @@ def test_vllm_end_to_end_with_a_stand_in(place: Path) -> None:
     assert (place / "out/five/vllm.log").exists()
 
 
-def test_help_names_what_is_needed() -> None:
-    text = run("--help").stdout
-    for word in ("--tasks", "--data", "--backend", "--judge", "--limit", "--seed", "--out", "--template"):
-        assert word in text
+PAGE = (Path(__file__).parent.parent / "docs/evaluation.md").read_text(encoding="utf-8")
+
+
+def test_the_page_names_only_options_that_exist() -> None:
+    ours = PAGE.partition("## The sandbox")[0]
+    command = get_command(app).commands["eval"]  # type: ignore[attr-defined]
+    known = {name for parameter in command.params for name in parameter.opts}
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", ours)) - {"--tensor-parallel-size"}
+    assert {"--tasks", "--data", "--backend", "--judge", "--limit", "--seed", "--out"} <= named <= known
+
+
+def test_the_pages_python_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """With results of the two models that it names."""
+    (program,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+
+    def evaluate(models: list[Model], settings: Settings) -> list[evaluation.Result]:
+        check(models, settings)
+        right = Score.of("strict", {"0": True})
+        return [
+            evaluation.Result(model.name, task, 1, 1, (right,)) for model in models for task in settings.tasks
+        ]
+
+    monkeypatch.setattr(evaluation, "evaluate", evaluate)
+    exec(compile(program, "docs/evaluation.md", "exec"), {})
+    assert capsys.readouterr().out.startswith(
+        "gsm8k, strict: base and merged differ by 0.0 points, which is "
+    )

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from stub_server import Request, Slow, StubServer
-from test_problems import HELLO, lines
+from test_problems import ADD, HELLO, lines
 
 from della.demo import TRIO
 from della.errors import EvaluationError
@@ -274,6 +274,54 @@ def test_a_judge_gives_both_denominators(make: Make) -> None:
         assert result.score("judge").interval == wilson(4, 10)
     items = records(settings.out / "m/gsm8k.items.jsonl")
     assert [item["judge"] for item in items] == ["correct"] * 4 + ["wrong"] * 2 + [None] * 4
+
+
+def test_mbpp_runs_the_programs_in_the_sandbox(tmp_path: Path) -> None:
+    from della.evaluate.sandbox import open_sandbox
+
+    try:
+        open_sandbox()
+    except EvaluationError as error:
+        pytest.skip(f"no sandbox on this machine: {error}")
+    programs = (
+        "```python\ndef add(a, b):\n    return a + b\n```\nIt adds.", "def add(a, b):\n    return a - b",
+        "I cannot.", "import os\nos._exit(0)",
+    )  # fmt: skip
+    file = lines(tmp_path / "mbpp.jsonl", *(ADD | {"task_id": 11 + n} for n in range(4)))
+    with StubServer(lambda request: programs[request.number]) as server:
+        settings = Settings(
+            tasks=("mbpp",), data={"mbpp": file}, out=tmp_path / "out", backend="openai", base_url=server.url,
+            concurrency=1,
+        )  # fmt: skip
+        (result,) = evaluate(["m"], settings)
+        assert "\nTest examples:\nassert add(1, 2) == 3\n" in server.requests[0].prompt
+    assert result.score("pass@1").interval == wilson(1, 4)
+    items = records(settings.out / "m/mbpp.items.jsonl")
+    assert [(item["id"], item["pass@1"]) for item in items] == [
+        ("11", True), ("12", False), ("13", False), ("14", False),
+    ]  # fmt: skip
+    assert items[0]["reason"] == "passed"
+    assert items[1]["reason"].startswith("wrong answer")
+
+
+def test_without_a_sandbox_mbpp_is_refused_before_anything_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from della.evaluate import sandbox
+
+    def none(name: str | None = None) -> None:
+        raise EvaluationError("no sandbox")
+
+    monkeypatch.setattr(sandbox, "open_sandbox", none)
+    with StubServer(lambda request: "") as server:
+        settings = Settings(
+            tasks=("mbpp",), data={"mbpp": lines(tmp_path / "mbpp.jsonl", ADD)}, out=tmp_path / "out",
+            backend="openai", base_url=server.url,
+        )  # fmt: skip
+        with pytest.raises(EvaluationError, match=r"^no sandbox$"):
+            evaluate(["m"], settings)
+        assert server.requests == []
+    assert not settings.out.exists()
 
 
 def test_alpaca_evals_answers_are_written_for_the_package(tmp_path: Path) -> None:
