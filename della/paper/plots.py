@@ -24,8 +24,8 @@ _CONFIG = {
     "view": {"stroke": "#BBBBBB"},
     "axis": {"labelFontSize": 12, "titleFontSize": 13, "titleFontWeight": 500, "gridColor": _FAINT,
              "labelColor": _INK, "titleColor": _INK, "labelLimit": 260},
-    "legend": {"labelFontSize": 12, "titleFontSize": 12, "labelLimit": 320, "symbolSize": 90, "symbolOpacity": 1,
-               "orient": "bottom", "title": None, "labelColor": _INK},
+    "legend": {"labelFontSize": 12, "titleFontSize": 12, "labelLimit": 320, "symbolSize": 90,
+               "symbolOpacity": 1, "orient": "bottom", "title": None, "labelColor": _INK},
     "header": {"labelFontSize": 13, "labelFontWeight": 600, "title": None, "labelColor": _INK},
     "title": {"fontSize": 15, "fontWeight": 600, "anchor": "start", "color": _INK, "offset": 12},
 }  # fmt: skip
