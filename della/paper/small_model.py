@@ -117,7 +117,7 @@ def item_losses(
     together.
     """
     torch, _ = libraries()
-    model = model_of(folder, dtype).eval()
+    model = model_of(folder, dtype).train(False)
     order = sorted(range(len(items)), key=lambda i: (len(items[i].ids), i))
     found = [0.0] * len(items)
     with torch.inference_mode():

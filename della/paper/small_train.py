@@ -149,7 +149,7 @@ class Adapter:
     def loss(self, items: Sequence[Example], batch: int = 8) -> float:
         """Mean loss per response token."""
         torch, _ = libraries()
-        self.model.eval()
+        self.model.train(False)
         with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
             parts = [response_losses(self.model, items[i : i + batch]) for i in range(0, len(items), batch)]
         return float(torch.cat(parts).mean())
