@@ -9,7 +9,8 @@ in OUT/scores.jsonl, so a run that was cut short is gone on with.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from della.errors import EvaluationError
@@ -70,13 +71,8 @@ def run_small(options: SmallOptions, tell: Tell) -> Path:
             report.singles[name, split] = scores.expert(name, split)
     for cell in _equal(options.seeds):
         report.equal[cell] = scores.cell(cell, "test")
-    chosen = _choose(scores, report)
-    for seed in range(options.seeds):
-        for cell in chosen:
-            row = METHODS[cell.method]
-            if row.random or seed == 0:
-                one = Cell(cell.method, cell.p, cell.lambda_, seed)
-                report.tuned[one] = scores.cell(one, "test")
+    for cell in _by_seed(_choose(scores, report), options.seeds):
+        report.tuned[cell] = scores.cell(cell, "test")
     return write_report(report, options.out, scores.seconds)
 
 
@@ -93,29 +89,38 @@ def _items(options: SmallOptions, experts: Path) -> dict[str, dict[str, list[Exa
 
 
 def _equal(seeds: int) -> list[Cell]:
-    """The merges at lambda 1; all of one seed before the next, so that a run cut short has whole seeds."""
-    cells = []
-    for seed in range(seeds):
-        for name in EQUAL:
-            row = METHODS[name]
-            if row.random or seed == 0:
-                cells += [Cell(name, p, 1.0, seed) for p in row.drops]
-    return cells
+    """The merges at lambda 1."""
+    return _by_seed([Cell(name, p, 1.0) for name in EQUAL for p in METHODS[name].drops], seeds)
+
+
+def _by_seed(cells: list[Cell], seeds: int) -> list[Cell]:
+    """The cells with every seed; all of one before the next, so that a run cut short has whole seeds.  The
+    variants come last.
+    """
+    found = []
+    for variant in (False, True):
+        for seed in range(seeds):
+            for cell in cells:
+                row = METHODS[cell.method]
+                if row.variant == variant and (row.random or seed == 0):
+                    found.append(replace(cell, seed=seed))
+    return found
 
 
 def _choose(scores: Scores, report: Report) -> list[Cell]:
     """Each method's best p and lambda on validation, by kept gain, with one seed."""
-    chosen = []
-    for name, row in METHODS.items():
 
-        def kept(p: float, lambda_: float, name: str = name) -> float:
-            cell = Cell(name, p, lambda_)
-            report.validation[cell] = report.kept(scores.cell(cell, "validation"), "validation")
-            return report.validation[cell]
+    def kept(cell: Cell) -> float:
+        report.validation[cell] = report.kept(scores.cell(cell, "validation"), "validation")
+        return report.validation[cell]
 
-        best = []
-        for p in row.drops:
-            found = climb(lambda lambda_, p=p: kept(p, lambda_), lambdas(name, p))  # type: ignore[misc]
-            best.append(Cell(name, p, found))
-        chosen.append(max(best, key=lambda cell: report.validation[cell]))
-    return chosen
+    chosen: dict[str, Cell] = {}
+    for name, row in sorted(METHODS.items(), key=lambda pair: pair[1].variant):
+        drops = (chosen["della-wide"].p,) if row.variant else row.drops
+        best = [Cell(name, p, climb(partial(_at, kept, name, p), lambdas(name, p))) for p in drops]
+        chosen[name] = max(best, key=lambda cell: report.validation[cell])
+    return list(chosen.values())
+
+
+def _at(kept: Callable[[Cell], float], name: str, p: float, lambda_: float) -> float:
+    return kept(Cell(name, p, lambda_))

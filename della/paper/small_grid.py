@@ -20,7 +20,8 @@ START = 3
 @dataclass(frozen=True, slots=True)
 class Method:
     """A row of the tables: a method of della with settings.  ``window`` is a width, or WIDE by p; ``factor``
-    says at which lambda its merged delta is about as large as that of Elect + mean at lambda 1.
+    says at which lambda its merged delta is about as large as that of Elect + mean at lambda 1; a ``variant``
+    runs at the p that is best for DELLA with a wide window, from which it differs in one setting.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Method:
     wide: bool = False
     drops: tuple[float, ...] = DROPS
     random: bool = True
+    variant: bool = False
     factor: Callable[[float], float] = lambda p: 1.0
 
 
@@ -40,7 +42,7 @@ def inflation(p: float) -> float:
 
 
 def _wide(name: str, title: str, factor: Callable[[float], float] = lambda p: 1.0, **settings: str) -> Method:
-    return Method(name, title, "paper_della", settings, wide=True, factor=factor)
+    return Method(name, title, "paper_della", settings, wide=True, variant=True, factor=factor)
 
 
 _ALL = (1.0,)  # nothing is dropped: the value is unused
@@ -53,15 +55,18 @@ METHODS: dict[str, Method] = {
         Method("ties", "TIES", "paper_ties", random=False),
         Method("dare", "DARE + Elect + mean", "paper_dare"),
         Method("della", "DELLA, window .14", "paper_della", window=NARROW),
-        _wide("della-wide", "DELLA, wide window"),
+        Method("della-wide", "DELLA, wide window", "paper_della", wide=True),
         _wide("ladder-paper", "DELLA wide, ladder: paper", ladder="paper"),
-        Method("optimal", "DELLA, rank_by: optimal", "paper_della", {"rank_by": "optimal"}, window=0.0),
+        Method("optimal", "DELLA, rank_by: optimal", "paper_della", {"rank_by": "optimal"}, window=0.0,
+               variant=True),
         _wide("systematic", "DELLA wide, coupling: systematic", coupling="systematic"),
         _wide("calibrated", "DELLA wide, fuse: calibrated", inflation, fuse="calibrated"),
         _wide("l1", "DELLA wide, rescale: l1 (mergekit's)", rescale="l1"),
         _wide("none", "DELLA wide, rescale: none", lambda p: 1 / (1 - p), rescale="none"),
-        Method("dare-sum", "DARE, no Elect (sum)", "dare_linear", factor=lambda p: 0.5),
-        Method("della-sum", "DELLA wide, no Elect (sum)", "della_linear", wide=True, factor=lambda p: 0.5),
+        Method("dare-sum", "DARE, no Elect (sum)", "dare_linear", variant=True,
+               factor=lambda p: 0.5),
+        Method("della-sum", "DELLA wide, no Elect (sum)", "della_linear", wide=True, variant=True,
+               factor=lambda p: 0.5),
     )
 }  # fmt: skip
 
