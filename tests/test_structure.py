@@ -43,6 +43,7 @@ ORDER = (
     *("jobs", "fitting", "departures", "planning", "show", "card", "compute", "run"),
     *("hashing", "verifying", "arrays"),
     *("api", "della", "demo", "demo.tasks", "demo.llama", "demo.score", "demo.run", "evaluate.statistics"),
+    *(f"paper.{name}" for name in ("published", "tables", "plots", "page", "results")),
     *(f"paper.small{part}" for part in ("_items", "_model", "_train", "_grid", "_scores", "_report", "")),
     *("speaker", "cli"),
 )
@@ -58,6 +59,7 @@ FENCES = {
     "transformers": ["paper.small_model"],
     "peft": ["paper.small_train"],
     "safetensors": [],
+    "vl_convert": ["paper.plots"],
 }
 PUBLIC = [
     "CheckpointError", "DamageError", "DellaError", "OutputError", "RecipeError", "__version__", "magprune",
