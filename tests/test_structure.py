@@ -50,6 +50,7 @@ ORDER = (
     "evaluate.calibration",
     *(f"paper.{name}" for name in ("published", "tables", "plots", "page", "results")),
     *(f"paper.full{part}" for part in ("_models", "_grid", "_plan", "_data", "_report", "", "_options")),
+    *(f"paper.small{part}" for part in ("_items", "_model", "_train", "_grid", "_scores", "_report", "")),
     *("speaker", "cli_calibrate", "cli_evaluate", "cli"),
 )
 # Where a library may be imported; nowhere if it is not said.
@@ -61,9 +62,10 @@ FENCES = {
     "rich": ["speaker"],
     "openai": ["evaluate.endpoint"],
     "tokenizers": ["demo.score"],
-    "torch": ["checkpoint.pickles", "evaluate.calibration", "evaluate.hf"],
-    "transformers": ["evaluate.calibration", "evaluate.hf"],
+    "torch": ["checkpoint.pickles", "evaluate.calibration", "evaluate.hf", "paper.small_model"],
+    "transformers": ["evaluate.calibration", "evaluate.hf", "paper.small_model"],
     "datasets": ["evaluate.problems"],
+    "peft": ["paper.small_train"],
     "safetensors": [],
     "vl_convert": ["paper.plots"],
 }
