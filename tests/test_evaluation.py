@@ -203,6 +203,21 @@ def test_other_settings_and_other_problems_are_refused_or_begun_anew(make: Make,
         assert result.answered == 10
 
 
+def test_what_is_wrong_with_the_last_model_is_told_before_the_first_is_asked(make: Make) -> None:
+    with StubServer(lambda request: "The answer is: 1") as server:
+        evaluate(["z"], make(server.url, max_tokens=9))
+        asked = len(server.requests)
+        with pytest.raises(
+            EvaluationError, match=r"z/gsm8k\.jsonl: its answers are of other settings: max_tok"
+        ):
+            evaluate(["a", "z"], make(server.url))
+        assert len(server.requests) == asked
+    with pytest.raises(
+        EvaluationError, match=r"^none: no such folder, and no model of the Hub \(owner/name\)$"
+    ):
+        evaluate([f"a={TRIO / 'base'}", "none"], make("", backend="numpy", max_tokens=1))
+
+
 def test_score_only_takes_what_is_there_and_never_asks(make: Make, tmp_path: Path) -> None:
     with StubServer(lambda request: "The answer is: 1.") as server:
         evaluate(["m"], make(server.url, limit=4))
