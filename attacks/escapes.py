@@ -198,7 +198,7 @@ total = 0
 try:
     for number in range(50):
         with open(f'file{number}', 'wb', 0) as out:
-            for _ in range(64):
+            for _ in range(8):
                 total += out.write(bytes(1 << 18))
 except OSError as error:
     print(error)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import resource
 import secrets
 import select
 import signal
@@ -17,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from attacks.escapes import ESCAPES, PRELUDE, Escape
@@ -35,7 +35,7 @@ class World:
         self.mark = f"della-{secrets.token_hex(8)}"
         self.token = secrets.token_hex(16)
         # memory that nobody else is limited to: so what is left of a program is found
-        self.limits = Limits(seconds=1.0, memory=(256 << 20) + secrets.randbelow(1 << 10) * 4096, disk=4 << 20)
+        self.limits = Limits(seconds=4.0, memory=(256 << 20) + secrets.randbelow(1 << 10) * 4096, disk=4 << 20)
         self.signals: list[int] = []
 
     def __enter__(self) -> World:
@@ -101,6 +101,8 @@ class World:
         return repr(world).encode()
 
     def attempt(self, escape: Escape, sandbox: Sandbox) -> Outcome:
+        if escape.ended in ("timeout", "any"):
+            self.limits = replace(self.limits, seconds=0.5)
         return sandbox.run(PRELUDE + escape.source, self.described, self.limits)
 
     def unsandboxed(self, escape: Escape) -> Outcome:
@@ -110,11 +112,18 @@ class World:
         run = subprocess.run(command, input=self.described, capture_output=True, cwd=cwd, close_fds=False, check=False)
         return Outcome("exited", run.returncode, run.stdout, run.stderr.decode(errors="replace"), 0.0)
 
-    def faults(self, outcome: Outcome) -> list[str]:
-        """What an attempt has read, changed, reached or left behind; empty if the walls held."""
+    def faults(self, escape: Escape, outcome: Outcome) -> list[str]:
+        """How an attempt ended if not as it must, what it says of itself, and what it did; empty if the walls held."""
+        found = []
+        if escape.ended not in ("any", outcome.ended):
+            found.append(f"it ended by {outcome.ended} {outcome.code}: {outcome.stderr[-300:]}")
+        said = outcome.stdout.decode(errors="replace") + outcome.stderr
+        return found + [line for line in said.splitlines() if "ESCAPED" in line] + self.harm(outcome)
+
+    def harm(self, outcome: Outcome) -> list[str]:
+        """What an attempt has read, changed, reached or left behind, seen from outside."""
         said = outcome.stdout + outcome.stderr.encode()
-        found = [line for line in said.decode(errors="replace").splitlines() if "ESCAPED" in line]
-        found += ["the secret is known"] * (self.token.encode() in said)
+        found = ["the secret is known"] * (self.token.encode() in said)
         found += ["files changed"] * (self._files() != self.before)
         ready = select.select(list(self.listeners.values()), [], [], 0)[0]
         found += [f"{name} was reached" for name, listener in self.listeners.items() if listener in ready]
@@ -168,19 +177,17 @@ class World:
 
 
 def main() -> None:
-    """Prints as JSON how many attempts there were, and for each that got out what it did."""
-    sandbox = open_sandbox(sys.argv[1])
-    out = {}
+    """Prints as JSON how many attempts there were, and what those did that got out; not those that only wait."""
+    sandbox, out, count = open_sandbox(sys.argv[1]), {}, 0
     for escape in ESCAPES:
+        if escape.ended in ("timeout", "any"):
+            continue
+        count += 1
         with World() as world:
-            outcome = world.attempt(escape, sandbox)
-            faults = world.faults(outcome)
-            if escape.ended not in ("any", outcome.ended):
-                faults.append(f"it ended by {outcome.ended}, {outcome.code}: {outcome.stderr[-300:]}")
+            faults = world.faults(escape, world.attempt(escape, sandbox))
         if faults:
             out[escape.name] = faults
-    memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    print(json.dumps({"attempts": len(ESCAPES), "uid": os.getuid(), "most_memory_kib": memory, "out": out}))
+    print(json.dumps({"attempts": count, "uid": os.getuid(), "out": out}))
 
 
 if __name__ == "__main__":

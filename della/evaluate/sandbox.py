@@ -122,7 +122,8 @@ def _why_not(name: str) -> tuple[str, Sandbox | None]:
         return "the program bwrap is not installed", None
     sandbox = _Walls(name, bwrap)
     try:
-        outcome = sandbox.run(_PROBE, repr(str(Path(__file__))).encode())
+        # bubblewrap's own process is the first in the namespace
+        outcome = sandbox.run(_PROBE, repr((__file__, 1 if bwrap else os.getpid())).encode())
     except EvaluationError as error:
         return str(error), None
     if outcome.stdout == b"held":
@@ -133,13 +134,18 @@ def _why_not(name: str) -> tuple[str, Sandbox | None]:
 
 _PROBE = """
 import os, socket, sys
+outside, parent = eval(sys.stdin.read())
 held = []
-for escape in (lambda: open(eval(sys.stdin.read())), socket.socket, os.fork):
+for escape in (lambda: open(outside), socket.socket, os.fork):
     try:
         escape()
     except OSError:
         held.append(escape)
-sys.stdout.write("held" if len(held) == 3 else "it does not hold")
+if len(held) < 3:
+    sys.exit("it does not hold")
+if os.getppid() != parent:
+    sys.exit("it is not in a namespace of its own")
+sys.stdout.write("held")
 """
 
 
