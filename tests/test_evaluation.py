@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from stub_server import Request, Slow, StubServer
+from test_alpaca import TABLE, stand_in
 from test_problems import ADD, HELLO, lines
 
 from della.demo import TRIO
@@ -362,6 +363,31 @@ def test_alpaca_evals_answers_are_written_for_the_package(tmp_path: Path) -> Non
         "alpaca_eval: 1 of 2 instructions have no reference 'output', such as number 1; take "
         "a file that has them, or leave out --annotator"
     )
+
+
+def test_an_annotator_gives_win_rates(tmp_path: Path) -> None:
+    """With a stand-in for the package, which prefers a, not b, is even on c and has no view of d."""
+    table = TABLE.replace("n_total", "n_total,length_controlled_winrate,lc_standard_error")
+    command = stand_in(tmp_path, table=table.replace(",3\n", ",3,47.5,9.5\n"))
+    file = lines(tmp_path / "a.json", [{"instruction": word, "output": word * 2} for word in "abcd"])
+    notes: list[str] = []
+    with StubServer(lambda _: "yes") as server:
+        settings = Settings(
+            tasks=("alpaca_eval",), data={"alpaca_eval": file}, out=tmp_path / "out", backend="openai",
+            base_url=server.url, annotator="alpaca_eval_gpt4", alpaca_command=command, length_controlled=True,
+        )  # fmt: skip
+        (result,) = evaluate(["m"], settings, tell=notes.append)
+    won, controlled = result.score("win_rate"), result.score("length_controlled_win_rate")
+    assert (won.interval, won.items) == (Interval(0.5, 0.0, 1.0), {"0": 1.0, "1": 0.0, "2": 0.5})
+    assert controlled.interval.value == 0.475
+    assert controlled.interval.low == pytest.approx(0.475 - 1.96 * 0.095)
+    assert notes == ["alpaca_eval: 1 of 4 answers could not be judged"]
+    reference = json.loads((tmp_path / "out/m/alpaca_eval.reference.json").read_text())
+    assert reference[0] == {"instruction": "a", "output": "aa", "generator": "reference"}
+    assert records(settings.out / "m/alpaca_eval.items.jsonl")[2:] == [
+        {"id": "2", "preference": 0.5},
+        {"id": "3"},
+    ]
 
 
 def as_dict(settings: Settings) -> dict[str, Any]:
