@@ -87,11 +87,11 @@ def test_what_is_wrong_is_one_sentence_and_exit_code_6(place: Path) -> None:
     assert (ended.returncode, ended.stderr) == (
         6, "della: --data gsm8k.jsonl: which task is it of? --data TASK=gsm8k.jsonl\n",
     )  # fmt: skip
-    ended = run("m", "--tasks", "gsm8k", "--data", "none", "--json", cwd=place)
+    ended = run("owner/m", "--tasks", "gsm8k", "--data", "none", "--json", cwd=place)
     assert (ended.returncode, ended.stdout) == (
         6, '{"event": "error", "exit_code": 6, "message": "none: no such file"}\n',
     )  # fmt: skip
-    ended = run("m", "--tasks", "gsm8k", "--data", "gsm8k.jsonl", "--vllm-args", "'", cwd=place)
+    ended = run("owner/m", "--tasks", "gsm8k", "--data", "gsm8k.jsonl", "--vllm-args", "'", cwd=place)
     assert (ended.returncode, ended.stderr) == (6, "della: --vllm-args ': No closing quotation\n")
     assert [path.name for path in place.iterdir() if path.is_dir()] == []
 
@@ -155,8 +155,12 @@ def test_the_page_names_only_options_that_exist() -> None:
     assert {"--tasks", "--data", "--backend", "--judge", "--limit", "--seed", "--out"} <= named <= known
 
 
-def test_the_pages_python_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_pages_python_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """With results of the two models that it names."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
     (program,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 
     def evaluate(models: list[Model], settings: Settings) -> list[evaluation.Result]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from stub_server import Request, Slow, StubServer
+from test_alpaca import TABLE, stand_in
 from test_problems import ADD, HELLO, lines
 
 from della.demo import TRIO
@@ -203,6 +204,21 @@ def test_other_settings_and_other_problems_are_refused_or_begun_anew(make: Make,
         assert result.answered == 10
 
 
+def test_what_is_wrong_with_the_last_model_is_told_before_the_first_is_asked(make: Make) -> None:
+    with StubServer(lambda request: "The answer is: 1") as server:
+        evaluate(["z"], make(server.url, max_tokens=9))
+        asked = len(server.requests)
+        with pytest.raises(
+            EvaluationError, match=r"z/gsm8k\.jsonl: its answers are of other settings: max_tok"
+        ):
+            evaluate(["a", "z"], make(server.url))
+        assert len(server.requests) == asked
+    with pytest.raises(
+        EvaluationError, match=r"^none: no such folder, and no model of the Hub \(owner/name\)$"
+    ):
+        evaluate([f"a={TRIO / 'base'}", "none"], make("", backend="numpy", max_tokens=1))
+
+
 def test_score_only_takes_what_is_there_and_never_asks(make: Make, tmp_path: Path) -> None:
     with StubServer(lambda request: "The answer is: 1.") as server:
         evaluate(["m"], make(server.url, limit=4))
@@ -347,6 +363,31 @@ def test_alpaca_evals_answers_are_written_for_the_package(tmp_path: Path) -> Non
         "alpaca_eval: 1 of 2 instructions have no reference 'output', such as number 1; take "
         "a file that has them, or leave out --annotator"
     )
+
+
+def test_an_annotator_gives_win_rates(tmp_path: Path) -> None:
+    """With a stand-in for the package, which prefers a, not b, is even on c and has no view of d."""
+    table = TABLE.replace("n_total", "n_total,length_controlled_winrate,lc_standard_error")
+    command = stand_in(tmp_path, table=table.replace(",3\n", ",3,47.5,9.5\n"))
+    file = lines(tmp_path / "a.json", [{"instruction": word, "output": word * 2} for word in "abcd"])
+    notes: list[str] = []
+    with StubServer(lambda _: "yes") as server:
+        settings = Settings(
+            tasks=("alpaca_eval",), data={"alpaca_eval": file}, out=tmp_path / "out", backend="openai",
+            base_url=server.url, annotator="alpaca_eval_gpt4", alpaca_command=command, length_controlled=True,
+        )  # fmt: skip
+        (result,) = evaluate(["m"], settings, tell=notes.append)
+    won, controlled = result.score("win_rate"), result.score("length_controlled_win_rate")
+    assert (won.interval, won.items) == (Interval(0.5, 0.0, 1.0), {"0": 1.0, "1": 0.0, "2": 0.5})
+    assert controlled.interval.value == 0.475
+    assert controlled.interval.low == pytest.approx(0.475 - 1.96 * 0.095)
+    assert notes == ["alpaca_eval: 1 of 4 answers could not be judged"]
+    reference = json.loads((tmp_path / "out/m/alpaca_eval.reference.json").read_text())
+    assert reference[0] == {"instruction": "a", "output": "aa", "generator": "reference"}
+    assert records(settings.out / "m/alpaca_eval.items.jsonl")[2:] == [
+        {"id": "2", "preference": 0.5},
+        {"id": "3"},
+    ]
 
 
 def as_dict(settings: Settings) -> dict[str, Any]:

@@ -87,6 +87,13 @@ def test_other_settings_are_refused_by_name_unless_it_is_begun_anew(file: Path) 
     assert file.read_text() == '{"della": "generations", "format": 1, "settings": {"model": "n"}}\n'
 
 
+def test_a_file_without_answers_takes_new_settings(tmp_path: Path) -> None:
+    Store(tmp_path / "a.jsonl", {"model": "n"}).close()
+    with Store(tmp_path / "a.jsonl", SETTINGS) as store:
+        store.add({"id": "1"})
+    assert (tmp_path / "a.jsonl").read_text() == HEADER + '{"id": "1"}\n'
+
+
 @pytest.mark.parametrize("content", [b"notes of mine", b"[]\n", b'{"settings": {}}\n', b"\0" * 100, b"\n"])
 def test_a_file_of_something_else_is_left_alone(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "a.jsonl"

@@ -74,6 +74,8 @@ def evaluate(
     found = [model if isinstance(model, Model) else Model.of(model) for model in models]
     check(found, settings)
     run = _Run(settings, progress, tell or (lambda _: None))
+    for model in found if not settings.fresh else ():
+        run.missing(model)  # so that no model is refused after others have been worked on for hours
     results = [result for model in found for result in run.model(model)]
     _write(settings.out / "scores.json", json.dumps(report(results, settings), indent=1) + "\n")
     return results
@@ -141,8 +143,7 @@ class _Run:
     def model(self, model: Model) -> list[Result]:
         """Answer what is missing of all tasks, then score them."""
         folder = self._settings.out / model.name
-        with ExitStack() as stack:
-            stores = {task: stack.enter_context(self._store(folder, model, task)) for task in self._problems}
+        with self._opened(model) as stores:
             missing = {task: self._missing(task, store) for task, store in stores.items()}
             if any(missing.values()):
                 self._generate(model, stores, missing)
@@ -156,8 +157,18 @@ class _Run:
                 results.append(Result(model.name, task, len(problems), len(missing[task]), scored.scores))
         return results
 
-    def _store(self, folder: Path, model: Model, task: str) -> Store:
-        path, settings = folder / f"{task}.jsonl", self._settings
+    def missing(self, model: Model) -> int:
+        """How many answers are missing; EvaluationError if those that are there are of something else."""
+        with self._opened(model) as stores:
+            return sum(len(self._missing(task, store)) for task, store in stores.items())
+
+    @contextmanager
+    def _opened(self, model: Model) -> Iterator[dict[str, Store]]:
+        with ExitStack() as stack:
+            yield {task: stack.enter_context(self._store(model, task)) for task in self._problems}
+
+    def _store(self, model: Model, task: str) -> Store:
+        path, settings = self._settings.out / model.name / f"{task}.jsonl", self._settings
         if settings.score_only:
             if not path.is_file():
                 raise EvaluationError(

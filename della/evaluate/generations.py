@@ -28,8 +28,8 @@ Record = dict[str, Any]
 class Store:
     """The answers in one file, by id; several threads may add to it.
 
-    settings: everything that the answers depend on, as JSON; None takes a file as it is.  A file of other
-    settings is refused, unless it is begun anew (``fresh``).  ``records`` are the
+    settings: everything that the answers depend on, as JSON; None takes a file as it is.  Answers of
+    other settings are refused, unless they are to be forgotten (``fresh``).  ``records`` are the
     finished ones, each with its "id".  Raises EvaluationError, and OutputError where the disk refuses.
     """
 
@@ -102,7 +102,7 @@ class Store:
         *lines, rest = raw.split(b"\n")
         if not lines and (not rest or b'{"della": "generations"'.startswith(rest[:23])):
             return 0  # cut short while it was begun
-        self._check_header(lines[0] if lines else rest)
+        others = self._other_settings(lines[0] if lines else rest)
         end, damage = len(lines[0]) + 1, ""
         for number, line in enumerate(lines[1:], 2):
             where = f"{self.path}:{number}"
@@ -115,7 +115,12 @@ class Store:
                 raise EvaluationError(damage)
             self.records[record["id"]] = record
             end += len(line) + 1
-        return end
+        if others and self.records:
+            raise EvaluationError(
+                f"{self.path}: its answers are of other settings: {others}; choose another --out, or begin "
+                "anew with --fresh"
+            )
+        return 0 if others else end
 
     def _record(self, line: bytes, where: str) -> Record:
         fix = "delete this line, and its answer is asked for again"
@@ -126,7 +131,8 @@ class Store:
             raise EvaluationError(f"{where}: the answer {value['id']} stands twice; {fix}")
         return value
 
-    def _check_header(self, line: bytes) -> None:
+    def _other_settings(self, line: bytes) -> str:
+        """Which settings of the file differ from ours, in words; "" if none does."""
         foreign = EvaluationError(
             f"{self.path}: not a file of answers that della has written; choose another --out"
         )
@@ -141,14 +147,10 @@ class Store:
         stored = header.get("settings")
         now = self._settings
         if now is None or stored == now:
-            return
+            return ""
         stored = stored if isinstance(stored, dict) else {}
         keys = [k for k in {**stored, **now} if stored.get(k) != now.get(k)]
-        told = "; ".join(f"{k} {_shown(stored.get(k))}, now {_shown(now.get(k))}" for k in keys)
-        raise EvaluationError(
-            f"{self.path}: its answers are of other settings: {told}; choose another --out, or begin anew "
-            "with --fresh"
-        )
+        return "; ".join(f"{k} {_shown(stored.get(k))}, now {_shown(now.get(k))}" for k in keys)
 
 
 def _all(fd: int) -> bytes:

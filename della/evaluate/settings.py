@@ -81,6 +81,9 @@ def check(models: Sequence[Model], settings: Settings) -> None:
         raise EvaluationError("the backend openai needs the server's address: --base-url http://HOST/v1")
     if settings.model_name and len(models) > 1:
         raise EvaluationError("--model-name is of one model; give several by the names that the server knows")
+    if settings.backend != "openai" and not settings.score_only:
+        for model in models:
+            _ = model.local_or_hub
     if settings.fresh and settings.score_only:
         raise EvaluationError("--fresh forgets the answers that --score-only is to score: leave one out")
 
