@@ -114,7 +114,7 @@ def merge_state_dicts(
     root = experts[0] if base is None or not _method(options.get("method", "della")).needs_base else base
     lacking = [f"expert {k} lacks {name}" for k, e in enumerate(experts, 1) for name in root if name not in e]
     for k, norms in enumerate(options.get("input_norms") or (), 1):
-        strange = [name for name in norms if name not in root]
+        strange = [name for name in norms if name not in root] if isinstance(norms, Mapping) else []
         lacking += [f"input norms of expert {k}: {name} is not a tensor of the base" for name in strange]
     if lacking:
         raise CheckpointError(*lacking)

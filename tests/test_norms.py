@@ -467,6 +467,12 @@ ONE = np.ones((2, 3), np.float32)
         ),
         (
             lambda: della.merge_state_dicts(
+                {"w": ONE}, [{"w": ONE}], importance="wanda", input_norms={"w": np.ones(3)}
+            ),
+            "input_norms: expected an array or a mapping for each of 1 experts",
+        ),
+        (
+            lambda: della.merge_state_dicts(
                 {"w": ONE}, [{"w": ONE}], importance="wanda", input_norms=[{"v": np.ones(3)}]
             ),
             "input norms of expert 1: v is not a tensor of the base",

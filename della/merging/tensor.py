@@ -369,9 +369,8 @@ def _rank_table(pieces: Iterable[Array]) -> tuple[Array, Array, Array]:
     tables: list[tuple[Array, Array]] = []
     for sizes in pieces:
         tables.append(np.unique(sizes.view(np.uint32) & np.uint32(0x7FFFFFFF), return_counts=True))
-        while (
-            len(tables) > 1 and tables[-2][0].size <= 2 * tables[-1][0].size
-        ):  # so that none is joined often
+        # Only tables of like sizes, so that no value is joined often.
+        while len(tables) > 1 and tables[-2][0].size <= 2 * tables[-1][0].size:
             tables[-2:] = [_joined(tables[-2:])]
     distinct, counts = _joined(tables) if tables else (np.zeros(0, np.uint32), np.zeros(0, np.int64))
     behind = np.cumsum(counts)
