@@ -44,7 +44,10 @@ ORDER = (
     *("hashing", "verifying", "arrays"),
     *("api", "della", "demo", "demo.tasks", "demo.llama", "demo.score", "demo.run", "evaluate.statistics"),
     *(f"paper.{name}" for name in ("published", "tables", "plots", "page", "results")),
-    *(f"paper.small{part}" for part in ("_items", "_model", "_train", "_grid", "_scores", "_report", "")),
+    *(
+        f"paper.small{part}"
+        for part in ("_items", "_model", "_train", "_grid", "_scores", "_report", "_page", "")
+    ),
     *("speaker", "cli"),
 )
 # Where a library may be imported; nowhere if it is not said.
