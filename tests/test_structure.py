@@ -50,7 +50,8 @@ ORDER = (
     "evaluate.calibration",
     *(f"paper.{name}" for name in ("published", "tables", "plots", "page", "results")),
     *(f"paper.full{part}" for part in ("_models", "_grid", "_plan", "_data", "_report", "", "_options")),
-    *(f"paper.small{part}" for part in ("_items", "_model", "_train", "_grid", "_scores", "_report", "")),
+    *(f"paper.small{part}" for part in ("_items", "_model", "_train", "_grid", "_scores")),
+    *(f"paper.small{part}" for part in ("_report", "_page", "")),
     *("speaker", "cli_calibrate", "cli_evaluate", "cli"),
 )
 # Where a library may be imported; nowhere if it is not said.

@@ -8,16 +8,19 @@ in OUT/scores.jsonl, so a run that was cut short is gone on with.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from della.errors import EvaluationError
+from della.paper.results import write
 from della.paper.small_grid import METHODS, Cell, climb, lambdas
 from della.paper.small_items import TASKS, Example, check_data, data_file, examples
 from della.paper.small_model import set_threads, tokenizer_of
-from della.paper.small_report import Report, write_report
+from della.paper.small_page import report
+from della.paper.small_report import Findings, results
 from della.paper.small_scores import Scores
 from della.paper.small_train import train_experts
 
@@ -46,9 +49,10 @@ class SmallOptions:
 
 
 def run_small(options: SmallOptions, tell: Tell) -> Path:
-    """Run the whole experiment, or what of it is missing; returns OUT/results.json, beside OUT/tables.md.
+    """Run the whole experiment, or what of it is missing; returns OUT/results.json, which has tables and
+    plots beside it (`della.paper.results`).
 
-    Raises EvaluationError where data, models or the extra train are missing.
+    Raises EvaluationError where data, models or the extras train and paper are missing.
     """
     if options.seeds < 1 or options.items < 2 or options.validation_items < 2:
         raise EvaluationError("seeds must be 1 or more, and items 2 or more a task")
@@ -65,15 +69,32 @@ def run_small(options: SmallOptions, tell: Tell) -> Path:
     check_data(options.data, ("validation", "test"))
     items = _items(options, experts)
     scores = Scores(options.out, experts, items, options.threads, tell)
-    report = Report(items, options.seeds, options.threads)
+    findings = Findings(items, options.seeds)
     for split in ("test", "validation"):
         for name in ("base", *TASKS):
-            report.singles[name, split] = scores.expert(name, split)
+            findings.singles[name, split] = scores.expert(name, split)
     for cell in _equal(options.seeds):
-        report.equal[cell] = scores.cell(cell, "test")
-    for cell in _by_seed(_choose(scores, report), options.seeds):
-        report.tuned[cell] = scores.cell(cell, "test")
-    return write_report(report, options.out, scores.seconds)
+        findings.equal[cell] = scores.cell(cell, "test")
+    for cell in _by_seed(_choose(scores, findings), options.seeds):
+        findings.tuned[cell] = scores.cell(cell, "test")
+    record = experts / "training.json"
+    training = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    found = results(findings, _command(options), training, scores.seconds)
+    write(options.out, found, report(found))
+    return options.out / "results.json"
+
+
+def _command(options: SmallOptions) -> str:
+    """What makes the results again; folders by their names alone."""
+    told: dict[str, object] = {
+        "model": options.model and Path(options.model).name,
+        "data": options.data.name,
+        "experts": options.experts and options.experts.name,
+        "out": options.out.name,
+        "seeds": options.seeds,
+        "items": options.items,
+    }
+    return " ".join(["della paper --scale 135m", *(f"--{k} {v}" for k, v in told.items() if v is not None)])
 
 
 def _items(options: SmallOptions, experts: Path) -> dict[str, dict[str, list[Example]]]:
@@ -107,18 +128,18 @@ def _by_seed(cells: list[Cell], seeds: int) -> list[Cell]:
     return found
 
 
-def _choose(scores: Scores, report: Report) -> list[Cell]:
+def _choose(scores: Scores, findings: Findings) -> list[Cell]:
     """Each method's best p and lambda on validation, by kept gain, with one seed."""
 
     def kept(cell: Cell) -> float:
-        report.validation[cell] = report.kept(scores.cell(cell, "validation"), "validation")
-        return report.validation[cell]
+        findings.validation[cell] = findings.kept(scores.cell(cell, "validation"), "validation")
+        return findings.validation[cell]
 
     chosen: dict[str, Cell] = {}
     for name, row in sorted(METHODS.items(), key=lambda pair: pair[1].variant):
         drops = (chosen["della-wide"].p,) if row.variant else row.drops
         best = [Cell(name, p, climb(partial(_at, kept, name, p), lambdas(name, p))) for p in drops]
-        chosen[name] = max(best, key=lambda cell: report.validation[cell])
+        chosen[name] = max(best, key=lambda cell: findings.validation[cell])
     return list(chosen.values())
 
 

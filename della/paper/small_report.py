@@ -1,13 +1,10 @@
-"""What the scores of the 135 M experiment say: kept gains, differences, intervals, as JSON and Markdown."""
+"""What the scores of the 135 M experiment say: kept gains, differences, intervals, as results.json."""
 
 from __future__ import annotations
 
 import itertools
-import json
-import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,17 +12,16 @@ from numpy.typing import NDArray
 
 from della.errors import EvaluationError
 from della.evaluate.statistics import Interval, mean_over_seeds, paired_bootstrap
+from della.paper.results import as_json, head
 from della.paper.small_grid import METHODS, WIDE, Cell
 from della.paper.small_items import TASKS, Example
-from della.paper.small_model import versions
-from della.version import __version__
 
 Losses = dict[str, list[float]]
 Array = NDArray[np.float64]
 
 
 @dataclass
-class Report:
+class Findings:
     """The scores by cell, and what follows from them.
 
     The gain that a merge keeps on a task is (base - merge) / (base - own expert) in loss per response token;
@@ -35,7 +31,6 @@ class Report:
 
     items: Mapping[str, Mapping[str, Sequence[Example]]]
     seeds: int
-    threads: int
     singles: dict[tuple[str, str], Losses] = field(default_factory=dict)
     equal: dict[Cell, Losses] = field(default_factory=dict)
     tuned: dict[Cell, Losses] = field(default_factory=dict)
@@ -74,9 +69,9 @@ class Report:
         values, weights = self._mean_shares(runs)
         return {
             "loss": {task: float(np.mean([self.per_token(run, task) for run in runs])) for task in TASKS},
-            "kept": asdict(paired_bootstrap(values, np.zeros_like(values), weights=weights)),
+            "kept": as_json(paired_bootstrap(values, np.zeros_like(values), weights=weights)),
             "kept_by_seed": [self.kept(run) for run in runs],
-            "kept_over_seeds": asdict(mean_over_seeds([self.kept(run) for run in runs])),
+            "kept_over_seeds": as_json(mean_over_seeds([self.kept(run) for run in runs])),
         }
 
     def difference(self, a: Sequence[Losses], b: Sequence[Losses]) -> dict[str, Any]:
@@ -91,10 +86,10 @@ class Report:
         for task in TASKS:
             tokens = self.tokens(task, "test")
             mean_a, mean_b = (np.mean([run[task] for run in runs], axis=0) / tokens for runs in (a, b))
-            by_task[task] = asdict(paired_bootstrap(mean_a, mean_b, weights=tokens))
+            by_task[task] = as_json(paired_bootstrap(mean_a, mean_b, weights=tokens))
         return {
-            "items": asdict(items),
-            "seeds": asdict(seeds),
+            "items": as_json(items),
+            "seeds": as_json(seeds),
             "loss": by_task,
             "verdict": verdict(items, seeds),
         }
@@ -119,20 +114,22 @@ def grouped(cells: Mapping[Cell, Losses]) -> dict[tuple[str, float, float], list
     return found
 
 
-def results(report: Report, seconds: float) -> dict[str, Any]:
-    """Everything as JSON."""
+def results(report: Findings, command: str, training: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+    """Everything as JSON; ``seconds`` is what merging and scoring took."""
     equal, tuned = grouped(report.equal), grouped(report.tuned)
+    wide = next(runs for key, runs in tuned.items() if key[0] == "della-wide")
     singles = {
         name: {task: report.per_token(report.singles[name, "test"], task) for task in TASKS}
         for name in ("base", *TASKS)
     }
-    return {
-        "scale": "135m",
-        "della": __version__,
-        "versions": versions() | {"python": platform.python_version()},
-        "threads": report.threads,
+    found = head("135m", command, 0, seconds, "torch", "transformers", "peft")
+    found["time"] |= {f"training_{task}": training[task]["seconds"] for task in TASKS if task in training}
+    return found | {
         "seeds": report.seeds,
-        "seconds": round(seconds, 1),
+        "training": {
+            task: {key: value for key, value in row.items() if key != "seconds"}
+            for task, row in training.items()
+        },
         "items": {
             split: {
                 task: {"items": len(found), "response_tokens": sum(one.answered for one in found)}
@@ -141,91 +138,33 @@ def results(report: Report, seconds: float) -> dict[str, Any]:
             for split, tasks in report.items.items()
         },
         "singles": singles,
-        "equal": [_entry(key, report.row(runs)) for key, runs in equal.items()],
-        "claims": claims(report, equal),
-        "validation": [
-            {"method": cell.method, "p": cell.p, "lambda": cell.lambda_, "kept": kept}
-            for cell, kept in report.validation.items()
-        ],
-        "tuned": [
-            _entry(key, report.row(runs)) | {"against_della_wide": report.difference(runs, _runs(tuned))}
-            for key, runs in tuned.items()
-        ],
-    }
+        "validation": [_entry(cell.method, cell.p, cell.lambda_) | {"kept": kept}
+                       for cell, kept in report.validation.items()],
+        "tuned": [_entry(*key) | report.row(runs) | {"less_della_wide": report.difference(runs, wide)}
+                  for key, runs in tuned.items()],
+        "equal": [_entry(*key) | report.row(runs) for key, runs in equal.items()],
+        "claims": claims(report, equal, tuned),
+    }  # fmt: skip
 
 
-def claims(report: Report, equal: Mapping[tuple[str, float, float], list[Losses]]) -> list[dict[str, Any]]:
-    """The first look's ordering at equal p and lambda 1, step by step."""
-    found = []
-    for p in WIDE:
-        steps = [("ta", 1.0), ("dare", p), ("della", p), ("della-wide", p)]
-        for (low, low_p), (high, high_p) in itertools.pairwise(steps):
-            a, b = equal[high, high_p, 1.0], equal[low, low_p, 1.0]
-            found.append({"p": p, "lambda": 1.0, "better": high, "than": low, **report.difference(a, b)})
-    return found
+Runs = Mapping[tuple[str, float, float], list[Losses]]
+STEPS = ("ta", "dare", "della", "della-wide")  # the order that the first look found
 
 
-def _runs(tuned: Mapping[tuple[str, float, float], list[Losses]]) -> list[Losses]:
-    return next(runs for key, runs in tuned.items() if key[0] == "della-wide")
+def claims(report: Findings, equal: Runs, tuned: Runs) -> list[dict[str, Any]]:
+    """The first look's order, step by step: at lambda 1 and equal p, and each method at its own choice."""
+    settings: list[tuple[str, float | None, dict[str, list[Losses]]]] = [
+        ("equal", p, {m: runs for (m, at, _), runs in equal.items() if at == p or METHODS[m].drops == (1.0,)})
+        for p in WIDE
+    ]
+    settings.append(("tuned", None, {m: runs for (m, _, _), runs in tuned.items()}))
+    return [
+        {"setting": setting, "p": p, "better": high, "than": low, **report.difference(runs[high], runs[low])}
+        for setting, p, runs in settings
+        for low, high in itertools.pairwise(STEPS)
+    ]
 
 
-def _entry(key: tuple[str, float, float], row: Mapping[str, Any]) -> dict[str, Any]:
-    method, p, lambda_ = key
+def _entry(method: str, p: float, lambda_: float) -> dict[str, Any]:
     dropped = None if METHODS[method].drops == (1.0,) else p
-    return {"method": method, "title": METHODS[method].title, "p": dropped, "lambda": lambda_, **row}
-
-
-def write_report(report: Report, out: Path, seconds: float) -> Path:
-    """OUT/results.json and OUT/tables.md; returns the first."""
-    found = results(report, seconds)
-    (out / "tables.md").write_text(tables(found), encoding="utf-8")
-    path = out / "results.json"
-    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    return path
-
-
-def tables(found: Mapping[str, Any]) -> str:
-    """The results as Markdown."""
-    head = "| method | p | lambda | LM | Math | Code | kept gain | over seeds |"
-    rule = "|---|---|---|---|---|---|---|---|"
-    lines = ["## Models alone", "", "Loss per response token on the test items.", ""]
-    lines += ["| model | LM | Math | Code |", "|---|---|---|---|"]
-    for name, loss in found["singles"].items():
-        lines.append(f"| {name} | {_losses(loss)} |")
-    lines += [
-        "",
-        "## Chosen on validation",
-        "",
-        head[:-1] + "| less DELLA wide | verdict |",
-        rule + "---|---|",
-    ]
-    for row in sorted(found["tuned"], key=lambda row: -row["kept"]["value"]):
-        against = row["against_della_wide"]
-        lines.append(f"{_row(row)} {_signed(against['items'])} | {against['verdict']} |")
-    lines += ["", "## At lambda 1 and equal p", "", head, rule]
-    lines += [
-        _row(row) for row in sorted(found["equal"], key=lambda row: (row["p"] or 0, row["kept"]["value"]))
-    ]
-    lines += ["", "| p | claim | difference over items | over seeds | verdict |", "|---|---|---|---|---|"]
-    for claim in found["claims"]:
-        lines.append(
-            f"| {claim['p']:g} | {METHODS[claim['better']].title} above {METHODS[claim['than']].title} "
-            f"| {_signed(claim['items'])} | {_signed(claim['seeds'])} | {claim['verdict']} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
-def _losses(loss: Mapping[str, float]) -> str:
-    return " | ".join(f"{loss[task]:.4f}" for task in TASKS)
-
-
-def _row(row: Mapping[str, Any]) -> str:
-    p = "-" if row["p"] is None else f"{row['p']:g}"
-    kept, seeds = row["kept"], row["kept_over_seeds"]
-    spread = f"± {seeds['high'] - seeds['value']:.4f}" if len(row["kept_by_seed"]) > 1 else "-"
-    interval = f"{kept['value']:.4f} ({kept['low']:.4f} to {kept['high']:.4f})"
-    return f"| {row['title']} | {p} | {row['lambda']:g} | {_losses(row['loss'])} | {interval} | {spread} |"
-
-
-def _signed(interval: Mapping[str, float]) -> str:
-    return f"{interval['value']:+.4f} ({interval['low']:+.4f} to {interval['high']:+.4f})"
+    return {"method": method, "title": METHODS[method].title, "p": dropped, "lambda": lambda_}
