@@ -59,7 +59,9 @@ def test_subclasses_cross_as_what_they_hold() -> None:
 
 
 def test_iterators_and_views_stay_what_they_are() -> None:
-    crossed = decode(encode([map(abs, [-1, 2]), {1: 2}.keys(), {1: 2}.values(), {1: 2}.items(), (x for x in "a")]))
+    crossed = decode(
+        encode([map(abs, [-1, 2]), {1: 2}.keys(), {1: 2}.values(), {1: 2}.items(), (x for x in "a")])
+    )
     assert crossed[0] != [1, 2]
     assert list(crossed[0]) == [1, 2]
     assert crossed[1] == {1}
@@ -137,7 +139,11 @@ def test_the_program_is_never_given_what_is_expected(monkeypatch: pytest.MonkeyP
             return sandbox.run(source, stdin, limits)
 
     program = "def f(x): return x\ndef set(x): return 1"
-    tests = ["assert f(1) == 424242", "assert set(f(2)) == set([535353])", "assert isinstance(f(3), (int, 646464))"]
+    tests = [
+        "assert f(1) == 424242",
+        "assert set(f(2)) == set([535353])",
+        "assert isinstance(f(3), (int, 646464))",
+    ]
     assert not check(Spy(), program, tests, "limit = 757575").passed
     assert decode(sent[0]) == [program, "limit = 757575", ["f(1)", "f(2)", "f(3)"], 1 << 19]
     assert b"def f" in sent[0]
@@ -168,7 +174,9 @@ def test_only_the_function_under_test_is_left_to_the_program(sandbox: Sandbox) -
 
 
 def test_a_test_without_a_call_is_refused(sandbox: Sandbox) -> None:
-    with pytest.raises(EvaluationError, match=r"^the test 'assert 1 == 1' calls no function whose value could be"):
+    with pytest.raises(
+        EvaluationError, match=r"^the test 'assert 1 == 1' calls no function whose value could be"
+    ):
         check(sandbox, "", ["assert 1 == 1"])
     with pytest.raises(EvaluationError, match=r"^the test 'assert f\(' is no Python: "):
         check(sandbox, "", ["assert f("])
@@ -214,7 +222,9 @@ def test_what_fails_in_a_batch_fails_alone(sandbox: Sandbox) -> None:
         "garbage": "import os\nfor place in range(64):\n    try: os.write(place, b'garbage')\n    except OSError: pass\nos._exit(0)",
         "closes all": "import os\nos.closerange(0, 64)\ndef f(x): return x",
     }
-    functions = [pair for source in bad.values() for pair in ((source, "f"), ("def f(x): return 1 / (x - 1)", "f"))]
+    functions = [
+        pair for source in bad.values() for pair in ((source, "f"), ("def f(x): return 1 / (x - 1)", "f"))
+    ]
     answers = calls(sandbox, functions, [1, 2], Limits(seconds=0.4, processes=64))
     assert dict(zip(bad, answers[::2])) == {name: [None, None] for name in bad}
     assert answers[1::2] == [[None, 1.0]] * len(bad)

@@ -28,7 +28,9 @@ LIBRARY = (
 
 @each_sandbox
 def test_a_program_reads_stdin_and_writes(sandbox: Sandbox) -> None:
-    source = "import sys\ntext = sys.stdin.read()\nprint(text.upper())\nprint('so', file=sys.stderr)\nsys.exit(3)"
+    source = (
+        "import sys\ntext = sys.stdin.read()\nprint(text.upper())\nprint('so', file=sys.stderr)\nsys.exit(3)"
+    )
     outcome = sandbox.run(source, "à la carte".encode())
     assert (outcome.ended, outcome.code) == ("exited", 3)
     assert (outcome.stdout, outcome.stderr) == ("À LA CARTE\n".encode(), "so\n")
@@ -177,7 +179,11 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 def test_nothing_is_left_of_many_runs(sandbox: Sandbox) -> None:
     def state() -> tuple[int, list[str], int]:
         children = Path(f"/proc/self/task/{threading.get_native_id()}/children")
-        return len(os.listdir("/proc/self/fd")), children.read_text().split() if children.exists() else [], threading.active_count()
+        return (
+            len(os.listdir("/proc/self/fd")),
+            children.read_text().split() if children.exists() else [],
+            threading.active_count(),
+        )
 
     before = state()
     for source in ("pass", "while True: pass", "while True: print('x' * 1000)", "import os; os.abort()"):
@@ -270,7 +276,10 @@ def fake_bwrap(folder: Path, script: str) -> None:
 @pytest.mark.parametrize(
     ("script", "fault"),
     [
-        ("echo 'bwrap: No permissions to create new namespace' >&2; exit 1", "bwrap: No permissions to create new namespace"),
+        (
+            "echo 'bwrap: No permissions to create new namespace' >&2; exit 1",
+            "bwrap: No permissions to create new namespace",
+        ),
         ('while [ "$1" != -- ]; do shift; done; shift; exec "$@"', "it is not in a namespace of its own"),
     ],
     ids=["refused", "no wall at all"],
@@ -287,7 +296,9 @@ def test_a_bubblewrap_that_does_not_work_is_not_taken(
         assert open_sandbox().name == "landlock"
 
 
-def test_without_any_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_any_the_message_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(module, "_PROBE", "import sys; sys.exit('the kernel has no Landlock')")
     with pytest.raises(EvaluationError) as caught:
@@ -301,7 +312,9 @@ def test_without_any_the_message_says_what_to_install(monkeypatch: pytest.Monkey
 
 def test_another_machine_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(seccomp.platform, "machine", lambda: "riscv64")
-    with pytest.raises(EvaluationError, match=r"bubblewrap: it needs Linux on x86_64 or aarch64; landlock: it needs"):
+    with pytest.raises(
+        EvaluationError, match=r"bubblewrap: it needs Linux on x86_64 or aarch64; landlock: it needs"
+    ):
         open_sandbox()
 
 
@@ -321,7 +334,9 @@ def test_where_namespaces_are_forbidden_landlock_stands_in() -> None:
 def test_the_filters_name_every_call_once() -> None:
     for column in (0, 1):
         tables = [seccomp._ALWAYS, seccomp._WRITING, seccomp._FORKING]
-        numbers = [numbers[column] for table in tables for numbers in table.values() if numbers[column] is not None]
+        numbers = [
+            numbers[column] for table in tables for numbers in table.values() if numbers[column] is not None
+        ]
         assert len(numbers) == len(set(numbers))
 
 

@@ -54,7 +54,9 @@ def python_of_nobody() -> str:
     for python in (os.path.realpath(sys.executable), "/usr/bin/python3"):
         command = [python, "-c", "import sys, attacks.world; assert sys.version_info >= (3, 10)"]
         try:
-            subprocess.run(command, check=True, capture_output=True, cwd=ROOT, user=NOBODY, group=NOBODY, env={})
+            subprocess.run(
+                command, check=True, capture_output=True, cwd=ROOT, user=NOBODY, group=NOBODY, env={}
+            )
         except (OSError, subprocess.CalledProcessError):
             continue
         return python
@@ -68,7 +70,15 @@ def test_held_for_an_ordinary_user(name: str) -> None:
         pytest.skip(f"{name} does not work here")
     command = [python_of_nobody(), "-B", "-m", "attacks.world", name]
     run = subprocess.run(
-        command, capture_output=True, text=True, check=False, cwd=ROOT, user=NOBODY, group=NOBODY, extra_groups=[], env={}
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        user=NOBODY,
+        group=NOBODY,
+        extra_groups=[],
+        env={},
     )
     assert run.returncode == 0, run.stderr
     quick = sum(escape.ended not in ("timeout", "any") for escape in ESCAPES)

@@ -52,14 +52,14 @@ ORDER = (
     *(f"paper.full{part}" for part in ("_models", "_grid", "_plan", "_data", "_report", "", "_options")),
     *(f"paper.small{part}" for part in ("_items", "_model", "_train", "_grid", "_scores")),
     *(f"paper.small{part}" for part in ("_report", "_page", "")),
-    *("speaker", "cli_calibrate", "cli_evaluate", "cli"),
+    *("speaker", "cli_calibrate", "cli_evaluate", "cli_paper", "cli"),
 )
 # Where a library may be imported; nowhere if it is not said.
 FENCES = {
     "yaml": ["recipe_yaml"],
     "huggingface_hub": ["checkpoint.source"],
     "numba": ["merging.kernel"],
-    "typer": ["cli", "cli_calibrate", "cli_evaluate"],
+    "typer": ["cli", "cli_calibrate", "cli_evaluate", "cli_paper"],
     "rich": ["speaker"],
     "openai": ["evaluate.endpoint"],
     "tokenizers": ["demo.score"],
