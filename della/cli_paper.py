@@ -195,6 +195,7 @@ def _full(given: dict[str, Any]) -> FullOptions:
         tasks=(), vllm_command=tuple(shlex.split(given["vllm_command"])),
         vllm_arguments=tuple(shlex.split(given["vllm_args"])), **{name: given[name] for name in _SCORING},
     )  # fmt: skip
-    lists = {name: given[name] or () for name in ("models", "data")}
-    options = full_options(scoring, **lists, **{name: given[name] for name in _GRID})
+    options = full_options(
+        scoring, models=given["models"] or (), data=given["data"] or (), **{name: given[name] for name in _GRID}
+    )  # fmt: skip
     return replace(options, command=shlex.join(["della", *sys.argv[1:]]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -12,17 +13,18 @@ import time
 from pathlib import Path
 
 import pytest
+from sandboxes import OPENED, any_sandbox, each_sandbox, sandbox_named
 
 from della.errors import EvaluationError
+from della.evaluate import process, seccomp
 from della.evaluate import sandbox as module
-from della.evaluate import seccomp
 from della.evaluate.sandbox import INSTALL, Limits, Sandbox, open_sandbox
-from tests.sandboxes import EACH, any_sandbox, each_sandbox
 
 LIBRARY = (
-    "abc, array, ast, base64, bisect, calendar, cmath, collections, copy, csv, dataclasses, datetime, decimal, "
-    "enum, fractions, functools, hashlib, heapq, io, itertools, json, math, operator, queue, random, re, "
-    "statistics, string, struct, sys, textwrap, threading, time, typing, unicodedata, zlib, zoneinfo"
+    "abc, array, ast, base64, bisect, calendar, cmath, collections, copy, csv, dataclasses, datetime, "
+    "decimal, enum, fractions, functools, hashlib, heapq, io, itertools, json, math, operator, queue, "
+    "random, re, statistics, string, struct, sys, textwrap, threading, time, typing, unicodedata, zlib, "
+    "zoneinfo"
 )
 
 
@@ -211,7 +213,7 @@ def test_an_interrupt_ends_the_program(sandbox: Sandbox, monkeypatch: pytest.Mon
     def interrupted(*_: object) -> bool:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "_read", interrupted)
+    monkeypatch.setattr(process, "_read", interrupted)
     with pytest.raises(KeyboardInterrupt):
         sandbox.run("print('begun', flush=True)\nwhile True: pass", limits=Limits(memory=(302 << 20) + 4096))
     assert gone((302 << 20) + 4096)
@@ -264,8 +266,7 @@ def test_an_unknown_name_is_refused() -> None:
 
 
 def test_bubblewrap_is_preferred() -> None:
-    works = [parameter.id for parameter in EACH if not parameter.marks]  # type: ignore[attr-defined]
-    assert any_sandbox().name == works[0]
+    assert open_sandbox().name == any_sandbox().name
 
 
 def fake_bwrap(folder: Path, script: str) -> None:
@@ -292,7 +293,7 @@ def test_a_bubblewrap_that_does_not_work_is_not_taken(
     with pytest.raises(EvaluationError) as caught:
         open_sandbox("bubblewrap")
     assert f"works here (bubblewrap: {fault})" in str(caught.value)
-    if not EACH[1].marks:  # type: ignore[attr-defined]
+    if not isinstance(OPENED["landlock"], str):
         assert open_sandbox().name == "landlock"
 
 
@@ -311,7 +312,7 @@ def test_without_any_the_message_says_what_to_install(
 
 
 def test_another_machine_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(seccomp.platform, "machine", lambda: "riscv64")
+    monkeypatch.setattr(platform, "machine", lambda: "riscv64")
     with pytest.raises(
         EvaluationError, match=r"bubblewrap: it needs Linux on x86_64 or aarch64; landlock: it needs"
     ):
@@ -320,9 +321,12 @@ def test_another_machine_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_where_namespaces_are_forbidden_landlock_stands_in() -> None:
     """Really forbidden, by the kernel: in a user namespace that may have none below it."""
-    if EACH[1].marks or not shutil.which("unshare"):  # type: ignore[attr-defined]
-        pytest.skip("needs Landlock, and unshare of util-linux")
-    program = "from della.evaluate.sandbox import open_sandbox; s = open_sandbox(); print(s.name, s.run('print(1)').code)"
+    sandbox_named("landlock")
+    if not shutil.which("unshare"):
+        pytest.skip("needs unshare of util-linux")
+    program = (
+        "from della.evaluate.sandbox import open_sandbox as o; print(o().name, o().run('print(1)').code)"
+    )
     script = 'echo 0 > /proc/sys/user/max_user_namespaces || exit 9; exec "$0" -c "$1"'
     command = ["unshare", "--user", "--map-root-user", "sh", "-c", script, sys.executable, program]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -358,4 +362,4 @@ def test_a_kernel_without_a_descriptor_for_processes_is_told(monkeypatch: pytest
 
     monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: Library())
     with pytest.raises(EvaluationError, match=r"needs Linux 5\.3 or newer"):
-        module._descriptor_of(os.getpid())
+        process._descriptor_of(os.getpid())
