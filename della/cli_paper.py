@@ -196,6 +196,7 @@ def _full(given: dict[str, Any]) -> FullOptions:
         vllm_arguments=tuple(shlex.split(given["vllm_args"])), **{name: given[name] for name in _SCORING},
     )  # fmt: skip
     options = full_options(
-        scoring, models=given["models"] or (), data=given["data"] or (), **{name: given[name] for name in _GRID}
+        scoring, models=given["models"] or (), data=given["data"] or (),
+        **{name: given[name] for name in _GRID},
     )  # fmt: skip
     return replace(options, command=shlex.join(["della", *sys.argv[1:]]))
