@@ -38,28 +38,39 @@ ORDER = (
         )
     ),
     *(f"merging.{name}" for name in ("methods", "reference", "compat", "kernel", "cast", "drop", "largest")),
-    *("merging.fuse", "merging.tensor"),
+    *("merging.fuse", "merging.tensor", "norms"),
     *(f"recipe{part}" for part in ("_tree", "_yaml", "_settings", "_types", "_overrides", "")),
     *("jobs", "fitting", "departures", "planning", "show", "card", "compute", "run"),
     *("hashing", "verifying", "arrays"),
     *("api", "della", "demo", "demo.tasks", "demo.llama", "demo.score", "demo.run", "evaluate.statistics"),
-    *(
-        f"evaluate.{name}"
-        for name in ("seccomp", "process", "values", "guard", "harness", "sandbox", "programs")
-    ),
-    *("speaker", "cli"),
+    *(f"evaluate.{name}" for name in ("seccomp", "process", "values", "guard", "harness")),
+    *("evaluate.sandbox", "evaluate.programs"),
+    *(f"evaluate.{name}" for name in ("problems", "templates", "generations")),
+    *(f"evaluate.{name}" for name in ("endpoint", "gsm8k", "judge", "alpaca")),
+    *(f"evaluate.{name}" for name in ("backends", "numpy_backend", "hf", "server", "vllm_server")),
+    *(f"evaluate.{name}" for name in ("settings", "scoring", "evaluation")),
+    "evaluate.calibration",
+    *(f"paper.{name}" for name in ("published", "tables", "plots", "page", "results")),
+    *(f"paper.full{part}" for part in ("_models", "_grid", "_plan", "_data", "_report", "", "_options")),
+    *(f"paper.small{part}" for part in ("_items", "_model", "_train", "_grid", "_scores")),
+    *(f"paper.small{part}" for part in ("_report", "_page", "")),
+    *("speaker", "cli_calibrate", "cli_evaluate", "cli_paper", "cli"),
 )
 # Where a library may be imported; nowhere if it is not said.
 FENCES = {
     "yaml": ["recipe_yaml"],
     "huggingface_hub": ["checkpoint.source"],
     "numba": ["merging.kernel"],
-    "typer": ["cli"],
+    "typer": ["cli", "cli_calibrate", "cli_evaluate", "cli_paper"],
     "rich": ["speaker"],
+    "openai": ["evaluate.endpoint"],
     "tokenizers": ["demo.score"],
-    "torch": ["checkpoint.pickles"],
-    "transformers": [],
+    "torch": ["checkpoint.pickles", "evaluate.calibration", "evaluate.hf", "paper.small_model"],
+    "transformers": ["evaluate.calibration", "evaluate.hf", "paper.small_model"],
+    "datasets": ["evaluate.problems"],
+    "peft": ["paper.small_train"],
     "safetensors": [],
+    "vl_convert": ["paper.plots"],
 }
 # Where code is run that is not della's own, and other processes are started: nowhere else.
 RUNS_CODE = {
@@ -67,6 +78,8 @@ RUNS_CODE = {
     "evaluate.harness": {"exec", "eval", "compile", "fork"},
     "evaluate.sandbox": {"subprocess"},  # these two start it, and end it
     "evaluate.process": {"subprocess"},
+    "evaluate.alpaca": {"subprocess"},  # programs of environments that are not ours
+    "evaluate.vllm_server": {"subprocess"},
 }
 PUBLIC = [
     "CheckpointError", "DamageError", "DellaError", "OutputError", "RecipeError", "__version__", "magprune",
@@ -114,13 +127,15 @@ def test_every_module_has_its_place() -> None:
     packages = {
         name for name, path in modules().items() if not path.read_text().partition('"""\n')[2].strip()
     }
-    assert packages == {"checkpoint", "merging", "evaluate"}, "packages hold a docstring and nothing else"
+    assert packages == {"checkpoint", "merging", "evaluate", "paper"}, (
+        "packages hold a docstring and nothing else"
+    )
     assert sorted(set(modules()) - packages) == sorted(ORDER)
 
 
 @pytest.mark.parametrize("name", ORDER)
 def test_a_module_imports_only_from_above(name: str) -> None:
-    above = {*ORDER[: ORDER.index(name)], "merging", "checkpoint", "evaluate"}
+    above = {*ORDER[: ORDER.index(name)], "merging", "checkpoint", "evaluate", "paper"}
     assert own_imports(modules()[name]) <= above
 
 
