@@ -8,7 +8,7 @@ token stands in the last column and one key-value cache serves them all.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,13 +80,18 @@ class Cache:
 
 
 class Llama:
-    """A Llama for inference, from its config and its tensors (Hugging Face's names; any float dtype)."""
+    """A Llama for inference, from its config and its tensors (Hugging Face's names; any float dtype).
+
+    ``watch``, if set, is called with the weight's name and the input (..., in) of every linear layer; padded
+    columns of ragged batches are among its rows.
+    """
 
     def __init__(self, config: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> None:
         self.shape = Shape.of(config)
         self._tensors = {name: np.asarray(array).astype(np.float32) for name, array in tensors.items()}
         self._embedding = self._tensors["model.embed_tokens.weight"]
         self._head = self._embedding if self.shape.tied else self._tensors["lm_head.weight"]
+        self.watch: Callable[[str, Floats], None] | None = None
         half = self.shape.head // 2
         self._frequencies = self.shape.theta ** (-np.arange(half, dtype=np.float64) / half)
 
@@ -102,8 +107,7 @@ class Llama:
     def logits(self, ids: Sequence[int]) -> Floats:
         """Next-token logits at every position of one text: (len(ids), vocabulary)."""
         cache = self._cache([len(ids)], len(ids))
-        hidden: Floats = self._forward(np.array([ids], dtype=np.int64), cache)[0] @ self._head.T
-        return hidden
+        return self._predicted(self._forward(np.array([ids], dtype=np.int64), cache)[0])
 
     def losses(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], rows: int = 40) -> list[Floats]:
         """The loss in nats of every answer token, given (prompt ids, answer ids); one array a pair."""
@@ -112,7 +116,7 @@ class Llama:
             texts = [[*prompt, *answer] for prompt, answer in chunk]
             hidden = self._forward(*self._padded(texts))
             for row, (_, answer) in zip(hidden, chunk, strict=True):
-                found.append(_losses(row[-len(answer) - 1 : -1] @ self._head.T, answer))
+                found.append(_losses(self._predicted(row[-len(answer) - 1 : -1]), answer))
         return found
 
     def answers(
@@ -129,7 +133,7 @@ class Llama:
         answers: list[list[int]] = []
         going: list[int] = []
         for row, (_, reference) in enumerate(pairs):
-            logits = hidden[row, -len(reference) - 1 :] @ self._head.T
+            logits = self._predicted(hidden[row, -len(reference) - 1 :])
             losses.append(_losses(logits[:-1], reference))
             chosen = logits.argmax(axis=-1)
             same = int(np.argmin(np.append(chosen[:-1] == reference, False)))
@@ -161,7 +165,7 @@ class Llama:
         alive = np.arange(len(answers))
         ids = np.array([answer[-1:] for answer in answers]) if ids is None else ids
         while alive.size:
-            chosen = (self._forward(ids, cache)[:, -1] @ self._head.T).argmax(axis=-1)
+            chosen = self._predicted(self._forward(ids, cache)[:, -1]).argmax(axis=-1)
             for row, token in zip(alive, chosen, strict=True):
                 if token != end:
                     answers[row].append(int(token))
@@ -244,7 +248,15 @@ class Llama:
         normed *= self._tensors[name]
         return normed
 
+    def _predicted(self, hidden: Floats) -> Floats:
+        if self.watch is not None and not self.shape.tied:
+            self.watch("lm_head.weight", hidden)
+        logits: Floats = hidden @ self._head.T
+        return logits
+
     def _linear(self, x: Floats, name: str) -> Floats:
+        if self.watch is not None:
+            self.watch(name, x)
         weight = self._tensors[name]
         # One flat product: NumPy would otherwise call BLAS once a row of the batch.
         product: Floats = x.reshape(-1, x.shape[-1]) @ weight.T

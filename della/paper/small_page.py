@@ -1,0 +1,146 @@
+"""The report of the 135 M experiment: tables, plots and words, of results.json alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from della.paper.page import Report, Section
+from della.paper.plots import Mark, Plot, dots, lines
+from della.paper.results import interval
+from della.paper.small_grid import METHODS
+from della.paper.small_items import TASKS
+from della.paper.tables import Table, number, with_interval
+
+Found = Mapping[str, Any]
+NAMES = {"base": "base", "lm": "LM expert", "math": "Math expert", "code": "Code expert"}
+LOSSES = ("LM", "Math", "Code")
+KEPT = (
+    "Kept gain is the mean over tasks of (base - merge) / (base - own expert) in loss per response token: 0 "
+    "is the base, 1 every expert on its own task. Intervals are 95 %: over items by the paired bootstrap (of "
+    "the mean over seeds, with the two ends of the scale held fixed), and over seeds by Student."
+)
+OVER_LAMBDA = ("ta", "ties", "dare", "della", "della-wide")
+
+
+def report(found: Found) -> Report:
+    """The whole report."""
+    test = found["items"]["test"]
+    counts = ", ".join(f"{test[t]['items']} {NAMES[t].split()[0]}" for t in TASKS)
+    text = (
+        "Three experts of one small real base, merged by every method and scored by loss per response token "
+        f"on held-out items ({counts}), {found['seeds']} seeds for the methods that draw.",
+        KEPT,
+        f"Made by `{found['command']}`.",
+    )
+    sections = (_alone(found), _tuned(found), _equal(found), _over_lambda(found))
+    return Report("DELLA on a real model of 135 M", text, sections)
+
+
+def _alone(found: Found) -> Section:
+    rows = [(NAMES[name], *_losses(loss)) for name, loss in found["singles"].items()]
+    note = "Nats per response token on the test items, lower is better."
+    tables = [Table("The models alone", ("model", *LOSSES), tuple(rows), note=note)]
+    training = found["training"]
+    if training:
+        made = [
+            (NAMES[task], number(row["loss_before"], 3), number(row["loss_after"], 3),
+             number(row["relative_delta"], 5), str(row["training_tokens"]))
+            for task, row in training.items()
+        ]  # fmt: skip
+        columns = ("expert", "loss before", "after", "size of the delta", "tokens seen")
+        note = "Loss per response token on validation; the delta's norm over the base's."
+        tables.append(Table("How they were trained", columns, tuple(made), note=note))
+    return Section("Base and experts", (), tuple(tables))
+
+
+def _tuned(found: Found) -> Section:
+    rows = sorted(found["tuned"], key=lambda row: -float(row["kept"]["value"]))
+    columns = ("method", "p", "lambda", *LOSSES, "kept gain, over items", "over seeds",
+               "less DELLA wide", "which is")  # fmt: skip
+    cells = [
+        (*_row(row), _signed(row["less_della_wide"]["items"]), row["less_della_wide"]["verdict"])
+        if row["method"] != "della-wide" else (*_row(row), "", "")
+        for row in rows
+    ]  # fmt: skip
+    note = "Better or worse only where the intervals of the difference over items and seeds both exclude 0."
+    table = Table("Lambda and p chosen on validation, scored on test", columns, tuple(cells), note=note)
+    marks = [_mark("", row, row["title"], "") for row in rows]
+    plot = dots(
+        "tuned",
+        "Kept gain, lambda and p chosen on validation",
+        "Bars are intervals over items.",
+        marks,
+        "kept gain",
+    )
+    claims = _claims(found, "tuned", "Is one step better than the one before, each at its own choice?")
+    return Section("Each method at its best", (), (table, claims), (plot,))
+
+
+def _equal(found: Found) -> Section:
+    rows = sorted(found["equal"], key=lambda row: (row["p"] or 0, float(row["kept"]["value"])))
+    columns = ("method", "p", "lambda", *LOSSES, "kept gain, over items", "over seeds")
+    table = Table("At lambda 1 and equal p", columns, tuple(_row(row) for row in rows))
+    drops = sorted({row["p"] for row in rows if row["p"]})
+    marks = [
+        _mark("", row, row["title"], f"p = {p:g}") for p in drops for row in rows if row["p"] in (None, p)
+    ]
+    plot = dots("equal", "Kept gain at lambda 1", "Bars are intervals over items.", marks, "kept gain")
+    claims = _claims(found, "equal", "The order of the first look, step by step")
+    return Section("At equal p and lambda", (), (table, claims), (plot,))
+
+
+def _claims(found: Found, setting: str, title: str) -> Table:
+    rows = [
+        ("own choice" if claim["p"] is None else f"p {claim['p']:g}",
+         f"{METHODS[claim['better']].title} over {METHODS[claim['than']].title}",
+         _signed(claim["items"]), _signed(claim["seeds"]), claim["verdict"])
+        for claim in found["claims"] if claim["setting"] == setting
+    ]  # fmt: skip
+    columns = ("at", "step", "difference, over items", "over seeds", "which is")
+    return Table(title, columns, tuple(rows), labels=2)
+
+
+def _over_lambda(found: Found) -> Section:
+    rows = [row for row in found["validation"] if row["method"] in OVER_LAMBDA]
+    drops = sorted({row["p"] for row in rows if row["p"]})
+    marks = [
+        Mark(row["title"], row["kept"], row["kept"], row["kept"], x=row["lambda"], panel=f"p = {p:g}")
+        for p in drops
+        for row in sorted(rows, key=lambda row: (OVER_LAMBDA.index(row["method"]), row["lambda"]))
+        if row["p"] in (None, p)
+    ]
+    title = "Kept gain on validation over lambda"
+    plot: Plot = lines(
+        "lambda", title, "One seed; TA has no p and stands in both.", marks, "lambda", "kept gain"
+    )
+    ordered = sorted(
+        found["validation"],
+        key=lambda row: (list(METHODS).index(row["method"]), row["p"] or 0, row["lambda"]),
+    )
+    cells = [(row["title"], _p(row), f"{row['lambda']:g}", number(row["kept"], 4)) for row in ordered]
+    table = Table("All that was tried on validation", ("method", "p", "lambda", "kept gain"), tuple(cells))
+    return Section("The choice of lambda", (), (table,), (plot,))
+
+
+def _p(row: Found) -> str:
+    return "" if row["p"] is None else f"{row['p']:g}"
+
+
+def _losses(loss: Mapping[str, float]) -> Sequence[str]:
+    return [number(loss[task], 4) for task in TASKS]
+
+
+def _row(row: Found) -> tuple[str, ...]:
+    kept = with_interval(interval(row["kept"]), 4)
+    seeds = with_interval(interval(row["kept_over_seeds"]), 4) if len(row["kept_by_seed"]) > 1 else ""
+    return (row["title"], _p(row), f"{row['lambda']:g}", *_losses(row["loss"]), kept, seeds)
+
+
+def _mark(series: str, row: Found, label: str, panel: str) -> Mark:
+    kept = row["kept"]
+    return Mark(series, kept["value"], kept["low"], kept["high"], label=label, panel=panel)
+
+
+def _signed(found: Mapping[str, float]) -> str:
+    return with_interval(interval(found), 4, sign=True)
