@@ -1,14 +1,13 @@
 """The merges of the miniature: which rows the tables have, and what is chosen on validation.
 
-p is the share of deltas that is dropped.  Of each Kind and p, lambda is found by climbing its ladder from the middle
-until both neighbours are worse; DELLA's epsilon then along its own grid.  What is best is merged anew with each
+p is the share of deltas that is dropped.  Of each Kind and p, lambda is found by climbing its ladder until
+both neighbours are worse, then DELLA's epsilon along its own grid.  What is best is merged anew with each
 seed and scored on test.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,13 +20,21 @@ MERGES: dict[str, tuple[str, ...]] = {
     "Math+Code": ("math", "code"),
     "all three": EXPERTS,
 }
-DROPS = (0.1, 0.3, 0.5, 0.7, 0.9)
-LAMBDAS = (0.4, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0)
-EPSILONS = (0.07, 0.15, 0.3, 0.5)
 NARROW, FIRST, WIDE = 0.07, 0.15, 0.3  # 0.07: the release's window_size of 0.14
-START = LAMBDAS.index(1.0)
 
 Settings = tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """What is tried: p, lambda and epsilon of merges, p of tables 3 and 6, and the merges."""
+
+    drops: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
+    lambdas: tuple[float, ...] = (0.4, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0)
+    epsilons: tuple[float, ...] = (NARROW, FIRST, WIDE, 0.5)
+    pruned: tuple[float, ...] = (0.3, 0.5, 0.7, 0.8, 0.9)
+    pruned_more: tuple[float, ...] = (0.91, 0.92, 0.93, 0.94)
+    merges: tuple[str, ...] = tuple(MERGES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +55,11 @@ class Cell:
     @property
     def key(self) -> str:
         """A name that says all of it; without the seed where no draw has a part."""
-        parts = ["+".join(self.experts), self.method, f"lambda={self.lambda_:g}"] if self.method else list(self.experts)
+        parts = (
+            ["+".join(self.experts), self.method, f"lambda={self.lambda_:g}"]
+            if self.method
+            else list(self.experts)
+        )
         parts += [] if self.p is None else [f"p={self.p:g}"]
         parts += [] if self.epsilon is None else [f"epsilon={self.epsilon:g}"]
         parts += [f"{name}={value}" for name, value in self.settings]
@@ -75,36 +86,35 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A line of a table: a method with settings, and what is chosen for it on validation.
+    """A line of a table: a method with settings.
 
-    ``drops`` are the p to choose among, ``lambdas`` the ladder of lambda (one value: nothing to choose), and
-    ``factor`` what the ladder is multiplied by, given p and the number of experts, where the merged delta is
-    smaller or larger by that much.
+    With ``is_free`` lambda is chosen, else it is 1.  Its ladder is multiplied by ``factor``, given p and the
+    number of experts, where the merged delta is smaller or larger by that much.
     """
 
     label: str
     method: str
     settings: Settings = ()
-    drops: tuple[float, ...] = DROPS
-    lambdas: tuple[float, ...] = LAMBDAS
+    is_free: bool = True
     factor: Callable[[float, int], float] = lambda p, experts: 1.0
 
-    @property
-    def places(self) -> tuple[float | None, ...]:
+    def places(self, grid: Grid) -> tuple[float | None, ...]:
         """The p to choose among; None where the method drops nothing."""
-        return self.drops if METHODS[self.method].drop not in ("none", "average") else (None,)
+        return grid.drops if METHODS[self.method].drop not in ("none", "average") else (None,)
 
     @property
     def has_range(self) -> bool:
         """Whether keep probabilities have a range, whose half-width is epsilon."""
         return METHODS[self.method].drop == "magprune" and ("rank_by", "optimal") not in self.settings
 
-    def ladder(self, p: float | None, experts: int) -> list[float]:
+    def ladder(self, grid: Grid, p: float | None, experts: int) -> list[float]:
         """The values of lambda for this p, ascending."""
         factor = self.factor(0.0 if p is None else p, experts)
-        return [float(f"{value * factor:.3g}") for value in self.lambdas]
+        return [float(f"{value * factor:.3g}") for value in grid.lambdas] if self.is_free else [1.0]
 
-    def cell(self, experts: tuple[str, ...], p: float | None, lambda_: float, epsilon: float | None, seed: int = 0) -> Cell:
+    def cell(
+        self, experts: tuple[str, ...], p: float | None, lambda_: float, epsilon: float | None, seed: int = 0
+    ) -> Cell:
         """Its merge; an epsilon that p has no room for becomes the widest that it has."""
         if METHODS[self.method].drop != "magprune":
             epsilon = None
@@ -131,18 +141,17 @@ def _by_number(p: float, experts: int) -> float:
 
 _NO_ELECT: Settings = (("vote", "none"),)
 _WANDA: Settings = (("importance", "wanda"),)
-_NOTHING = (1.0,)  # lambda is not chosen
 DELLA = Kind("DELLA", "paper_della")
 TABLE1 = (Kind("TA", "paper_ta"), Kind("DARE", "paper_dare"), Kind("TIES", "paper_ties"), DELLA)
 TABLE2 = tuple(
-    Kind(f"{name} rescale", "paper_della", settings, lambdas=_NOTHING)
+    Kind(f"{name} rescale", "paper_della", settings, is_free=False)
     for name, settings in (("without", (("rescale", "none"),)), ("with", ()))
 )
 # The mean over all experts of what few of them have is smaller by their number.
 TABLE4 = tuple(replace(kind, settings=_NO_ELECT, factor=_by_number) for kind in TABLE1)
 TABLE5 = (Kind("WANDA, top-K", "paper_ties", _WANDA), Kind("WANDA, p by rank", "paper_della", _WANDA))
 ADAPTIVE = tuple(
-    Kind(name, "paper_della", (("lambda_scaling", name),), lambdas=_NOTHING)
+    Kind(name, "paper_della", (("lambda_scaling", name),), is_free=False)
     for name in ("row", "row_inverse", "tensor")
 )
 BESIDE = (
@@ -160,14 +169,12 @@ BESIDE = (
     Kind("task_arithmetic (sum)", "task_arithmetic"),
     Kind("breadcrumbs", "breadcrumbs"),
     Kind("breadcrumbs_ties", "breadcrumbs_ties"),
-    Kind("linear", "linear", lambdas=_NOTHING),
+    Kind("linear", "linear", is_free=False),
 )
 
 # ---- one expert alone, at lambda 1 -----------------------------------------------------------------------
 
-_RANDOM_LAYER = "random_layer"  # as one row: the ranks of the whole tensor in random order
-PRUNED3 = (0.3, 0.5, 0.7, 0.8, 0.9)
-PRUNED6 = (*PRUNED3, 0.91, 0.92, 0.93, 0.94)
+RANDOM_LAYER = "random_layer"  # as one row: the ranks of the whole tensor in random order
 TABLE3 = tuple(
     (Kind(f"{name} {how} rescale", method, settings), NARROW)
     for name, method in (("DARE", "paper_dare"), ("DELLA", "paper_della"))
@@ -178,7 +185,7 @@ TABLE6 = (
     (Kind("row", "paper_della"), NARROW),
     (Kind("layer", "paper_della", (("rank_by", "tensor"),)), NARROW),
     (Kind("random row", "paper_della", (("rank_by", "random"),)), NARROW),
-    (Kind("random layer", "paper_della", (("rank_by", _RANDOM_LAYER),)), NARROW),
+    (Kind("random layer", "paper_della", (("rank_by", RANDOM_LAYER),)), NARROW),
 )
 FIGURE3 = (
     (Kind("row, wide", "paper_della"), WIDE),
@@ -189,29 +196,10 @@ FIGURE3 = (
 
 def is_random_layer(cell: Cell) -> bool:
     """Whether the ranks of whole tensors are to be in random order, which no recipe can say."""
-    return ("rank_by", _RANDOM_LAYER) in cell.settings
-
-
-def climb(score: Callable[[float], float], ladder: Sequence[float]) -> float:
-    """The best value of an ascending ladder: from START (or the only one) uphill until both neighbours are
-    worse; of equals the smaller one.
-    """
-    if len(ladder) == 1:
-        score(ladder[0])
-        return ladder[0]
-    known: dict[int, float] = {}
-    at = START
-    while True:
-        for i in (at, at - 1, at + 1):
-            if 0 <= i < len(ladder) and i not in known:
-                known[i] = score(ladder[i])
-        best = max(known, key=lambda i: (known[i], -i))
-        if best == at or {best - 1, best + 1} & set(range(len(ladder))) <= known.keys():
-            return ladder[best]
-        at = best
+    return ("rank_by", RANDOM_LAYER) in cell.settings
 
 
 def stated(cell: Cell) -> Mapping[str, Any]:
     """The cell for results.json."""
     named = {"method": cell.method, "p": cell.p, "epsilon": cell.epsilon, "lambda": cell.lambda_}
-    return named | json.loads(json.dumps(dict(cell.settings)))
+    return {**named, **dict(cell.settings)}
