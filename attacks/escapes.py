@@ -1,8 +1,8 @@
 """Attempts to get out of the sandbox for generated code: each a program, and how it must end.
 
-A program knows the ``world`` it is not to reach (a dictionary on its standard input: a secret file, a victim, ports
-that somebody listens on, ...).  It says ESCAPED where something worked that must not; whether it did harm is looked
-at from outside (tests/test_sandbox_escapes.py).
+A program knows the ``world`` it is not to reach (a dictionary on its standard input: a secret file, a victim,
+ports that somebody listens on, ...).  It says ESCAPED where something worked that must not; whether it did harm
+is looked at from outside (attacks/world.py).
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def written(path, flags):
 
 @dataclass(frozen=True)
 class Escape:
-    """One attempt.  ``ended``: how the program must end.  ``control``: without a sandbox it succeeds and harms nothing
-    but its world, which shows that a success would be seen.
+    """One attempt.  ``ended``: how the program must end.  ``control``: without a sandbox it succeeds, and harms
+    nothing but its world; that shows that a success would be seen.
     """
 
     name: str

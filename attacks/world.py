@@ -1,6 +1,6 @@
 """What the attempts of attacks/escapes.py must not reach, and a look from outside at whether they did.
 
-    python -m attacks.world NAME     tries them all on the sandbox NAME, and prints what got out
+python -m attacks.world NAME     tries them all on the sandbox NAME, and prints what got out
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ class World:
         self.mark = f"della-{secrets.token_hex(8)}"
         self.token = secrets.token_hex(16)
         # memory that nobody else is limited to: so what is left of a program is found
-        self.limits = Limits(seconds=4.0, memory=(256 << 20) + secrets.randbelow(1 << 10) * 4096, disk=4 << 20)
+        self.limits = Limits(
+            seconds=4.0, memory=(256 << 20) + secrets.randbelow(1 << 10) * 4096, disk=4 << 20
+        )
         self.signals: list[int] = []
 
     def __enter__(self) -> World:
@@ -109,11 +111,13 @@ class World:
         """The control: the same program as a plain process."""
         command = [sys.executable, "-c", PRELUDE + escape.source]
         cwd = self.folder / "cwd"
-        run = subprocess.run(command, input=self.described, capture_output=True, cwd=cwd, close_fds=False, check=False)
+        run = subprocess.run(
+            command, input=self.described, capture_output=True, cwd=cwd, close_fds=False, check=False
+        )
         return Outcome("exited", run.returncode, run.stdout, run.stderr.decode(errors="replace"), 0.0)
 
     def faults(self, escape: Escape, outcome: Outcome) -> list[str]:
-        """How an attempt ended if not as it must, what it says of itself, and what it did; empty if the walls held."""
+        """How an attempt ended if not as it must, what it says, and its `harm`; empty if it was held."""
         found = []
         if escape.ended not in ("any", outcome.ended):
             found.append(f"it ended by {outcome.ended} {outcome.code}: {outcome.stderr[-300:]}")
@@ -142,11 +146,31 @@ class World:
         for path in sorted(self.folder.rglob("*")):
             what = path.lstat()
             content = path.read_text() if path.is_file() else ""
-            found.append((str(path), content, what.st_mode, what.st_uid, what.st_nlink, what.st_mtime_ns, os.listxattr(path)))
+            found.append(
+                (
+                    str(path),
+                    content,
+                    what.st_mode,
+                    what.st_uid,
+                    what.st_nlink,
+                    what.st_mtime_ns,
+                    os.listxattr(path),
+                )
+            )
         return found
 
     def _left_files(self) -> list[str]:
-        places = ["/tmp", "/var/tmp", "/dev/shm", "/dev", "/", "/run", "/scratch", os.getcwd(), os.path.expanduser("~")]
+        places = [
+            "/tmp",
+            "/var/tmp",
+            "/dev/shm",
+            "/dev",
+            "/",
+            "/run",
+            "/scratch",
+            os.getcwd(),
+            os.path.expanduser("~"),
+        ]
         return [
             f"{place}/{name}"
             for place in dict.fromkeys(places)
@@ -163,7 +187,7 @@ class World:
         return str(int(self.mark[-7:], 16)) in {line.split()[0] for line in lines}
 
     def _left_processes(self) -> list[int]:
-        """Who still lives under the limits of an attempt; one that was killed may need a moment to be gone."""
+        """Who still lives under the limits of an attempt; who was killed may need a moment."""
         for _ in range(100):
             found = []
             for path in Path("/proc").glob("[0-9]*/limits"):
@@ -177,7 +201,7 @@ class World:
 
 
 def main() -> None:
-    """Prints as JSON how many attempts there were, and what those did that got out; not those that only wait."""
+    """Prints as JSON how many attempts there were, not counting those that wait, and what got out."""
     sandbox, out, count = open_sandbox(sys.argv[1]), {}, 0
     for escape in ESCAPES:
         if escape.ended in ("timeout", "any"):

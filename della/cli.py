@@ -17,7 +17,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from della import cli_calibrate, cli_evaluate
+from della import cli_calibrate, cli_evaluate, cli_paper
 from della.errors import DamageError, DellaError
 from della.speaker import Speaker, print_json, tell
 
@@ -308,6 +308,7 @@ def _register(name: str, command: Callable[..., None]) -> None:
 
 _register("eval", cli_evaluate.evaluate)
 _register("calibrate", cli_calibrate.calibrate)
+_register("paper", cli_paper.paper)
 
 
 def _with_values(arguments: list[str]) -> list[str]:

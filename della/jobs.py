@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from della.checkpoint.layout import Tensor
 from della.checkpoint.source import Source
 from della.dtypes import DType
-from della.merging.methods import Choice, Drop, Expert
+from della.merging.methods import OF_TENSOR, Choice, Drop, Expert
 from della.merging.reference import row_length
 from della.recipe import Recipe
 
@@ -164,7 +164,8 @@ def _working_bytes(job: Job) -> int:
     tile = min(max(TILE, row_length(job.name, job.shape)), job.elements)
     arrays = len(job.inputs) * (3 if job.choice.fuse == "calibrated" else 1) + 5
     arrays += len(job.inputs) * (job.choice.importance == "wanda")
-    table = job.elements * 12 if job.choice.rank_by == "tensor" and job.choice.drop == "magprune" else 0
+    ranks_all = job.choice.drop == "magprune" and job.choice.rank_by in OF_TENSOR
+    table = job.elements * 12 if ranks_all else 0
     return tile * 4 * arrays + table
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 import time
 from collections.abc import Mapping
@@ -22,11 +23,10 @@ from stub_server import Request, StubServer
 
 from della.demo import TRIO
 from della.evaluate.settings import Settings
-from della.paper.full import FullOptions, plan_full, run_full
+from della.paper.full import FullOptions
 from della.paper.full_data import GSM8K_VALIDATION
 from della.paper.full_models import BASE_OF, MODELS
 from della.paper.full_options import full_options
-from della.paper.full_plan import plan_text
 
 HIDDEN, WIDE, VOCABULARY = 32, 64, 512  # the vocabulary is the demo's
 CONFIG: dict[str, Any] = {
@@ -157,19 +157,39 @@ def make_options(place: Path, judge_url: str, **more: Any) -> FullOptions:
     return full_options(scoring, models_dir=place / "models", data=data, threads=1, **more)
 
 
-def main() -> None:
+def command(place: Path, judge_url: str) -> list[str]:
+    """The same as a command line, with one value of each hyperparameter; everything it needs is made."""
+    make_models(place / "models")
+    named = {
+        "out": place / "out", "models-dir": place / "models", "backend": "numpy", "max-tokens": 8,
+        "limit": COUNT, "batch": 16, "judge": "judge", "judge-url": judge_url, "annotator": "stand_in",
+        "alpaca-command": make_alpaca(place / "bin"), "drop-rates": 0.5, "lambdas": 1, "pruned": 0.5,
+        "seeds": 1, "threads": 1,
+    }  # fmt: skip
+    words = [word for name, value in named.items() for word in (f"--{name}", str(value))]
+    files = [
+        word for name, path in make_data(place / "data").items() for word in ("--data", f"{name}={path}")
+    ]
+    return [sys.executable, "-m", "della.cli", "paper", "--scale", "13b", *words, *files]
+
+
+def main() -> int:
     """All tables, with one value of each hyperparameter."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("out", nargs="?", type=Path, default=Path("paper-stand-in"), metavar="OUT")
     place = parser.parse_args().out
     began = time.monotonic()
     with StubServer(judge) as server:
-        options = make_options(place, server.url, drop_rates="0.5", lambdas="1", pruned="0.5", seeds=1)
-        print(plan_text(plan_full(options)), flush=True)
-        run_full(options, lambda line: print(line, flush=True))
-        print(f"\n{(place / 'out/tables.md').read_text()}")
-        print(f"{len(server.requests)} calls of the judge, {time.monotonic() - began:.0f} s; see {place}/out")
+        words = command(place, server.url)
+        print("della", *words[3:], flush=True)
+        subprocess.run([*words, "--plan"], check=True)
+        code = subprocess.run(words, check=False).returncode
+        if code == 0:
+            seconds = time.monotonic() - began
+            print(f"\n{(place / 'out/tables.md').read_text()}")
+            print(f"{len(server.requests)} calls of the judge, {seconds:.0f} s; see {place}/out")
+    return code
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -8,20 +8,34 @@ from della.errors import EvaluationError
 from della.evaluate.sandbox import NAMES, Sandbox, open_sandbox
 
 
-def _parameter(name: str) -> object:
+def _opened(name: str) -> Sandbox | str:
     try:
-        return pytest.param(open_sandbox(name), id=name)
+        return open_sandbox(name)
     except EvaluationError as error:
-        return pytest.param(None, id=name, marks=pytest.mark.skip(reason=str(error)))
+        return str(error)
 
 
-EACH = [_parameter(name) for name in NAMES]
-each_sandbox = pytest.mark.parametrize("sandbox", EACH)
+OPENED = {name: _opened(name) for name in NAMES}  # by name, or why not
+each_sandbox = pytest.mark.parametrize(
+    "sandbox",
+    [
+        pytest.param(found, id=name, marks=[pytest.mark.skip(reason=found)] if isinstance(found, str) else [])
+        for name, found in OPENED.items()
+    ],
+)
+
+
+def sandbox_named(name: str) -> Sandbox:
+    """One of them; the test is skipped where it does not work."""
+    found = OPENED[name]
+    if isinstance(found, str):
+        pytest.skip(found)
+    return found
 
 
 def any_sandbox() -> Sandbox:
-    """The one that della would take; the test is skipped where there is none."""
-    try:
-        return open_sandbox()
-    except EvaluationError as error:
-        pytest.skip(str(error))
+    """The one that della takes; the test is skipped where there is none."""
+    for found in OPENED.values():
+        if not isinstance(found, str):
+            return found
+    pytest.skip(" ".join(map(str, OPENED.values())))

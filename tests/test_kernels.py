@@ -112,7 +112,7 @@ def with_norms(experts: Sequence[Expert], n: int, seed: int) -> list[Expert]:
 WANDA = [
     (name, {**shared, "importance": "wanda"})
     for name, shared in options(refused=False)
-    if "importance" in METHODS[name].parameters and shared.get("rank_by") != "random"
+    if "importance" in METHODS[name].parameters and not shared.get("rank_by", "").startswith("random")
 ]
 
 

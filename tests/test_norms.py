@@ -215,7 +215,7 @@ def said(folder: Path, text: str, kind: type[DellaError] = RecipeError, **option
 
 
 IDLE = "'input_norms' has no effect without 'importance: wanda' in the recipe's own parameters"
-RANDOM = "importance: wanda has no part in rank_by: random, which ranks nothing; remove one of them"
+RANDOM = "importance: wanda has no part in rank_by: random, which ranks nothing; remove one"
 BESIDE = "'input_norms' names a file of one model, so it belongs beside 'model:' in an entry of 'models'"
 
 

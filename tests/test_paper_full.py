@@ -148,7 +148,7 @@ def test_answers_outlive_a_judge_that_fails(
     monkeypatch.setattr(della, "merge", noted)
     results, _ = run(options)
     assert made[0] == row, "the first merge, and its answers, were there"
-    assert [row["label"] for row in results["rows"]] == ["DARE", "row", "layer", "random row"]
+    assert [row["label"] for row in results["rows"]] == ["DARE", "row", "layer", "random row", "random layer"]
     assert sorted(path.name for path in (options.out / "merges").iterdir()) == sorted([dare, *made])
 
 
@@ -230,7 +230,7 @@ def test_answers_of_other_settings_are_not_mixed(tmp_path: Path, server: StubSer
         f"{options.out}: begun with other settings: prompt fixed, now published; choose another --out"
     )
     results, _ = run(replace(options, grid=Grid(tables=(6,), pruned=(0.5, 0.7), seeds=1)))
-    assert len(results["rows"]) == 8, "more of the grid is no other setting"
+    assert len(results["rows"]) == 10, "more of the grid is no other setting"
 
 
 def test_the_plan_writes_nothing(tmp_path: Path, server: StubServer) -> None:

@@ -31,8 +31,8 @@ def test_the_rows_are_the_papers() -> None:
     assert len(labels(3)) == 5 * 4
     assert labels(3)[-1] == ("p=0.9", "DELLA with rescale")
     assert labels(5)[3:6] == [("LM+Math", x) for x in ("WANDA, top-K", "WANDA, p by rank", "DELLA")]
-    assert len(labels(6)) == 9 * 4
-    assert labels(6)[-1] == ("p=0.94", "random row")
+    assert len(labels(6)) == 9 * 5
+    assert labels(6)[-1] == ("p=0.94", "random layer")
     assert labels(7)[:5] == [("LM+Math", f"p={p}") for p in (0.1, 0.3, 0.5, 0.7, 0.9)]
 
 
@@ -140,7 +140,7 @@ def test_the_plan_of_models_that_are_here_uses_their_own_sizes(tmp_path: Path) -
     assert plan["disk"] == {
         "downloads": {}, "inputs": 2000, "copies_at_most": 1000, "one_merge": 1000, "peak": 4000,
     }  # fmt: skip
-    assert plan["answers"] == {"gsm8k": 5 * 4, "mbpp": 0, "alpaca_eval": 0}
+    assert plan["answers"] == {"gsm8k": 5 * 5, "mbpp": 0, "alpaca_eval": 0}
 
 
 def test_references_are_told_what_is_missing(tmp_path: Path) -> None:

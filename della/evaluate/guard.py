@@ -1,8 +1,8 @@
-"""Runs inside the sandbox, first of all: gives away what the process could do, then runs the code it was sent.
+"""Runs inside the sandbox, first: gives away what the process could do, then runs the code it was sent.
 
-Nothing of della is at hand here, only the standard library.  Limits, files (Landlock) and system calls (seccomp)
-are bound by the kernel, for good: what runs afterwards can undo none of it.  Under bubblewrap this is the second
-wall; where there is no bubblewrap it is the only one, and what is missing is an error.
+Nothing of della is at hand here, only the standard library.  Limits, files (Landlock) and system calls
+(seccomp) are bound by the kernel, for good: what runs afterwards can undo none of it.  Under bubblewrap this
+is the second wall; where there is no bubblewrap it is the only one, and what is missing is an error.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def _landlock(readable: list[str], writable: list[str], alone: bool) -> int | No
 
 
 def _become_nobody() -> None:
-    """Root becomes a user whom nobody else is; where it cannot (in a container), it stays a root without rights.
+    """Root becomes a user whom nobody else is; where it cannot (some containers), it only loses its rights.
 
     An interpreter in root's own folder could then no longer read its library: if so, the process reads files
     as root's (Landlock says which), and is the other user for all else.

@@ -51,12 +51,15 @@ def verdict() -> None:
     for statement in setup:
         try:
             exec(compile(statement, "<setup>", "exec"), names)
-        except Exception:  # noqa: S112  -- it needs the generated program; its share was done beside that
+        except Exception:  # it needs the generated program; the program's own sandbox ran it
             continue
     reply = b"+"
     for number, (test, values) in enumerate(tests, 1):
         try:
-            exec(compile(test, "<test>", "exec"), names | {name: decode(value) for name, value in values.items()})
+            exec(
+                compile(test, "<test>", "exec"),
+                names | {name: decode(value) for name, value in values.items()},
+            )
         except AssertionError:
             reply = b"-wrong answer in test %d" % number
         except BaseException as error:
@@ -67,10 +70,10 @@ def verdict() -> None:
 
 
 def batch() -> None:
-    """The values of many functions of one argument, each in a process of its own, which can do less.
+    """The values of many functions of one argument, each run in a process of its own.
 
-    Reads [[(source, name), ...], [input, ...], seconds for each function]; writes for each function the length
-    of its answer in 4 bytes and its answer: a list of encoded values, None where there is none.
+    Reads [[(source, name), ...], [input, ...], seconds for each function]; writes for each the length of its
+    answer in 4 bytes and its answer: a list of encoded values, None where there is none.
     """
     functions, inputs, seconds = decode(_read_all())
     out = _leave_streams()
@@ -111,7 +114,7 @@ def _values(source: str, name: str, inputs: list[Any]) -> bytes:
 
 
 def _run(program: str) -> dict[str, Any]:
-    """Run ``program`` as a module and return its names; not as __main__, whose part may wait for a terminal."""
+    """Run ``program`` as a module, not as __main__, whose part may ask for input; its names."""
     module = sys.modules["program"] = type(sys)("program")
     exec(compile(program, "<program>", "exec"), module.__dict__)
     return module.__dict__

@@ -1,8 +1,8 @@
 """Scores of generated programs; their code runs in a sandbox, and the verdict is reached outside of it.
 
 A test such as ``assert f(1, 2) == [3]`` is taken apart: the sandbox that holds the program is given the call
-``f(1, 2)`` and sends back its value as plain data; another sandbox, which holds no generated code, then evaluates
-the test with that value in the place of the call.  So a program cannot say that it passed: it can only answer.
+``f(1, 2)`` and sends back its value as plain data; another, which holds no generated code, then evaluates the
+test with that value in the place of the call.  So a program cannot say that it passed: it can only answer.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _MOST_OF_A_VALUE = 2  # a value may take half of what a program may write
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Whether all tests hold, and in words why: "passed", "timeout", "wrong answer in test 2", "NameError: ..."."""
+    """Whether all tests hold, and why: "passed", "timeout", "wrong answer in test 2", "NameError: ..."."""
 
     passed: bool
     reason: str
@@ -38,10 +38,10 @@ def check(
     setup: str = "",
     limits: Limits = Limits(),  # noqa: B008
 ) -> Verdict:
-    """Does ``program`` pass all ``tests``, each an assert (or several statements) about what its function returns?
+    """Does ``program`` pass all ``tests``, each an assert (or several) about what its function returns?
 
-    ``setup`` is run after the program, for what the tests need.  Raises EvaluationError for a test that has no
-    call to take out, and where the sandbox cannot be started.
+    ``setup`` is run after the program, for what the tests need.  Raises EvaluationError for a test that has
+    no call to take out, and where the sandbox cannot be started.
     """
     parts = _taken_apart(tests, setup)
     called = [call for _, calls in parts for call in calls.values()]
@@ -131,7 +131,11 @@ def _ending(outcome: Outcome) -> str:
 
 def _taken_apart(tests: Sequence[str], setup: str) -> list[tuple[str, dict[str, str]]]:
     """Each test with names in the place of its calls, and the calls by these names."""
-    own = {node.id for node in ast.walk(_parsed(setup)) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    own = {
+        node.id
+        for node in ast.walk(_parsed(setup))
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+    }
     own |= {
         node.name for node in ast.walk(_parsed(setup)) if isinstance(node, (ast.FunctionDef, ast.ClassDef))
     }
@@ -143,7 +147,9 @@ def _taken_apart(tests: Sequence[str], setup: str) -> list[tuple[str, dict[str, 
         taken = ast.fix_missing_locations(taking.visit(tree))
         if not taking.calls:
             raise EvaluationError(f"the test {test!r} calls no function whose value could be compared")
-        libraries = {node.id for node in ast.walk(taken) if isinstance(node, ast.Name)} & sys.stdlib_module_names
+        libraries = {
+            node.id for node in ast.walk(taken) if isinstance(node, ast.Name)
+        } & sys.stdlib_module_names
         imports = "".join(f"import {library}\n" for library in sorted(libraries))
         parts.append((imports + ast.unparse(taken), taking.calls))
     return parts

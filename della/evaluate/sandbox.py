@@ -1,24 +1,20 @@
 """A sandbox that the kernel holds, for code that a model wrote.
 
     outer wall   bubblewrap: namespaces without network, processes or files of the system
-    inner wall   guard.py: Landlock for files, seccomp for system calls, limits; alone where bubblewrap is missing
+    inner wall   guard.py: Landlock for files, seccomp for system calls, limits; alone without bubblewrap
 
-A program gets a fresh interpreter with the standard library and nothing else: no environment, no descriptors but the
-three, nothing to write to (under bubblewrap: an empty folder in memory).  What it prints is read up to a limit;
-then, or when its time is over, it is killed with all that it started.
+A program gets a fresh interpreter with the standard library and nothing else: no environment, no descriptors
+but the three, nothing to write to (under bubblewrap: an empty folder in memory).  What it prints is read up
+to a limit; then, or when its time is over, it is killed with all that it started.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib.util
-import json
 import marshal
 import os
-import selectors
 import shutil
-import signal
 import subprocess
 import sys
 import sysconfig
@@ -27,10 +23,11 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import CodeType
-from typing import Literal, Protocol
+from typing import Protocol
 
 from della.errors import EvaluationError
 from della.evaluate import seccomp
+from della.evaluate.process import Ended, converse, end
 
 NAMES = ("bubblewrap", "landlock")
 INSTALL = "install bubblewrap (apt-get install bubblewrap, dnf install bubblewrap, apk add bubblewrap)"
@@ -51,7 +48,6 @@ module.main(*orders)
 """
 
 
-_Ended = Literal["exited", "signal", "timeout"]
 _HERE = __name__.rpartition(".")[0]
 
 
@@ -59,9 +55,9 @@ _HERE = __name__.rpartition(".")[0]
 class Limits:
     """What a program may use; sizes in bytes.
 
-    seconds: of wall time, and of CPU time.  memory: of each process.  output: of stdout, and of stderr.  disk:
-    of the scratch folder; the Landlock sandbox has none.  processes: how many a program may start that is
-    trusted to lock its children (`guard.lock_child`); generated code may start none.  files: open at once.
+    seconds: of wall time, and of CPU time.  memory: of each process.  output: of stdout, and of stderr.
+    disk: of the scratch folder; the Landlock sandbox has none.  processes: how many a program may start that
+    is trusted to lock its children (`guard.lock_child`); generated code may start none.  files: open at once.
     """
 
     seconds: float = 10.0
@@ -79,7 +75,7 @@ class Outcome:
     ended: "exited" with ``code``; by the signal ``code`` (9 too if it wrote more than it may); or "timeout".
     """
 
-    ended: _Ended
+    ended: Ended
     code: int
     stdout: bytes
     stderr: str
@@ -99,7 +95,7 @@ class Sandbox(Protocol):
 def open_sandbox(name: str | None = None) -> Sandbox:
     """The sandbox ``name``, "bubblewrap" or "landlock", by default the first that works here.
 
-    It is tried before it is returned.  Raises EvaluationError where none holds: generated code is then not run.
+    It is tried before it is returned.  Raises EvaluationError where none holds: then nothing may be run.
     """
     if name is not None and name not in NAMES:
         raise EvaluationError(f"sandbox {name!r}: expected one of {', '.join(NAMES)}")
@@ -156,16 +152,16 @@ class _Walls:
     name: str
     bwrap: str | None
 
-    def run(self, source: str, stdin: bytes = b"", limits: Limits = Limits()) -> Outcome:  # noqa: B008
+    def run(self, source: str, stdin: bytes = b"", limits: Limits = Limits()) -> Outcome:
         codes = dict(_codes())
         orders = marshal.dumps((codes.pop(f"{_HERE}.guard"), self._orders(limits), codes, source))
         begun = time.monotonic()
         process, info = self._start(limits)
         try:
             data = len(orders).to_bytes(4, "big") + orders + stdin
-            ended, stdout, stderr = _converse(process, data, limits.output, begun + limits.seconds)
+            ended, stdout, stderr = converse(process, data, limits.output, begun + limits.seconds)
         finally:
-            code = _end(process, info)
+            code = end(process, info)
         if self.bwrap and 128 < code <= 192:  # how bwrap tells a signal
             code = 128 - code
         if ended != "timeout":
@@ -285,101 +281,3 @@ def _processes() -> int:
             if process.stat().st_uid == os.getuid():
                 count += len(os.listdir(process / "task"))
     return count
-
-
-# ---- the process, from outside ---------------------------------------------------------------------------
-
-
-def _converse(
-    process: subprocess.Popen[bytes], data: bytes, most: int, deadline: float
-) -> tuple[_Ended, bytes, bytes]:
-    """Write ``data`` and read what comes until the process is over, the time is, or it wrote more than ``most``.
-
-    It is over when the process itself is, whatever it does with its streams.
-    """
-    assert process.stdin and process.stdout and process.stderr
-    stdout, stderr = bytearray(), bytearray()
-    read = {process.stdout.fileno(): stdout, process.stderr.fileno(): stderr}
-    left, over = memoryview(data), False
-    with selectors.DefaultSelector() as selector, open(_descriptor_of(process.pid), "rb", 0) as end:
-        selector.register(process.stdin, selectors.EVENT_WRITE)
-        for place in (*read, end.fileno()):
-            selector.register(place, selectors.EVENT_READ)
-        for place in (process.stdin.fileno(), *read):
-            os.set_blocking(place, False)
-        while not over and (seconds := deadline - time.monotonic()) > 0:
-            for key, _ in selector.select(seconds):
-                if key.fd == end.fileno():
-                    over = True
-                elif key.fileobj is process.stdin:
-                    left = _write(key.fd, left)
-                    if not left:
-                        selector.unregister(process.stdin)
-                        process.stdin.close()
-                elif not _read(key.fd, read[key.fd], most):
-                    selector.unregister(key.fd)
-            if max(map(len, read.values())) > most:
-                break
-    for place, buffer in read.items():
-        _read(place, buffer, most)
-    ended: _Ended = "signal" if max(map(len, read.values())) > most else "exited" if over else "timeout"
-    return ended, bytes(stdout[:most]), bytes(stderr[:most])
-
-
-def _write(place: int, data: memoryview) -> memoryview:
-    """Write what fits; what is left, and nothing if nobody reads any more."""
-    try:
-        return data[os.write(place, data[: 1 << 16]) :]
-    except BlockingIOError:
-        return data
-    except BrokenPipeError:
-        return data[:0]
-
-
-def _read(place: int, buffer: bytearray, most: int) -> bool:
-    """Read what is there, or more than ``most``; False at the end."""
-    while len(buffer) <= most:
-        try:
-            part = os.read(place, 1 << 16)
-        except BlockingIOError:
-            return True
-        if not part:
-            return False
-        buffer += part
-    return True
-
-
-def _descriptor_of(pid: int) -> int:
-    """A descriptor that can be read from when the process ``pid`` is over."""
-    if hasattr(os, "pidfd_open"):
-        return os.pidfd_open(pid)
-    place: int = ctypes.CDLL(None, use_errno=True).syscall(434, pid, 0)  # pidfd_open, of any machine
-    if place < 0:
-        raise EvaluationError("the sandbox needs Linux 5.3 or newer, which can wait for a process beside others")
-    return place
-
-
-def _end(process: subprocess.Popen[bytes], info: int | None) -> int:
-    """Kill the process with all that it started, and return its exit code.
-
-    Of bubblewrap its child is killed, the first process of the namespace: the kernel then kills the rest, and
-    bubblewrap ends by itself and leaves no zombie.
-    """
-    over = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-    with contextlib.suppress(OSError, ValueError):
-        if info is None:
-            os.killpg(process.pid, signal.SIGKILL)  # what is left of it, too; the number is its own until it is reaped
-        elif not over:
-            os.set_blocking(info, False)
-            os.kill(int(json.loads(os.read(info, 1 << 12))["child-pid"]), signal.SIGKILL)
-    if info is not None and not over:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(1)
-    with contextlib.suppress(OSError):
-        process.kill()
-    for stream in (process.stdin, process.stdout, process.stderr):
-        if stream is not None:
-            stream.close()
-    if info is not None:
-        os.close(info)
-    return process.wait()

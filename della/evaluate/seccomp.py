@@ -1,8 +1,8 @@
 """The system calls that generated code may make, as a filter for the kernel: a list of what is allowed.
 
-What is on no list is refused: sockets, other programs, signals to others, ptrace, mounts, namespaces, keys, System V
-memory, memfd, bpf, chmod.  Numbers from 424 up, which all machines share, say that the kernel does not know them:
-the C library then goes the older way (clone3, openat2); io_uring is among them.
+What is on no list is refused: sockets, other programs, signals, threads, ptrace, mounts, namespaces, keys,
+System V memory, memfd, bpf, chmod.  For numbers from 424 up, which all machines share, the answer is that the
+kernel does not know them, and the C library goes the older way (clone3, openat2); io_uring is among them.
 """
 
 from __future__ import annotations
@@ -30,18 +30,20 @@ _ALWAYS: dict[str, tuple[int | None, int | None]] = {
     "pselect6": (270, 72), "eventfd2": (290, 19), "epoll_create": (213, None), "epoll_create1": (291, 20),
     "epoll_ctl": (233, 21), "epoll_wait": (232, None), "epoll_pwait": (281, 22), "epoll_pwait2": (441, 441),
     # the process itself
-    "exit": (60, 93), "exit_group": (231, 94), "futex": (202, 98), "futex_waitv": (449, 449), "rseq": (334, 293),
-    "set_robust_list": (273, 99), "set_tid_address": (218, 96), "restart_syscall": (219, 128),
-    "rt_sigaction": (13, 134), "rt_sigprocmask": (14, 135), "rt_sigreturn": (15, 139), "rt_sigpending": (127, 136),
-    "sigaltstack": (131, 132), "alarm": (37, None), "setitimer": (38, 103), "getitimer": (36, 102),
-    "sched_yield": (24, 124), "sched_getaffinity": (204, 123), "getcpu": (309, 168), "getpriority": (140, 141),
-    "getpid": (39, 172), "gettid": (186, 178), "getppid": (110, 173), "getpgid": (121, 155), "getsid": (124, 156),
+    "exit": (60, 93), "exit_group": (231, 94), "futex": (202, 98), "futex_waitv": (449, 449),
+    "rseq": (334, 293), "set_robust_list": (273, 99), "set_tid_address": (218, 96),
+    "restart_syscall": (219, 128), "rt_sigaction": (13, 134), "rt_sigprocmask": (14, 135),
+    "rt_sigreturn": (15, 139), "rt_sigpending": (127, 136), "sigaltstack": (131, 132), "alarm": (37, None),
+    "setitimer": (38, 103), "getitimer": (36, 102), "sched_yield": (24, 124),
+    "sched_getaffinity": (204, 123), "getcpu": (309, 168), "getpriority": (140, 141), "getpid": (39, 172),
+    "gettid": (186, 178), "getppid": (110, 173), "getpgid": (121, 155), "getsid": (124, 156),
     "getpgrp": (111, None), "getuid": (102, 174), "geteuid": (107, 175), "getgid": (104, 176),
     "getegid": (108, 177), "getgroups": (115, 158), "getresuid": (118, 148), "getresgid": (120, 150),
     "getrlimit": (97, 163), "getrusage": (98, 165), "sysinfo": (99, 179), "uname": (63, 160),
 }  # fmt: skip
 _WRITING: dict[str, tuple[int | None, int | None]] = {
-    "ftruncate": (77, 46), "mkdir": (83, None), "mkdirat": (258, 34), "rmdir": (84, None), "unlink": (87, None),
+    "ftruncate": (77, 46), "mkdir": (83, None), "mkdirat": (258, 34), "rmdir": (84, None),
+    "unlink": (87, None),
     "unlinkat": (263, 35), "rename": (82, None), "renameat": (264, 38), "renameat2": (316, 276),
 }  # fmt: skip
 _FORKING: dict[str, tuple[int | None, int | None]] = {
@@ -62,9 +64,20 @@ _FIRST_SHARED = 424
 # open for writing, creating, emptying, or a file without a name
 _OPEN_TO_WRITE = 0o1 | 0o2 | 0o100 | 0o1000 | 0o20000000
 _FCNTL = (0, 1, 2, 3, 4, 1030)  # F_DUPFD to F_SETFL, F_DUPFD_CLOEXEC; not F_SETOWN, which sends signals
-_IOCTL = (0x5401, 0x802C542A, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)  # is it a terminal, FIONREAD, FIONBIO, FIOCLEX
+_IOCTL = (
+    0x5401,
+    0x802C542A,
+    0x5413,
+    0x541B,
+    0x5421,
+    0x5450,
+    0x5451,
+)  # is it a terminal, FIONREAD, FIONBIO, FIOCLEX
 _SET_SECCOMP = 22
-_FORK_FLAGS, _SIGCHLD = 0x01200000, 17  # CLONE_CHILD_SETTID and _CLEARTID: what fork() passes, and nothing else
+_FORK_FLAGS, _SIGCHLD = (
+    0x01200000,
+    17,
+)  # CLONE_CHILD_SETTID and _CLEARTID: what fork() passes, and nothing else
 
 Instruction = tuple[int, int, int, int]
 
@@ -83,8 +96,8 @@ def filter_of(name: str, *, writing: bool, forking: bool) -> bytes:
     """
     calls = _ALWAYS | (_WRITING if writing else {}) | (_FORKING if forking else {})
     program = _start(name)
-    for number in _numbers(calls, name):
-        program += _if(number, [(_RETURN, 0, 0, _ALLOW)])
+    for each in _numbers(calls, name):
+        program += _if(each, [(_RETURN, 0, 0, _ALLOW)])
     program += _if(_number((72, 25), name), _one_of(1, _FCNTL))
     program += _if(_number((16, 29), name), _one_of(1, _IOCTL))
     program += _if(_number((302, 261), name), _one_of(0, (0,)))  # prlimit64, of the process itself
@@ -95,13 +108,15 @@ def filter_of(name: str, *, writing: bool, forking: bool) -> bytes:
     if forking:
         fork = [_argument(0), (_AND, 0, 0, ~_FORK_FLAGS & 0xFFFFFFFF), *_either(_EQUAL, _SIGCHLD, _ALLOW)]
         program += _if(_number((56, 220), name), fork)
-        program += _if(_number((157, 167), name), _one_of(0, (_SET_SECCOMP,)))  # prctl: for the children's filter
+        program += _if(
+            _number((157, 167), name), _one_of(0, (_SET_SECCOMP,))
+        )  # prctl: for the children's filter
     program += [(_AT_LEAST, 0, 1, _FIRST_SHARED), (_RETURN, 0, 0, _ERRNO | errno.ENOSYS)]
     return _packed([*program, (_RETURN, 0, 0, _ERRNO | errno.EPERM)])
 
 
 def child_filter(name: str) -> bytes:
-    """What a forked child adds before it runs generated code: no process of its own, no way past its alarm."""
+    """What a child adds before it runs generated code: no process of its own, no way past its alarm."""
     program = _start(name)
     for number in _numbers(_CHILD, name):
         program += _if(number, [(_RETURN, 0, 0, _ERRNO | errno.EPERM)])

@@ -1,8 +1,8 @@
 """Values of plain types as bytes, and back: what crosses the wall of the sandbox.
 
-The same module is used on both sides.  Outside nothing is believed: a value is rebuilt from its bytes as one of
-the types below, so no method of a generated class ever runs there.  Subclasses (Counter, a named tuple) cross as
-the plain type they hold, iterators as iterators over the same items; other objects do not cross.
+The same module is used on both sides.  Outside nothing is believed: a value is rebuilt from its bytes as one
+of a few types, so no method of a generated class ever runs there.  Subclasses (Counter, a named tuple) cross
+as the plain type they hold, iterators as iterators over the same items; other objects do not cross.
 """
 
 from __future__ import annotations
@@ -14,16 +14,6 @@ if TYPE_CHECKING:
 
 MOST_BYTES = 1 << 20
 MOST_DEPTH = 100
-
-_SEQUENCES: dict[bytes, Callable[[list[object]], object]] = {
-    b"l": list, b"t": tuple, b"S": set, b"z": frozenset, b"I": iter, b"q": lambda items: _deque(items),
-    b"v": lambda items: dict(enumerate(items)).values(),
-}  # fmt: skip
-_MAPPINGS: dict[bytes, Callable[[dict[object, object]], object]] = {
-    b"d": dict,
-    b"k": dict.keys,
-    b"m": dict.items,
-}
 
 
 class CannotCrossError(ValueError):
@@ -60,10 +50,11 @@ def _write(out: bytearray, value: object, most: int, depth: int) -> None:
         out += b"f%b;" % float.hex(value).encode()
     elif isinstance(value, complex):
         out += b"c%b;%b;" % (float.hex(value.real).encode(), float.hex(value.imag).encode())
-    elif isinstance(value, (str, bytes, bytearray)):
-        tag = b"s" if isinstance(value, str) else b"b" if isinstance(value, bytes) else b"a"
-        data = str.encode(value, "utf-8", "surrogatepass") if isinstance(value, str) else value
-        out += b"%b%d:%b" % (tag, len(data), data)
+    elif isinstance(value, str):
+        data = str.encode(value, "utf-8", "surrogatepass")
+        out += b"s%d:%b" % (len(data), data)
+    elif isinstance(value, (bytes, bytearray)):
+        out += b"%b%d:%b" % (b"b" if isinstance(value, bytes) else b"a", len(value), bytes(value))
     elif isinstance(value, range):
         _write_items(out, b"r", [value.start, value.stop, value.step], most, depth)
     else:
@@ -84,26 +75,53 @@ def _items(value: Any) -> tuple[bytes, Iterable[object]]:
     """The tag of a container, and what it holds; of a mapping, keys and values in turn."""
     if isinstance(value, dict):
         return b"d", (part for pair in dict.items(value) for part in pair)
-    for tag, kind in ((b"l", list), (b"t", tuple), (b"S", set), (b"z", frozenset)):
+    kinds: tuple[tuple[bytes, Any], ...] = ((b"l", list), (b"t", tuple), (b"S", set), (b"z", frozenset))
+    for tag, kind in kinds:
         if isinstance(value, kind):
-            return tag, kind.__iter__(value)  # type: ignore[attr-defined]
-    if isinstance(value, type({}.keys())):
+            return tag, kind.__iter__(value)
+    kind = type(value)
+    if kind is type({}.keys()):
         return b"k", (part for key in value for part in (key, None))
-    if isinstance(value, type({}.values())):
+    if kind is type({}.values()):
         return b"v", value
-    if isinstance(value, type({}.items())):
+    if kind is type({}.items()):
         return b"m", (part for pair in value for part in pair)
-    if type(value).__name__ == "deque" and isinstance(value, type(_deque([]))):
+    if kind.__name__ == "deque" and kind is type(_deque([])):
         return b"q", value
-    if hasattr(type(value), "__next__"):
+    if hasattr(kind, "__next__"):
         return b"I", value
-    raise CannotCrossError(f"an object of type {type(value).__name__}")
+    raise CannotCrossError(f"an object of type {kind.__name__}")
 
 
-def _deque(items: list[object]) -> Iterable[object]:
+def _deque(items: list[Any]) -> object:
     from collections import deque  # rarely needed, and not free
 
     return deque(items)
+
+
+def _dict(items: list[Any]) -> dict[Any, Any]:
+    return dict(zip(items[::2], items[1::2], strict=True))
+
+
+_SINGLE = {b"N": None, b"T": True, b"F": False}
+_CONTAINERS: dict[bytes, Callable[[list[Any]], object]] = {
+    b"l": list,
+    b"t": tuple,
+    b"S": set,
+    b"z": frozenset,
+    b"I": iter,
+    b"q": _deque,
+    b"r": lambda items: range(*items),
+    b"d": _dict,
+    b"k": lambda items: _dict(items).keys(),
+    b"v": lambda items: dict(enumerate(items)).values(),
+    b"m": lambda items: _dict(items).items(),
+}
+_TEXTS: dict[bytes, Callable[[bytes], object]] = {
+    b"s": lambda data: data.decode("utf-8", "surrogatepass"),
+    b"b": bytes,
+    b"a": bytearray,
+}
 
 
 class _Reader:
@@ -117,23 +135,19 @@ class _Reader:
         self.position += 1
         if depth > MOST_DEPTH:
             raise ValueError("nested too deeply")
-        if tag in (b"N", b"T", b"F"):
-            return None if tag == b"N" else tag == b"T"
+        if tag in _SINGLE:
+            return _SINGLE[tag]
         if tag == b"i":
             return int(self._until(b";"), 16)
         if tag == b"f":
             return self._float()
         if tag == b"c":
             return complex(self._float(), self._float())
-        if tag in (b"s", b"b", b"a"):
-            data = self._take(int(self._until(b":")))
-            return data if tag == b"b" else bytearray(data) if tag == b"a" else data.decode("utf-8", "surrogatepass")
-        items = self._until_dot(depth) if tag in (b"r", *_SEQUENCES, *_MAPPINGS) else None
-        if items is None or (tag in _MAPPINGS and len(items) % 2) or (tag == b"r" and len(items) != 3):
-            raise ValueError(f"no value begins with {tag!r}")
-        if tag in _SEQUENCES:
-            return _SEQUENCES[tag](items)
-        return _MAPPINGS[tag](dict(zip(items[::2], items[1::2]))) if tag in _MAPPINGS else range(*items)  # type: ignore[arg-type]
+        if tag in _TEXTS:
+            return _TEXTS[tag](self._take(int(self._until(b":"))))
+        if tag in _CONTAINERS:
+            return _CONTAINERS[tag](self._until_dot(depth))
+        raise ValueError(f"no value begins with {tag!r}")
 
     def _until_dot(self, depth: int) -> list[object]:
         items = []

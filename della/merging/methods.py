@@ -15,6 +15,8 @@ from della.dtypes import Array, DType
 
 TOLERANCE = 1e-9  # 0.7 + 0.3 may be a rounding error above 1
 NORMS_CURE = "write 'input_norms: FILE' beside 'model:' (`della calibrate` makes the file)"
+RANDOM = ("random", "random_tensor")  # rank_by that ignores magnitude: the paper's controls
+OF_TENSOR = ("tensor", "random_tensor")  # rank_by that ranks a whole tensor at once
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,14 @@ ALL_PARAMETERS: dict[str, Parameter] = {
         Parameter("lambda", "shared", float, 1.0, "factor on the merged delta"),
         Parameter("normalize", "shared", bool, None, "true: fuse: mean; false: fuse: sum"),
         Parameter(
-            "rescale", "shared", (str, bool), None,
+            "rescale",
+            "shared",
+            (str, bool),
+            None,
             "how survivors are enlarged; true: as the method does by default, false: none",
             ("per_element", "none", "l1"),
         ),
-        _choice("rank_by", "what ranks magnitudes", "row", "tensor", "random", "magnitude", "optimal"),
+        _choice("rank_by", "what ranks magnitudes", "row", "tensor", *RANDOM, "magnitude", "optimal"),
         _choice("importance", "what is ranked: |delta|, or that times input norms", "magnitude", "wanda"),
         _choice("ladder", "from ranks to keep probabilities", "symmetric", "paper"),
         _choice("coupling", "how the experts' draws depend on each other", "independent", "systematic"),
@@ -66,7 +71,7 @@ ALL_PARAMETERS: dict[str, Parameter] = {
         _choice("lambda_scaling", "a factor instead of lambda", "constant", "row", "row_inverse", "tensor"),
         Parameter("int8_mask", "shared", bool, None, "mergekit's memory option; without effect here"),
     )
-}  # fmt: skip
+}
 
 Drop = Literal["none", "magprune", "bernoulli", "top", "band", "average"]
 
@@ -257,8 +262,8 @@ def check_settings(
             return f"the weights add up to {total:g}, so they have no mean; use normalize: false"
     if what.rescale == "per_element" and method.drop in ("top", "band"):
         return f"rescale: per_element needs keep probabilities, and {method.name} has none; use l1 or none"
-    if what.importance == "wanda" and what.rank_by == "random":
-        return "importance: wanda has no part in rank_by: random, which ranks nothing; remove one of them"
+    if what.importance == "wanda" and what.rank_by in RANDOM:
+        return f"importance: wanda has no part in rank_by: {what.rank_by}, which ranks nothing; remove one"
     if what.importance == "wanda" and not all(own.get("input_norms") for own in models):
         return f"importance: wanda needs the norms of each model's inputs; {NORMS_CURE}"
     for own in models:

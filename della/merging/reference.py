@@ -145,13 +145,16 @@ def keep_probabilities(choice: Choice, expert: Expert, delta: Array, seed: int, 
     if choice.rank_by == "tensor":
         low, step = ladder(choice, expert, delta.size)
         return clip_probability(low + step * average_ranks(sizes.ravel())).reshape(delta.shape)
-    low, step = ladder(choice, expert, n)
+    # The paper's controls: the same ladder in an order that ignores magnitude.
     order_key = stream_key(seed, expert.identity, name, "rank")
+    if choice.rank_by == "random_tensor":
+        low, step = ladder(choice, expert, delta.size)
+        order = bits64(order_key, 0, delta.size) >> np.uint64(33)
+        return clip_probability(low + step * average_ranks(order)).reshape(delta.shape)
+    low, step = ladder(choice, expert, n)
     q = np.empty(delta.shape, np.float32)
     for r in range(rows):
-        if (
-            choice.rank_by == "random"
-        ):  # the paper's control: the same ladder in an order that ignores magnitude
+        if choice.rank_by == "random":
             order = bits64(order_key, r * n, n) >> np.uint64(33)
             q[r] = clip_probability(low + step * average_ranks(order))
         elif choice.rank_by == "magnitude":

@@ -18,8 +18,8 @@ import numpy.typing as npt
 from della.merging import drop as kernels
 from della.merging import fuse as fusing
 from della.merging import largest, reference
-from della.merging.methods import Choice, Expert
-from della.random import stream_key, systematic_shift
+from della.merging.methods import OF_TENSOR, Choice, Expert
+from della.random import bits64, stream_key, systematic_shift
 
 Array = npt.NDArray[Any]
 
@@ -68,7 +68,7 @@ def cut(choice: Choice, name: str, shape: Sequence[int], target: int) -> list[tu
     """
     size = math.prod(shape)
     by_row = (
-        (choice.drop == "magprune" and choice.rank_by != "tensor")
+        (choice.drop == "magprune" and choice.rank_by not in OF_TENSOR)
         or (choice.drop == "top" and choice.scope == "row")
         or choice.lambda_scaling in ("row", "row_inverse")
         or choice.rescale == "l1"
@@ -114,9 +114,10 @@ class TensorMerge:
             self._bands = find_bands(
                 choice, self.experts, self.size, lambda: (all_scores(self.experts, t) for t in tiles())
             )
-        if choice.drop == "magprune" and choice.rank_by == "tensor":
+        if choice.drop == "magprune" and choice.rank_by in OF_TENSOR:
             self._tables = [
-                _rank_table(scores(e, tile.deltas[t]) for tile in tiles()) for t, e in enumerate(self.experts)
+                _rank_table(self._keys(t, tile.start, tile.deltas[t]) for tile in tiles())
+                for t in range(len(self.experts))
             ]
         if choice.rescale == "l1":
             self._rescale = self._l1_factors(tiles())
@@ -274,8 +275,18 @@ class TensorMerge:
             kernels.probability_optimal(sizes, expert.density, probabilities)
         else:
             low, step = reference.ladder(choice, expert, self.size)
-            kernels.probability_from_table(sizes.view(np.uint32), *self._tables[t], low, step, probabilities)
+            keys = self._keys(t, start, delta)
+            kernels.probability_from_table(keys, *self._tables[t], low, step, probabilities)
         kernels.drop_given(delta, probabilities, key, shift, start, self._per_element)
+
+    def _keys(self, t: int, start: int, delta: Array) -> Array:
+        """What is ranked in the whole tensor, as integers of 31 bits (and a sign that is of no account)."""
+        expert = self.experts[t]
+        if self.choice.rank_by == "tensor":
+            return scores(expert, delta).view(np.uint32)
+        order = stream_key(self.seed, expert.identity, self.name, "rank")
+        keys = (bits64(order, start, delta.size) >> np.uint64(33)).astype(np.uint32)
+        return np.asarray(keys.reshape(delta.shape))
 
 
 def scores(expert: Expert, delta: Array) -> Array:
@@ -363,12 +374,12 @@ def _band(
 
 
 def _rank_table(pieces: Iterable[Array]) -> tuple[Array, Array, Array]:
-    """(where each upper half begins, the distinct magnitudes in order, twice the averaged rank of each) of
-    the scores of one expert, which come in pieces.
+    """(where each upper half begins, the distinct keys in order, twice the averaged rank of each) of one
+    expert, whose keys come in pieces.
     """
     tables: list[tuple[Array, Array]] = []
-    for sizes in pieces:
-        tables.append(np.unique(sizes.view(np.uint32) & np.uint32(0x7FFFFFFF), return_counts=True))
+    for keys in pieces:
+        tables.append(np.unique(keys & np.uint32(0x7FFFFFFF), return_counts=True))
         # Only tables of like sizes, so that no value is joined often.
         while len(tables) > 1 and tables[-2][0].size <= 2 * tables[-1][0].size:
             tables[-2:] = [_joined(tables[-2:])]

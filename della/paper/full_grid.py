@@ -216,12 +216,12 @@ def _table5(grid: Grid) -> Iterator[Row]:
 
 
 def _table6(grid: Grid) -> Iterator[Row]:
-    """Random ranks of a whole layer differ from those of its rows by next to nothing, and are left out."""
     kinds: dict[str, tuple[str, Settings]] = {
         "DARE": ("paper_dare", ()),
         "row": ("paper_della", ()),
         "layer": ("paper_della", (("rank_by", "tensor"),)),
         "random row": ("paper_della", (("rank_by", "random"),)),
+        "random layer": ("paper_della", (("rank_by", "random_tensor"),)),
     }
     for p in grid.pruned or PRUNED_MORE:
         for label, (method, settings) in kinds.items():
