@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from della.demo import EXPERTS
 from della.errors import EvaluationError
 from della.evaluate.generations import Store
-from della.paper.mini_grid import DELLA, FIRST, Cell, Grid, Kind, fitting
+from della.paper.mini_grid import DELLA, FIRST, MERGES, Cell, Grid, Kind, fitting
 from della.paper.mini_trio import Scored, Trio
 from della.paper.small_grid import climb
 
@@ -32,6 +32,10 @@ class Choice:
 
     cell: Cell
     kept: float
+
+
+# By (label of the kind, name of the merge) the choice for each p.
+Chosen = dict[tuple[str, str], dict[float | None, Choice]]
 
 
 class Bench:
@@ -132,28 +136,26 @@ class Bench:
         return best
 
     def choices(
-        self, doing: str, wanted: Sequence[tuple[Kind, str, tuple[str, ...]]],
+        self, doing: str, wanted: Sequence[tuple[str, Kind, str]],
         epsilons: Mapping[tuple[str, float | None], float] | None = None,
-    ) -> dict[tuple[str, str], dict[float | None, Choice]]:  # fmt: skip
-        """For each (kind, name of the merge, experts) the best of every p, by (label, name of the merge).
+    ) -> dict[str, Chosen]:  # fmt: skip
+        """For each (table, kind, name of the merge) the best of every p; by table.
 
         epsilons: those to take, by (name of the merge, p); without them they are chosen too.
         """
-        units = [(kind, name, experts, p) for kind, name, experts in wanted for p in kind.places(self.grid)]
-        long_first = sorted(units, key=lambda unit: -len(unit[2]))
+        units = [(*one, p) for one in wanted for p in one[1].places(self.grid)]
+        long_first = sorted(units, key=lambda unit: -len(MERGES[unit[2]]))
 
-        def work(unit: tuple[Kind, str, tuple[str, ...], float | None]) -> Choice:
-            kind, name, experts, p = unit
-            epsilon = None if epsilons is None else epsilons.get((name, p), FIRST)
-            return self.choose(kind, experts, p, epsilon)
+        def work(unit: tuple[str, Kind, str, float | None]) -> Choice:
+            _, kind, merge, p = unit
+            epsilon = None if epsilons is None else epsilons.get((merge, p), FIRST)
+            return self.choose(kind, MERGES[merge], p, epsilon)
 
-        found: dict[tuple[str, str], dict[float | None, Choice]] = {}
-        made = {
-            (kind.label, name, p): choice
-            for (kind, name, _, p), choice in zip(long_first, self.each(doing, work, long_first), strict=True)
-        }
-        for kind, name, _, p in units:
-            found.setdefault((kind.label, name), {})[p] = made[kind.label, name, p]
+        made = dict(zip(long_first, self.each(doing, work, long_first), strict=True))
+        found: dict[str, Chosen] = {}
+        for table, kind, merge, p in units:
+            by_p = found.setdefault(table, {}).setdefault((kind.label, merge), {})
+            by_p[p] = made[table, kind, merge, p]
         return found
 
     def singles(self) -> None:
@@ -168,13 +170,11 @@ def best(by_p: Mapping[float | None, Choice]) -> Choice:
     return max(by_p.values(), key=lambda choice: (choice.kept, -(choice.cell.p or 0.0)))
 
 
-def epsilons(
-    found: Mapping[tuple[str, str], Mapping[float | None, Choice]],
-) -> dict[tuple[str, float | None], float]:
+def epsilons(chosen: Chosen) -> dict[tuple[str, float | None], float]:
     """DELLA's epsilon by merge and p, for the rows that share it."""
     return {
-        (name, p): choice.cell.epsilon
-        for (label, name), by_p in found.items()
+        (merge, p): choice.cell.epsilon
+        for (label, merge), by_p in chosen.items()
         if label == DELLA.label
         for p, choice in by_p.items()
         if choice.cell.epsilon is not None

@@ -174,7 +174,6 @@ BESIDE = (
 
 # ---- one expert alone, at lambda 1 -----------------------------------------------------------------------
 
-RANDOM_LAYER = "random_layer"  # as one row: the ranks of the whole tensor in random order
 TABLE3 = tuple(
     (Kind(f"{name} {how} rescale", method, settings), NARROW)
     for name, method in (("DARE", "paper_dare"), ("DELLA", "paper_della"))
@@ -185,18 +184,13 @@ TABLE6 = (
     (Kind("row", "paper_della"), NARROW),
     (Kind("layer", "paper_della", (("rank_by", "tensor"),)), NARROW),
     (Kind("random row", "paper_della", (("rank_by", "random"),)), NARROW),
-    (Kind("random layer", "paper_della", (("rank_by", RANDOM_LAYER),)), NARROW),
+    (Kind("random layer", "paper_della", (("rank_by", "random_tensor"),)), NARROW),
 )
 FIGURE3 = (
     (Kind("row, wide", "paper_della"), WIDE),
     (Kind("layer, wide", "paper_della", (("rank_by", "tensor"),)), WIDE),
     (Kind("top-K", "paper_ties"), NARROW),
 )
-
-
-def is_random_layer(cell: Cell) -> bool:
-    """Whether the ranks of whole tensors are to be in random order, which no recipe can say."""
-    return ("rank_by", RANDOM_LAYER) in cell.settings
 
 
 def stated(cell: Cell) -> Mapping[str, Any]:

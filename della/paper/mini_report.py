@@ -47,10 +47,9 @@ def report(found: Found) -> Report:
         f"{spent['seconds'] / 60:.1f} minutes with {spent['threads']} threads"
         + (f"; {resumed} scores are of a run that was cut short." if resumed else "."),
     )
-    sections = [
-        _verdict(found), _how(found), _alone(found), _table1(found), _tables23(found), _table4(found),
-        _table5(found), _table6(found), _figure5(found), _table7(found), _beside(found), _claims(found),
-    ]  # fmt: skip
+    sections = [_verdict(found), _how(found), _alone(found), _table1(found), _tables23(found), _table4(found)]
+    sections += [_table5(found)] if found["importance"] == "wanda" else []
+    sections += [_table6(found), _figure5(found), _table7(found), _beside(found), _claims(found)]
     return Report("The paper's experiment in miniature", text, tuple(sections))
 
 
@@ -73,7 +72,7 @@ def _verdict(found: Found) -> Section:
     table = Table("Does the paper's order hold?", columns, tuple(rows), labels=2, note=(
         "Differences of kept gain in points; in the paper, of its average of percentages."
     ))  # fmt: skip
-    return Section("Verdict", (_sentence(found), _points(found)), (table,))
+    return Section("Verdict", (_sentence(found),), (table, _counted(found)))
 
 
 def _sentence(found: Found) -> str:
@@ -90,21 +89,21 @@ def _sentence(found: Found) -> str:
     )
 
 
-def _points(found: Found) -> str:
-    """Every claim of the report, counted: a list."""
-    points = []
-    for claim in dict.fromkeys(one["claim"] for one in found["claims"]):
-        if claim.startswith("Beside"):
-            continue
-        ones = _of(found["claims"], claim=claim)
-        parts = []
-        for verdict in VERDICTS:
-            groups = [one["group"] for one in ones if one["verdict"] == verdict]
-            if groups:
-                where = f" ({_listed(groups)})" if len(groups) <= 4 and verdict != "within noise" else ""
-                parts.append(f"{verdict} in {len(groups)}{where}")
-        points.append(f"- {claim}: of {len(ones)}, {', '.join(parts)}.")
-    return "\n".join(points)
+def _counted(found: Found) -> Table:
+    """Every claim of the report, counted."""
+    rows = []
+    for claim in sorted(dict.fromkeys(one["claim"] for one in found["claims"]), key=_place):
+        ones = [one["verdict"] for one in found["claims"] if one["claim"] == claim]
+        if not claim.startswith("Beside"):
+            rows.append((claim, str(len(ones)), *(str(ones.count(verdict)) for verdict in VERDICTS)))
+    columns = ("claim", "merges, or p", *VERDICTS)
+    note = "Each claim says that the first named keeps more; every single difference stands at the end."
+    return Table("All claims, counted", columns, tuple(rows), note=note)
+
+
+def _place(claim: str) -> tuple[bool, bool, str]:
+    """Tables first, then figures, then what stands beside the paper."""
+    return claim.startswith("Beside"), claim.startswith("Figure"), claim.partition(":")[0]
 
 
 # ---- how, and what it starts from -------------------------------------------------------------------------
@@ -121,7 +120,7 @@ def _how(found: Found) -> Section:
             )
     else:
         code = f"Code was read as arithmetic and not executed: {found['code']['why']}."
-    text: tuple[str, ...] = (
+    text = (
         "Problems of three splits are held apart by a hash of what is asked. Chosen on "
         f"{items['validation']} validation problems a task, by kept gain with one draw of a seed apart; "
         f"reported on {items['test']} test problems a task. LM is the perplexity of stories, Math the exact "
@@ -137,8 +136,6 @@ def _how(found: Found) -> Section:
         KEPT,
         INTERVALS,
     )  # fmt: skip
-    if found["importance"] != "magnitude":
-        text += (f"All rankings are by importance: {found['importance']}.",)
     return Section("How it was done", text)
 
 
@@ -275,7 +272,8 @@ def _beside(found: Found) -> Section:
 
 
 def _claims(found: Found) -> Section:
-    rows = [(one["claim"], *_difference(one)) for one in found["claims"]]
+    ordered = sorted(found["claims"], key=lambda one: _place(one["claim"]))
+    rows = [(one["claim"], *_difference(one)) for one in ordered]
     columns = ("claim", "where", "difference, over problems", "over seeds", "here it", "in the paper")
     note = "In points of kept gain, or of right answers where one expert is pruned."
     return Section("All differences", (), (Table("", columns, tuple(rows), labels=2, note=note),))

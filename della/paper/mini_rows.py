@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from della.merging.methods import METHODS
 from della.paper import mini_grid as grid
-from della.paper.mini_bench import Bench, Choice, best, epsilons
-from della.paper.mini_grid import MERGES, Cell, Grid, Kind
+from della.paper.mini_bench import Bench, Chosen, best, epsilons
+from della.paper.mini_grid import Cell, Grid, Kind
 from della.paper.published import published
 
 PRUNING_CLAIMS = (
@@ -21,7 +20,15 @@ PRUNING_CLAIMS = (
     ("Figure 4: ranks of the row over those of the layer", "row", "layer"),
     ("Figure 4: the same with a wide range", "row, wide", "layer, wide"),
 )
-Chosen = dict[tuple[str, str], dict[float | None, Choice]]
+# The tables whose p and lambda are chosen: their kinds, and their merges ((): all).
+TABLES: dict[str, tuple[tuple[Kind, ...], tuple[str, ...]]] = {
+    "1": (grid.TABLE1, ()),
+    "2": (grid.TABLE2, ("Math+Code",)),
+    "4": (grid.TABLE4, ()),
+    "5": (grid.TABLE5, ()),
+    "figure 5": (grid.ADAPTIVE, ()),
+    "beside": (grid.BESIDE, ("all three",)),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,84 +85,53 @@ class Experiment:
         return sorted(found.values(), key=lambda cell: -len(cell.experts))
 
 
-def choose(bench: Bench, importance: str, seeds: int, sweep: int, seed: int) -> Experiment:
+def choose(bench: Bench, tables: Sequence[str], seeds: int, sweep: int, seed: int) -> Experiment:
     """Choose p, lambda and epsilon of all kinds, and lay out rows and claims.
 
-    seeds: of each chosen merge; ``sweep`` of each point of a curve.  ``seed`` is the first.
-    importance: what ranks deltas in all tables but table 5, which has both.
+    tables: which of `TABLES`; table 1 is always among them.  seeds: of each chosen merge, ``sweep`` of each
+    point of a curve; ``seed`` is the first.
     """
-
-    def ranked(kinds: Sequence[Kind]) -> list[Kind]:
-        return [_ranked(kind, importance) for kind in kinds]
-
     made = Experiment()
-    merges = bench.grid.merges
-    table1 = bench.choices("table 1 on validation", _pairs(ranked(grid.TABLE1), merges))
-    shared = epsilons(table1)
-    rest = {
-        "2": bench.choices("table 2 on validation", _pairs(ranked(grid.TABLE2), ["Math+Code"]), shared),
-        "4": bench.choices("table 4 on validation", _pairs(ranked(grid.TABLE4), merges), shared),
-        "5": bench.choices("table 5 on validation", _pairs(grid.TABLE5, merges), shared),
-        "figure 5": bench.choices("figure 5 on validation", _pairs(ranked(grid.ADAPTIVE), merges), shared),
-        "beside": bench.choices("other methods", _pairs(ranked(grid.BESIDE), ["all three"]), shared),
+    merges = {table: merges or bench.grid.merges for table, (_, merges) in TABLES.items()}
+
+    def wanted(names: Sequence[str]) -> list[tuple[str, Kind, str]]:
+        return [(name, kind, merge) for name in names for merge in merges[name] for kind in TABLES[name][0]]
+
+    table1 = bench.choices("table 1 on validation", wanted(["1"]))["1"]
+    others = wanted([name for name in tables if name != "1"])
+    made.chosen = {"1": table1} | bench.choices("the others on validation", others, epsilons(table1))
+    rows = {
+        table: {key: Row(table, key[1], key[0], best(by_p).cell, seeds) for key, by_p in chosen.items()}
+        for table, chosen in made.chosen.items()
     }
-    made.chosen = {"1": table1} | rest
-    first = {key: Row("1", key[1], key[0], best(by_p).cell, seeds) for key, by_p in table1.items()}
-    made.add(*first.values())
-    _merged(made, first, {table: _best(table, chosen, seeds) for table, chosen in rest.items()})
+    for table in rows.values():
+        made.add(*table.values())
+    _claims(made, rows)
     _curves(made, table1, sweep)
-    _pruned(made, bench.grid, importance, sweep, seed)
+    _pruned(made, bench.grid, sweep, seed)
     return made
 
 
-def _ranked(kind: Kind, importance: str) -> Kind:
-    """The kind with deltas ranked by ``importance``, as far as it ranks any."""
-    ranks = "importance" in METHODS[kind.method].parameters
-    is_random = ("rank_by", "random") in kind.settings or ("rank_by", grid.RANDOM_LAYER) in kind.settings
-    if importance == "magnitude" or not ranks or is_random:
-        return kind
-    return replace(kind, settings=(*kind.settings, ("importance", importance)))
-
-
-def _pairs(
-    kinds: Sequence[Kind], merges: Sequence[str] | Mapping[str, object]
-) -> list[tuple[Kind, str, tuple[str, ...]]]:
-    return [(kind, name, MERGES[name]) for name in merges for kind in kinds]
-
-
-def _best(table: str, chosen: Chosen, seeds: int) -> dict[tuple[str, str], Row]:
-    return {key: Row(table, key[1], key[0], best(by_p).cell, seeds) for key, by_p in chosen.items()}
-
-
-def _merged(
-    made: Experiment, first: dict[tuple[str, str], Row], rest: dict[str, dict[tuple[str, str], Row]]
-) -> None:
-    """Tables 1, 2, 4 and 5, figure 5, and the other methods."""
-    for rows in rest.values():
-        made.add(*rows.values())
+def _claims(made: Experiment, rows: Mapping[str, Mapping[tuple[str, str], Row]]) -> None:
+    """The claims about merges; DELLA of table 1 stands in table 5 and figure 5 too."""
+    first = rows["1"]
+    for (label, merge), row in first.items():
+        made.claim(f"Table 4: {label} with Elect over without", merge, row, rows["4"][label, merge])
     for merge in dict.fromkeys(merge for _, merge in first):
         for better, worse in (("DARE", "TA"), ("DELLA", "DARE"), ("DELLA", "TIES"), ("DELLA", "TA")):
             made.claim(f"Table 1: {better} over {worse}", merge, first[better, merge], first[worse, merge])
-        for kind in grid.TABLE1:
-            row, other = first[kind.label, merge], rest["4"][kind.label, merge]
-            made.claim(f"Table 4: {kind.label} with Elect over without", merge, row, other)
-        della = first["DELLA", merge]
-        made.add(Row("5", merge, "DELLA", della.cell, della.seeds))
-        for kind in grid.TABLE5:
-            made.claim(f"Table 5: DELLA over {kind.label}", merge, della, rest["5"][kind.label, merge])
-        made.add(Row("figure 5", merge, "constant", della.cell, della.seeds))
-        for kind in grid.ADAPTIVE:
-            about = f"Figure 5: constant lambda over lambda_scaling: {kind.label}"
-            made.claim(about, merge, della, rest["figure 5"][kind.label, merge])
-    two = rest["2"]
-    made.claim(
-        "Table 2: rescale over none",
-        "Math+Code",
-        two["with rescale", "Math+Code"],
-        two["without rescale", "Math+Code"],
-    )
-    for (label, merge), row in rest["beside"].items():
+        for table, label in (("5", "DELLA"), ("figure 5", "constant")):
+            if table in rows:
+                made.add(replace(first["DELLA", merge], table=table, label=label))
+    for (label, merge), row in rows.get("5", {}).items():
+        made.claim(f"Table 5: DELLA over {label}", merge, first["DELLA", merge], row)
+    for (label, merge), row in rows["figure 5"].items():
+        about = f"Figure 5: constant lambda over lambda_scaling: {label}"
+        made.claim(about, merge, first["DELLA", merge], row)
+    for (label, merge), row in rows["beside"].items():
         made.claim(f"Beside: {label} over DELLA", merge, row, first["DELLA", merge])
+    two = {label: row for (label, _), row in rows["2"].items()}
+    made.claim("Table 2: rescale over none", "Math+Code", two["with rescale"], two["without rescale"])
 
 
 def _curves(made: Experiment, table1: Chosen, sweep: int) -> None:
@@ -175,12 +151,11 @@ def _curves(made: Experiment, table1: Chosen, sweep: int) -> None:
                 made.claim(about, f"{merge}, p={p:g}", rows["DELLA", p], rows[other, p])
 
 
-def _pruned(made: Experiment, tried: Grid, importance: str, sweep: int, seed: int) -> None:
+def _pruned(made: Experiment, tried: Grid, sweep: int, seed: int) -> None:
     """Tables 3 and 6, figures 3 and 4: one expert alone, at lambda 1."""
 
     def alone(table: str, expert: str, kinds: Sequence[tuple[Kind, float]], p: float) -> dict[str, Row]:
-        ranked = [(_ranked(kind, importance), epsilon) for kind, epsilon in kinds]
-        cells = {kind.label: kind.cell((expert,), p, 1.0, epsilon, seed) for kind, epsilon in ranked}
+        cells = {kind.label: kind.cell((expert,), p, 1.0, epsilon, seed) for kind, epsilon in kinds}
         return {label: Row(table, f"p={p:g}", label, cell, sweep) for label, cell in cells.items()}
 
     for p in tried.pruned:

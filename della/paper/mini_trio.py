@@ -21,7 +21,7 @@ from della.errors import DellaError, EvaluationError
 from della.evaluate.calibration import llama_norms
 from della.evaluate.programs import calls
 from della.evaluate.sandbox import Limits, Sandbox, open_sandbox
-from della.paper.mini_grid import Cell, is_random_layer
+from della.paper.mini_grid import Cell
 
 SPLITS = ("validation", "test")
 CALIBRATION = 64  # training texts a task whose inputs make the norms of WANDA
@@ -104,10 +104,6 @@ class Trio:
         self.programs = programs
         self._config = json.loads((TRIO / "base" / "config.json").read_text(encoding="utf-8"))
         self._weights = {name: _weights(name) for name in ("base", *EXPERTS)}
-        self._as_rows = {
-            name: {k: v.reshape(1, -1) if v.ndim > 1 else v for k, v in weights.items()}
-            for name, weights in self._weights.items()
-        }
         self.problems = {
             (split, task): self._problems(tasks.items(task, split, items[split]))
             for split in SPLITS
@@ -137,13 +133,10 @@ class Trio:
         if not cell.method:
             return self._weights[cell.experts[0]]
         options = cell.options()
-        weights = self._weights
-        if is_random_layer(cell):
-            weights, options["rank_by"] = self._as_rows, "random"
         if options.get("importance") == "wanda":
             options["input_norms"] = [self._norms[name] for name in cell.experts]
-        merged = merge_state_dicts(weights["base"], [weights[name] for name in cell.experts], **options)
-        return {name: array.reshape(self._weights["base"][name].shape) for name, array in merged.items()}
+        experts = [self._weights[name] for name in cell.experts]
+        return merge_state_dicts(self._weights["base"], experts, **options)
 
     def score(self, cell: Cell, split: str) -> Scored:
         """Merge and score: losses in nats by problem of all the cell's tasks, and of Math and Code what is
