@@ -76,10 +76,11 @@ def run_mini(options: MiniOptions, tell: Callable[[str], None]) -> dict[str, Any
             found = mini_numbers.numbers(bench, experiment)
         scored = len(store.records)
     results = head("mini", options.command, options.seed, 0.0, "tokenizers", "vl-convert-python")
+    grid = {name: list(values) for name, values in asdict(options.grid).items()}
     results |= {
         "seeds": options.seeds, "sweep_seeds": options.sweep, "importance": options.importance,
         "items": {"validation": options.validation_items, "test": options.items},
-        "calibration_items": CALIBRATION, "grid": asdict(options.grid), "trio": trio.digest,
+        "calibration_items": CALIBRATION, "grid": grid, "trio": trio.digest,
         "code": {"scored_by": programs.kind, "why": programs.why}, "models_scored": scored, **found,
     }  # fmt: skip
     results["time"] = {
