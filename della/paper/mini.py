@@ -16,11 +16,11 @@ from typing import Any
 from della.errors import EvaluationError, nearest
 from della.evaluate.generations import Store
 from della.jobs import default_threads
-from della.paper import mini_numbers, mini_rows
+from della.paper import mini_numbers, mini_rows, plots
 from della.paper.mini_bench import Bench
 from della.paper.mini_grid import Grid
 from della.paper.mini_report import report
-from della.paper.mini_trio import CALIBRATION, SPLITS, Programs, Trio
+from della.paper.mini_trio import CALIBRATION, Programs, Trio
 from della.paper.results import head, write
 
 IMPORTANCES = ("wanda", "magnitude")
@@ -58,6 +58,7 @@ def run_mini(options: MiniOptions, tell: Callable[[str], None]) -> dict[str, Any
     """
     began = time.monotonic()
     _check(options)
+    plots.check()
     programs = Programs.open()
     if programs.why:
         tell(f"note: {programs.why}; Code answers are read as arithmetic instead, and nothing is executed")
@@ -81,11 +82,12 @@ def run_mini(options: MiniOptions, tell: Callable[[str], None]) -> dict[str, Any
         "seeds": options.seeds, "sweep_seeds": options.sweep, "importance": options.importance,
         "items": {"validation": options.validation_items, "test": options.items},
         "calibration_items": CALIBRATION, "grid": grid, "trio": trio.digest,
-        "code": {"scored_by": programs.kind, "why": programs.why}, "models_scored": scored, **found,
+        "code": {"scored_by": programs.kind, "why": programs.why}, **found,
     }  # fmt: skip
     results["time"] = {
         "seconds": round(time.monotonic() - began, 1), "threads": options.threads, "sandbox": programs.name,
-        "scores_of_earlier_runs": before, "programs_asked": programs.asked, "programs_run": programs.run,
+        "models_scored": scored, "scores_of_earlier_runs": before, "programs_asked": programs.asked,
+        "programs_run": programs.run,
     }  # fmt: skip
     write(options.out, results, report(results))
     return results
@@ -97,4 +99,3 @@ def _check(options: MiniOptions) -> None:
         raise EvaluationError(f"--importance {options.importance}: expected wanda or magnitude{hint}")
     if min(options.seeds, options.items, options.validation_items, options.threads) < 1:
         raise EvaluationError("seeds, items and threads must be 1 or more")
-    assert set(SPLITS) == {"validation", "test"}

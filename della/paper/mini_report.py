@@ -43,7 +43,7 @@ def report(found: Found) -> Report:
     text = (
         "Three experts of one base of 2.5 million parameters, merged as in the paper's tables and scored on "
         "held-out problems, beside the paper's own numbers.",
-        f"Made by `{found['command']}`, seed {found['seed']}: {found['models_scored']} models scored in "
+        f"Made by `{found['command']}`, seed {found['seed']}: {spent['models_scored']} models scored in "
         f"{spent['seconds'] / 60:.1f} minutes with {spent['threads']} threads"
         + (f"; {resumed} scores are of a run that was cut short." if resumed else "."),
     )
