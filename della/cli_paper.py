@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from dataclasses import replace
@@ -33,6 +34,7 @@ Out = Annotated[_Folder, _option("Where everything goes. [default: paper-SCALE]"
 Plan = Annotated[bool, _option("13b: say what it would take, and do nothing.", "--plan")]
 Limit = Annotated[_Count, _option("Problems of each task.", min=1, metavar="N")]
 Seeds = Annotated[_Count, _option("Seeds of what is random. [default: 10, 5, 3]", min=1, metavar="N")]
+Seed = Annotated[_Count, _option("mini: the first of them. [default: 42]", min=0, metavar="N")]
 Threads = Annotated[_Count, _option("Threads.", min=1)]
 Data = Annotated[
     _Texts, _option("135m: a folder of TASK.SPLIT.jsonl.  13b: a file of problems.", metavar="[NAME=]PATH")
@@ -46,7 +48,7 @@ Experts = Annotated[
 ]
 Tables = Annotated[str, _option("13b: only these tables.", metavar="1,3,...")]
 Importance = Annotated[
-    str, _option("13b: wanda, or magnitude to leave out table 5. [default: wanda]", metavar="NAME")
+    str, _option("mini, 13b: wanda, or magnitude to leave out table 5. [default: wanda]", metavar="NAME")
 ]
 DropRates = Annotated[str, _option("13b: p to choose among.", metavar="P,...")]
 Lambdas = Annotated[str, _option("13b: lambda to choose among.", metavar="L,...")]
@@ -76,7 +78,10 @@ Debug = Annotated[bool, _option("Show the traceback of an error.", "--debug")]
 
 SCALES = ("mini", "135m", "13b")
 _COMMON = {"scale", "out", "limit", "seeds", "threads", "quiet", "as_json", "debug"}
-_OWN: dict[str, set[str]] = {"mini": set(), "135m": {"data", "models", "experts"}}  # 13b takes all others
+_OWN: dict[str, set[str]] = {
+    "mini": {"seed", "importance"},
+    "135m": {"data", "models", "experts"},
+}  # 13b takes all others
 # What of the options goes into the Settings of scoring, and what to `full_options`, under the same names.
 _SCORING = (
     "out", "limit", "backend", "prompt", "max_tokens", "batch", "dtype", "judge", "annotator",
@@ -90,7 +95,7 @@ _GRID = (
 
 def paper(
     context: typer.Context, scale: Scale, out: Out = None, plan: Plan = False, limit: Limit = None,
-    seeds: Seeds = None, threads: Threads = None, data: Data = None, models: Models = None,
+    seeds: Seeds = None, seed: Seed = None, threads: Threads = None, data: Data = None, models: Models = None,
     models_dir: ModelsDir = None, experts: Experts = None, tables: Tables = "",
     importance: Importance = "wanda", drop_rates: DropRates = "", lambdas: Lambdas = "",
     pruned: Pruned = "", window: Window = None, backend: Backend = "vllm", prompt: Prompt = "fixed",
@@ -120,10 +125,12 @@ def _run(scale: str, given: dict[str, Any], plan: bool, quiet: bool) -> None:
 
     out, as_json = given["out"], given["as_json"]
     if scale == "mini":
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before NumPy is loaded: the threads are our own
         from della.paper.mini import MiniOptions, run_mini
 
-        numbers = {name: given[name] for name in ("seeds", "threads") if given[name] is not None}
-        run_mini(MiniOptions(out, items=given["limit"], **numbers), say)
+        named = {"items": given["limit"], **{name: given[name] for name in ("seeds", "seed", "threads")}}
+        numbers = {name: value for name, value in named.items() if value is not None}
+        run_mini(MiniOptions(out, importance=given["importance"], command=_command(), **numbers), say)
     elif scale == "135m":
         from della.paper.small import run_small
 
@@ -148,7 +155,7 @@ def _check(context: typer.Context, scale: str) -> None:
     """Refuse what a scale does not take, rather than ignore it."""
     if scale not in SCALES:
         raise EvaluationError(f"--scale {scale}: expected mini, 135m or 13b{nearest(scale, SCALES)}")
-    known = {*_COMMON, *_OWN.get(scale, context.params)} - ({"experts"} if scale == "13b" else set())
+    known = {*_COMMON, *_OWN.get(scale, context.params)} - ({"experts", "seed"} if scale == "13b" else set())
     for parameter in context.command.params:
         source = context.get_parameter_source(str(parameter.name))
         if parameter.name not in known and source is not None and source.name == "COMMANDLINE":
@@ -199,4 +206,9 @@ def _full(given: dict[str, Any]) -> FullOptions:
         scoring, models=given["models"] or (), data=given["data"] or (),
         **{name: given[name] for name in _GRID},
     )  # fmt: skip
-    return replace(options, command=shlex.join(["della", *sys.argv[1:]]))
+    return replace(options, command=_command())
+
+
+def _command() -> str:
+    """What makes the results again, for the results."""
+    return shlex.join(["della", *sys.argv[1:]])

@@ -54,6 +54,8 @@ ORDER = (
     *(f"paper.full{part}" for part in ("_models", "_grid", "_plan", "_data", "_report", "", "_options")),
     *(f"paper.small{part}" for part in ("_items", "_model", "_train", "_grid", "_scores")),
     *(f"paper.small{part}" for part in ("_report", "_page", "")),
+    *(f"paper.mini{part}" for part in ("_grid", "_trio", "_bench", "_rows", "_numbers")),
+    *(f"paper.mini{part}" for part in ("_figures", "_report", "")),
     *("speaker", "cli_calibrate", "cli_evaluate", "cli_paper", "cli"),
 )
 # Where a library may be imported; nowhere if it is not said.

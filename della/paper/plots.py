@@ -6,6 +6,7 @@ own too.
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import re
 from collections.abc import Sequence
@@ -109,12 +110,17 @@ def dots(
     )
 
 
+def check() -> None:
+    """EvaluationError without the extra paper: to be told before hours of work, not behind them."""
+    if importlib.util.find_spec("vl_convert") is None:
+        raise EvaluationError("vl-convert-python draws the plots; pip install 'della[paper]'")
+
+
 def draw(plot: Plot) -> tuple[str, bytes]:
     """The plot as SVG text and as a PNG file; EvaluationError without the extra paper."""
-    try:
-        import vl_convert
-    except ModuleNotFoundError as error:
-        raise EvaluationError("vl-convert-python draws the plots; pip install 'della[paper]'") from error
+    check()
+    import vl_convert
+
     svg = vl_convert.vegalite_to_svg(plot.spec)
     return _own_ids(svg, plot.name), vl_convert.vegalite_to_png(plot.spec, scale=2)
 

@@ -1,0 +1,181 @@
+"""Scores of the miniature's cells, computed by a few threads, each once, and kept on disk; and what is chosen
+by them on validation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from della.demo import EXPERTS
+from della.errors import EvaluationError
+from della.evaluate.generations import Store
+from della.paper.mini_grid import DELLA, FIRST, MERGES, Cell, Grid, Kind, fitting
+from della.paper.mini_trio import Scored, Trio
+from della.paper.small_grid import climb
+
+T = TypeVar("T")
+Floats = NDArray[np.float64]
+
+# On validation another draw than those that are reported: a lucky one would be chosen and then reported.
+APART = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What was best for a kind at one p, and its kept gain on validation."""
+
+    cell: Cell
+    kept: float
+
+
+# By (label of the kind, name of the merge) the choice for each p.
+Chosen = dict[tuple[str, str], dict[float | None, Choice]]
+
+
+class Bench:
+    """Scores by cell and split.  ``store`` has those of earlier runs; ``threads`` work at the same time."""
+
+    def __init__(
+        self, trio: Trio, store: Store, grid: Grid, threads: int, seed: int, tell: Callable[[str], None]
+    ) -> None:
+        self.trio, self.grid = trio, grid
+        self.scored_before = len(store.records)
+        self._store, self._seed, self._tell = store, seed, tell
+        self._pool = ThreadPoolExecutor(threads)
+
+    def __enter__(self) -> Bench:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def score(self, cell: Cell, split: str) -> Scored:
+        """The scores of a cell, from the store where it has them."""
+        key = f"{split} {cell.key}"
+        if key not in self._store.records:
+            self._store.add({"id": key, "scores": self.trio.score(cell, split)})
+        found: Scored = self._store.records[key]["scores"]
+        return found
+
+    def each(self, doing: str, work: Callable[[T], Any], things: Iterable[T]) -> list[Any]:
+        """``work`` done on all things, several at a time; results in their order."""
+        todo: list[Future[Any]] = [self._pool.submit(work, thing) for thing in things]
+        try:
+            waiting = set(todo)
+            while waiting:
+                done, waiting = wait(waiting, timeout=15)
+                for future in done:
+                    future.result()
+                self._tell(f"{doing}: {len(todo) - len(waiting)} of {len(todo)}")
+        finally:
+            for future in todo:
+                future.cancel()
+        return [future.result() for future in todo]
+
+    # ---- kept gains ----------------------------------------------------------------------------------------
+
+    def shares(self, scored: Scored, split: str, tasks: Sequence[str]) -> tuple[Floats, Floats]:
+        """By problem of all ``tasks``: the gain that is kept, and the weight that makes each task count as
+        one.
+
+        Kept gain of a task is (base - merge) / (base - own expert), in loss per token (LM) or in wrong
+        answers; it is linear in the problems, so that each has a share in it.
+        """
+        values, weights = [], []
+        for task in tasks:
+            base, expert = (
+                self.values(self.score(Cell((name,)), split), split, task)[0] for name in ("base", task)
+            )
+            own, weight = self.values(scored, split, task)
+            gain = float(((expert - base) * weight).sum())
+            if gain <= 0:
+                raise EvaluationError(
+                    f"the {task} expert is no better than the base on {len(base)} {split} problems, so that "
+                    "there is nothing to keep; score more problems"
+                )
+            values.append((own - base) / gain)
+            weights.append(weight / len(tasks))
+        return np.concatenate(values), np.concatenate(weights)
+
+    def values(self, scored: Scored, split: str, task: str) -> tuple[Floats, Floats]:
+        """What counts of each problem, and its weight: less loss per token, or a right answer."""
+        if task != "lm":
+            right = np.array(scored[task]["right"])
+            return right, np.full(len(right), 1 / len(right))
+        tokens = np.array(self.trio.problems[split, task].tokens, dtype=np.float64)
+        return -np.array(scored[task]["loss"]) / tokens, tokens / tokens.sum()
+
+    def kept(self, cell: Cell, split: str) -> float:
+        """The mean over the cell's tasks of the gain that it keeps."""
+        values, weights = self.shares(self.score(cell, split), split, cell.tasks)
+        return float((values * weights).sum())
+
+    # ---- choices on validation -----------------------------------------------------------------------------
+
+    def choose(self, kind: Kind, experts: tuple[str, ...], p: float | None, epsilon: float | None) -> Choice:
+        """The best lambda of a kind at one p; without a given epsilon DELLA's too, once lambda is found."""
+        first = FIRST if epsilon is None else epsilon
+
+        def kept(lambda_: float, half: float = first) -> float:
+            return self.kept(kind.cell(experts, p, lambda_, half, self._seed + APART), "validation")
+
+        ladder = kind.ladder(self.grid, p, len(experts))
+        lambda_ = climb(kept, ladder) if len(ladder) > 1 else ladder[0]
+        best = Choice(kind.cell(experts, p, lambda_, first, self._seed), kept(lambda_))
+        if epsilon is None and kind.has_range and p is not None:
+            widths = dict.fromkeys(fitting(half, p) for half in self.grid.epsilons)
+            tried = {half: kept(lambda_, half) for half in widths}
+            half = max(tried, key=lambda half: (tried[half], half == best.cell.epsilon))
+            best = Choice(replace(best.cell, epsilon=half), tried[half])
+        return best
+
+    def choices(
+        self, doing: str, wanted: Sequence[tuple[str, Kind, str]],
+        epsilons: Mapping[tuple[str, float | None], float] | None = None,
+    ) -> dict[str, Chosen]:  # fmt: skip
+        """For each (table, kind, name of the merge) the best of every p; by table.
+
+        epsilons: those to take, by (name of the merge, p); without them they are chosen too.
+        """
+        units = [(*one, p) for one in wanted for p in one[1].places(self.grid)]
+        long_first = sorted(units, key=lambda unit: -len(MERGES[unit[2]]))
+
+        def work(unit: tuple[str, Kind, str, float | None]) -> Choice:
+            _, kind, merge, p = unit
+            epsilon = None if epsilons is None else epsilons.get((merge, p), FIRST)
+            return self.choose(kind, MERGES[merge], p, epsilon)
+
+        made = dict(zip(long_first, self.each(doing, work, long_first), strict=True))
+        found: dict[str, Chosen] = {}
+        for table, kind, merge, p in units:
+            by_p = found.setdefault(table, {}).setdefault((kind.label, merge), {})
+            by_p[p] = made[table, kind, merge, p]
+        return found
+
+    def singles(self) -> None:
+        """The models of the trio as they are, on both splits; first, as all kept gains need them."""
+        models = [Cell((name,)) for name in ("base", *EXPERTS)]
+        pairs = [(cell, split) for split in ("validation", "test") for cell in models]
+        self.each("base and experts", lambda pair: self.score(*pair), pairs)
+
+
+def best(by_p: Mapping[float | None, Choice]) -> Choice:
+    """The choice of the p that kept most on validation; of equals the smaller p."""
+    return max(by_p.values(), key=lambda choice: (choice.kept, -(choice.cell.p or 0.0)))
+
+
+def epsilons(chosen: Chosen) -> dict[tuple[str, float | None], float]:
+    """DELLA's epsilon by merge and p, for the rows that share it."""
+    return {
+        (merge, p): choice.cell.epsilon
+        for (label, merge), by_p in chosen.items()
+        if label == DELLA.label
+        for p, choice in by_p.items()
+        if choice.cell.epsilon is not None
+    }
