@@ -123,11 +123,7 @@ def test_a_row_has_means_and_seeds() -> None:
 def test_a_difference_pairs_items_and_seeds() -> None:
     a = [uniform(1.4, 1.8, 1.9), uniform(1.5, 1.8, 1.9)]
     one = findings().difference(a, [uniform(1.6, 1.8, 1.9)])
-    assert one["items"] == {
-        "value": 0.05,
-        "low": pytest.approx(0.0, abs=0.2),
-        "high": pytest.approx(0.1, abs=0.2),
-    }
+    assert one["items"] == {"value": 0.05, "low": 0.05, "high": 0.05}, "tasks differ, items of a task do not"
     assert one["seeds"]["value"] == pytest.approx(0.05, abs=1e-6)
     assert one["loss"]["lm"] == {"value": -0.15, "low": -0.15, "high": -0.15}
     paired = findings().difference(a, [uniform(1.5, 1.8, 1.9), uniform(1.6, 1.8, 1.9)])
@@ -150,7 +146,7 @@ def test_verdicts(of_items: Any, of_seeds: Any, said: str) -> None:
 def test_an_expert_without_a_gain_is_told() -> None:
     found = findings()
     found.singles["math", "test"] = uniform(2.0, 2.1, 2.0)
-    said = r"^the math expert is no better than the base on test of math: it gains -0\.1000 nats a token, so there"
+    said = r"^the math expert is no better than the base on test of math: it gains -0\.1000 nats a token"
     with pytest.raises(EvaluationError, match=said):
         found.kept(uniform(1.0, 1.0, 1.0))
 
@@ -158,9 +154,8 @@ def test_an_expert_without_a_gain_is_told() -> None:
 def test_lines_of_data(tmp_path: Path) -> None:
     """A line separator of Unicode inside a text ends no line; blank lines are none."""
     pair = {"prompt": "a\u2028b", "response": "c\u0085"}
-    (tmp_path / "x.jsonl").write_text(
-        "\n" + json.dumps(pair, ensure_ascii=False) + "\r\n\n", encoding="utf-8"
-    )
+    line = json.dumps(pair, ensure_ascii=False)
+    (tmp_path / "x.jsonl").write_text(f"\n{line}\r\n\n", encoding="utf-8")
     assert read_pairs(tmp_path / "x.jsonl") == [("a\u2028b", "c\u0085")]
     (tmp_path / "x.jsonl").write_text(json.dumps(pair) + "\n{\n")
     with pytest.raises(EvaluationError, match=r"x\.jsonl, line 2: invalid JSON"):

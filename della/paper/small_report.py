@@ -95,8 +95,8 @@ class Findings:
         }
 
     def _over_items(self, values: Array, weights: Array) -> Interval:
-        """The weighted mean of shares, with the interval of a bootstrap that leaves each task its weight: what
-        sets tasks apart is taken out of the values, so that only their items vary.
+        """The weighted mean of shares, with the interval of a bootstrap that leaves each task its weight:
+        what sets tasks apart is taken out of the values, so that only their items vary.
         """
         mean = float((values * weights).sum() / weights.sum())
         level, begin = values.copy(), 0
