@@ -19,6 +19,7 @@ from della.errors import CheckpointError, OutputError, RecipeError, nearest
 from della.merging import reference
 from della.merging.methods import METHODS, Choice, Expert, Method, check_settings, choice
 from della.merging.methods import expert as make_expert
+from della.norms import checked, misfit
 from della.random import DEFAULT_SEED
 
 _TILE = 1 << 17
@@ -27,31 +28,35 @@ _TILE = 1 << 17
 def magprune(
     delta: Any, density: float, epsilon: float = 0.15, *, seed: int = DEFAULT_SEED, name: str = "delta",
     expert: str = "expert", rank_by: str = "row", ladder: str = "symmetric", rescale: str = "per_element",
+    input_norms: Any = None,
 ) -> Any:  # fmt: skip
     """Drop by MAGPRUNE (arXiv 2406.11617, section 2.1): keep each delta with a probability that grows with
     the rank of its magnitude in its row, from density - epsilon to density + epsilon, and divide survivors by
     it.
 
     delta: a float array of any shape; a row is its last axis.  name
-    and expert key the random stream together with seed.  Returns float32 (float64 for float64) of the same
-    shape. Raises RecipeError for values out of range.
+    and expert key the random stream together with seed.  input_norms: of a delta (out, in), an array of in
+    norms; then |delta| times its norm is ranked (importance: wanda).  Returns float32 (float64 for float64)
+    of the same shape. Raises RecipeError for values out of range, CheckpointError for arrays that do not fit.
     """
     values = widen(_as_array(delta, "delta"))
     method = METHODS["della_linear"]
-    shared = _shared(method, {"rank_by": rank_by, "ladder": ladder, "rescale": rescale})
+    given = {"rank_by": rank_by, "ladder": ladder, "rescale": rescale}
+    shared = _shared(method, given | ({} if input_norms is None else {"importance": "wanda"}))
     own = {"weight": 1.0, "density": density, "epsilon": epsilon}
     _check(method, shared, [own])
     picked = replace(choice(method, shared), vote="none", fuse="sum")
-    return _like(
-        delta, _merge(picked, np.zeros_like(values), [values], [make_expert(expert, own)], seed, name)
-    )
+    norms = None if input_norms is None else _norms(input_norms, name, values.shape, "input_norms")
+    made = replace(make_expert(expert, own), norms=norms)
+    return _like(delta, _merge(picked, np.zeros_like(values), [values], [made], seed, name))
 
 
 def merge_tensors(
     base: Any, experts: Sequence[Any], *, method: str = "della", weights: Sequence[float] | float = 1.0,
     density: Sequence[float] | float = 1.0, epsilon: Sequence[float] | float | None = None,
     gamma: Sequence[float] | float | None = None, names: Sequence[str] | None = None,
-    seed: int = DEFAULT_SEED, name: str = "tensor", **parameters: Any,
+    input_norms: Sequence[Any] | None = None, seed: int = DEFAULT_SEED, name: str = "tensor",
+    **parameters: Any,
 ) -> Any:  # fmt: skip
     """Merge one tensor: Drop, Elect, Fuse as in ``della merge``, with the same bytes as a merge of
     checkpoints.
@@ -60,7 +65,8 @@ def merge_tensors(
     gamma: one value for all experts or one each.  names: the experts' identities, which key their random
     streams (default "expert1", ...).  name: the tensor's name, which keys the stream too.  parameters: the
     recipe's shared parameters (``lambda_``, ``rank_by``, ``rescale``, ``vote``, ``fuse``, ``normalize``,
-    ...).
+    ...).  input_norms: for ``importance="wanda"``, for each expert an array of the norms of this tensor's
+    input features, or a mapping that has it under ``name``; where it has none, |delta| is ranked.
 
     Returns an array (a torch tensor for a torch base) of the base's dtype, or of the first expert's for
     "linear", whose base has no part.  Raises RecipeError, CheckpointError or OutputError.
@@ -88,7 +94,8 @@ def merge_tensors(
     identities = list(names) if names is not None else [f"expert{k}" for k in range(1, len(models) + 1)]
     if len(identities) != len(models) or len(set(identities)) != len(models):
         raise RecipeError(f"names: expected {len(models)} different names, found {identities}")
-    made = [make_expert(i, o) for i, o in zip(identities, own, strict=True)]
+    norms = _all_norms(shared, input_norms, name, root.shape, len(models))
+    made = [replace(make_expert(i, o), norms=n) for i, o, n in zip(identities, own, norms, strict=True)]
     merged = _merge(choice(row, shared), None if base is None else root, models, made, seed, name)
     return _like(experts[0] if base is None else base, _rounded(merged, of_array(root), name))
 
@@ -100,12 +107,15 @@ def merge_state_dicts(
     ``name``.
 
     Tensors that are not float are copied from the base; what it lacks is left out.  Raises CheckpointError
-    where an expert lacks a tensor.
+    where an expert lacks a tensor, and where ``input_norms`` (mappings, here) name one that the base lacks.
     """
     if not experts:
         raise RecipeError("no experts: at least one is needed")
     root = experts[0] if base is None or not _method(options.get("method", "della")).needs_base else base
     lacking = [f"expert {k} lacks {name}" for k, e in enumerate(experts, 1) for name in root if name not in e]
+    for k, norms in enumerate(options.get("input_norms") or (), 1):
+        strange = [name for name in norms if name not in root] if isinstance(norms, Mapping) else []
+        lacking += [f"input norms of expert {k}: {name} is not a tensor of the base" for name in strange]
     if lacking:
         raise CheckpointError(*lacking)
     merged = {}
@@ -117,6 +127,32 @@ def merge_state_dicts(
             own = [e[name] for e in experts]
             merged[name] = merge_tensors(value if root is base else None, own, name=name, **options)
     return merged
+
+
+def _all_norms(
+    shared: Mapping[str, Any], given: Sequence[Any] | None, name: str, shape: Sequence[int], experts: int
+) -> list[Array | None]:
+    """The norms of each expert's inputs; None where |delta| is ranked."""
+    wanted = shared.get("importance") == "wanda"
+    if wanted != (given is not None):
+        said = "needs input_norms" if wanted else "is needed where input_norms are given"
+        raise RecipeError(f"importance='wanda' {said}")
+    each = [None] * experts if given is None else list(given)
+    if len(each) != experts or isinstance(given, Mapping) or (wanted and any(own is None for own in each)):
+        raise RecipeError(f"input_norms: expected an array or a mapping for each of {experts} experts")
+    found = [own.get(name) if isinstance(own, Mapping) else own for own in each]
+    return [
+        None if own is None else _norms(own, name, shape, f"input norms of expert {k}")
+        for k, own in enumerate(found, 1)
+    ]
+
+
+def _norms(given: Any, name: str, shape: Sequence[int], where: str) -> Array:
+    array = _as_array(given, where)
+    said = misfit(array.shape, shape)
+    if said:
+        raise CheckpointError(f"{where}: {name} {said}")
+    return checked(array, f"{where}: {name}")
 
 
 def _merge(
@@ -266,6 +302,6 @@ def _check(method: Method, shared: Mapping[str, Any], models: Sequence[Mapping[s
                 raise RecipeError(f"{key}: expected a finite number, found {value:g}")
             if p and p.low is not None and p.high is not None and not p.low <= value <= p.high:
                 raise RecipeError(f"{key} {value:g}: expected a value from {p.low:g} to {p.high:g}")
-    said = check_settings(method, shared, models)
+    said = check_settings(method, shared, [{**own, "input_norms": "as arrays"} for own in models])
     if said:
         raise RecipeError(said)

@@ -4,18 +4,20 @@ commands.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
+from della import cli_calibrate, cli_evaluate, cli_paper
 from della.errors import DamageError, DellaError
 from della.speaker import Speaker, print_json, tell
 
@@ -291,6 +293,22 @@ def _errors(debug: bool, as_json: bool) -> Iterator[None]:
         print_json(event="error", exit_code=code, message=message)
     tell(f"della: {message}")
     raise typer.Exit(code)
+
+
+def _register(name: str, command: Callable[..., None]) -> None:
+    """A command of another module, with the errors of all commands."""
+
+    @functools.wraps(command)
+    def guarded(**arguments: Any) -> None:
+        with _errors(arguments["debug"], arguments["as_json"]):
+            command(**arguments)
+
+    app.command(name)(guarded)
+
+
+_register("eval", cli_evaluate.evaluate)
+_register("calibrate", cli_calibrate.calibrate)
+_register("paper", cli_paper.paper)
 
 
 def _with_values(arguments: list[str]) -> list[str]:

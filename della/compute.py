@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,9 @@ from della.dtypes import Array, round_to, widen
 from della.errors import CheckpointError, OutputError
 from della.jobs import TILE, Input, Job, Plan
 from della.merging import cast, compat, reference
-from della.merging.tensor import Band, TensorMerge, Tile, Workspace, cut, find_bands
+from della.merging.methods import Expert
+from della.merging.tensor import Band, TensorMerge, Tile, Workspace, all_scores, cut, find_bands
+from della.norms import read_norms
 
 Digests = Sequence[Any]  # of xxh3_128; one for each of Job.reads, or none
 
@@ -82,7 +86,8 @@ class Compute:
         self, job: Job, bands: Sequence[Band] | None, digests: Digests
     ) -> Iterator[tuple[Array, int]]:
         assert job.choice is not None
-        merge = TensorMerge(job.name, job.elements, job.choice, job.experts, self.plan.recipe.seed, bands)
+        experts = _experts(job, digests)
+        merge = TensorMerge(job.name, job.elements, job.choice, experts, self.plan.recipe.seed, bands)
         merge.prepare(lambda: self._tiles(job))
         for tile in self._tiles(job, digests):
             out = self._workspace.array("out", tile.base.shape)
@@ -113,7 +118,7 @@ class Compute:
         real = np.float64 if job.exact_double else np.float32
         average = job.choice.drop == "average"
         arrays: list[Array] = []
-        for t, (source, tensor) in enumerate(job.reads):
+        for t, (source, tensor) in enumerate(job.weights):
             stored = source.read(tensor.name)
             if digests:
                 digests[t].update(stored.reshape(-1).view(np.uint8).data)
@@ -122,13 +127,13 @@ class Compute:
                 values = self._cured(source, tensor, values, None if average or not arrays else arrays[0])
             arrays.append(values)
         base, models = (arrays[0], arrays) if average else (arrays[0], arrays[1:])
-        seed = self.plan.recipe.seed
+        seed, experts = self.plan.recipe.seed, _experts(job, digests)
         with np.errstate(all="ignore"):  # infinities are told when the result is rounded
             if job.choice.compat is not None:
-                return compat.merge(job.choice, base, models, job.experts, seed, job.name)
+                return compat.merge(job.choice, base, models, experts, seed, job.name)
             if average:
-                return reference.average(models, job.experts, job.choice.fuse != "sum")
-            return reference.merge(job.choice, base, models, job.experts, seed, job.name)
+                return reference.average(models, experts, job.choice.fuse != "sum")
+            return reference.merge(job.choice, base, models, experts, seed, job.name)
 
     # ---- thresholds of the whole model (ties, scope: model) ----
 
@@ -143,18 +148,21 @@ class Compute:
             return {}
         size = sum(job.elements for job in jobs)
 
-        def deltas() -> Iterator[Array]:
-            return (tile.deltas for job in jobs for tile in self._tiles(job))
+        def sizes(job: Job) -> Iterator[list[Array]]:
+            experts = _experts(job)
+            return (all_scores(experts, tile) for tile in self._tiles(job))
 
-        whole = find_bands(jobs[0].choice, jobs[0].experts, size, deltas)
+        whole = find_bands(
+            jobs[0].choice, jobs[0].experts, size, lambda: chain.from_iterable(map(sizes, jobs))
+        )
         left = [band.take for band in whole]
         bands: dict[str, list[Band]] = {}
         for job in jobs:
             bands[job.name] = [Band(b.high, b.skip, b.low, n) for b, n in zip(whole, left, strict=True)]
-            for tile in self._tiles(job):
-                bits = tile.deltas.view(np.uint32) & np.uint32(0x7FFFFFFF)
+            for piece in sizes(job):
                 for t, band in enumerate(whole):
-                    left[t] -= int(np.count_nonzero(bits[t] == band.low))
+                    bits = piece[t].view(np.uint32) & np.uint32(0x7FFFFFFF)
+                    left[t] -= int(np.count_nonzero(bits == band.low))
             left = [max(n, 0) for n in left]
         return bands
 
@@ -170,7 +178,7 @@ class Compute:
     def _tiles(self, job: Job, digests: Digests = ()) -> Iterator[Tile]:
         """Tiles in reused buffers: each is void when the next one is asked for."""
         assert job.choice is not None
-        feeds = digests or [None] * len(job.reads)
+        feeds = digests[: len(job.weights)] or [None] * len(job.weights)
         for start, rows, n in cut(job.choice, job.name, job.shape, self.tile):
             if self.stop.is_set():
                 raise Stopped
@@ -283,6 +291,15 @@ class _Overflow:
                 f"{self.job.name}: {self.first}{more} when it is rounded to {self.job.dtype.torch_name}; "
                 f"choose a wider out_dtype, or a smaller lambda; or {_CURE}"
             )
+
+
+def _experts(job: Job, digests: Digests = ()) -> list[Expert]:
+    """The experts of a job in canonical order, with their input norms."""
+    feeds = iter(digests[len(job.weights) :])
+    return [
+        replace(each.expert, norms=read_norms(*each.norms, next(feeds, None))) if each.norms else each.expert
+        for each in job.inputs
+    ]
 
 
 def needs_bands(job: Job) -> bool:

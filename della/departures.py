@@ -30,6 +30,9 @@ def departures(recipe: Recipe, jobs: Sequence[Job]) -> list[str]:
         "ranks are exact integers with ties averaged (mergekit: ranks in the dtype of the tensor)": (
             bool(ranked)
         ),
+        "importance: wanda ranks |delta| times input norms (mergekit: |delta|)": any(
+            choice.importance == "wanda" for _, choice in merged
+        ),
         "a row of a tensor with three or more axes is what feeds one output (mergekit: the second axis)": (
             any(len(shape) > 2 for shape in ranked)
         ),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 from della.checkpoint.layout import Tensor
 from della.checkpoint.source import Source
 from della.dtypes import DType
-from della.merging.methods import Choice, Expert
+from della.merging.methods import OF_TENSOR, Choice, Drop, Expert
 from della.merging.reference import row_length
 from della.recipe import Recipe
 
@@ -27,13 +28,15 @@ _BYTES_PER_SECOND, _START_SECONDS, _START_MEMORY = 2.0e9, 0.8, 150 << 20
 class Input(NamedTuple):
     """A tensor that stands for one model: usually that model's own of this name, in its ``source``.
 
-    ``model`` is the model's place in Plan.models, ``expert`` what the stages do with it.
+    ``model`` is the model's place in Plan.models, ``expert`` what the stages do with it.  ``norms`` is where
+    the input norms lie that rank its deltas.
     """
 
     model: int
     source: Source
     tensor: Tensor
     expert: Expert
+    norms: tuple[Source, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -73,10 +76,15 @@ class Job:
         return self.choice is None or self.choice.drop != "average"
 
     @property
-    def reads(self) -> list[tuple[Source, Tensor]]:
-        """Every tensor that is read, the base's first."""
+    def weights(self) -> list[tuple[Source, Tensor]]:
+        """The tensors that are merged, the base's first."""
         own = [(self.source, self.base)] if self.reads_base else []
         return own + [(each.source, each.tensor) for each in self.inputs]
+
+    @property
+    def reads(self) -> list[tuple[Source, Tensor]]:
+        """Every tensor that is read: the weights, then input norms."""
+        return self.weights + [each.norms for each in self.inputs if each.norms]
 
     @property
     def bytes_read(self) -> int:
@@ -94,12 +102,13 @@ class Plan:
     """What a merge will do.  A context manager that closes the inputs.
 
     ``base`` is the template of the output: names, shapes and side files (the first model where the method
-    needs no base).  ``models`` are in the order of the recipe.
+    needs no base).  ``models`` are in the order of the recipe, as are ``norms``, each one's file of them.
     """
 
     recipe: Recipe
     base: Source
     models: tuple[Source, ...]
+    norms: tuple[Source | None, ...]
     jobs: tuple[Job, ...]
     notes: tuple[str, ...]
     departures: tuple[str, ...]
@@ -113,8 +122,8 @@ class Plan:
 
     @property
     def sources(self) -> list[Source]:
-        """The base and the models, each once."""
-        return list(dict.fromkeys((self.base, *self.models)))
+        """The base, the models and their files of input norms, each once."""
+        return list(dict.fromkeys((self.base, *self.models, *filter(None, self.norms))))
 
     @property
     def bytes_read(self) -> int:
@@ -132,12 +141,18 @@ class Plan:
 
     def seconds(self, threads: int) -> float:
         """Estimated wall time, with the inputs in memory or on a fast disk."""
-        compute = 0.0
-        for job in self.jobs:
-            if job.choice is not None:
-                compute += job.elements * max(len(job.inputs), 1) * _NANOSECONDS[job.choice.drop] * 1e-9
-        moving = (self.bytes_read + self.bytes_written) / _BYTES_PER_SECOND
-        return _START_SECONDS + compute / threads + moving
+        work = [
+            (job.choice.drop, job.elements * max(len(job.inputs), 1))
+            for job in self.jobs
+            if job.choice is not None
+        ]
+        return estimated_seconds(work, self.bytes_read + self.bytes_written, threads)
+
+
+def estimated_seconds(work: Iterable[tuple[Drop, int]], nbytes: int, threads: int) -> float:
+    """Wall time for ``work`` of (kind of Drop, elements times experts), ``nbytes`` being read or written."""
+    compute = sum(_NANOSECONDS[drop] * 1e-9 * elements for drop, elements in work)
+    return _START_SECONDS + compute / threads + nbytes / _BYTES_PER_SECOND
 
 
 def _working_bytes(job: Job) -> int:
@@ -148,7 +163,9 @@ def _working_bytes(job: Job) -> int:
         return job.elements * 8 * (3 * len(job.inputs) + 6)
     tile = min(max(TILE, row_length(job.name, job.shape)), job.elements)
     arrays = len(job.inputs) * (3 if job.choice.fuse == "calibrated" else 1) + 5
-    table = job.elements * 12 if job.choice.rank_by == "tensor" and job.choice.drop == "magprune" else 0
+    arrays += len(job.inputs) * (job.choice.importance == "wanda")
+    ranks_all = job.choice.drop == "magprune" and job.choice.rank_by in OF_TENSOR
+    table = job.elements * 12 if ranks_all else 0
     return tile * 4 * arrays + table
 
 

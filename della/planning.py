@@ -15,7 +15,7 @@ from pathlib import Path
 
 from della.checkpoint.layout import Tensor
 from della.checkpoint.place import check_place, check_space, is_name
-from della.checkpoint.source import Source, open_source
+from della.checkpoint.source import Source, open_file, open_source
 from della.checkpoint.staging import staged_bytes
 from della.departures import departures
 from della.dtypes import DType
@@ -23,12 +23,14 @@ from della.errors import CheckpointError, DellaError, RecipeError, together
 from della.fitting import check_fit, extras, foreign_code, some, stand_in
 from della.jobs import Input, Job, Plan
 from della.merging.methods import choice, expert
-from della.recipe import Recipe
+from della.norms import misfits
+from della.recipe import ModelEntry, Recipe
 
 _LAYER = re.compile(r"(.*?)\.(\d+)\.")
 # Settings that mergekit does not know, at what it does.
 _USUAL = {
     "rank_by": "row",
+    "importance": "magnitude",
     "ladder": "symmetric",
     "coupling": "independent",
     "scope": "tensor",
@@ -73,8 +75,9 @@ def make_plan(
             _check_target(target, ())
         weights = weights and not check.errors  # no download for a merge that cannot be
         opened = _open_all(recipe, weights, permissions, stack, check)
+        norms = _open_norms(recipe, stack, check)
         with check:
-            _check_target(target, opened.values())
+            _check_target(target, [*opened.values(), *filter(None, norms)])
         models = tuple(opened[m.reference] for m in recipe.models if m.reference in opened)
         base = opened.get(_template(recipe))
         notes = list(recipe.notes)
@@ -86,6 +89,7 @@ def make_plan(
             with check:
                 base.side_files()
             problems, said = check_fit(recipe, base, models)
+            problems += [text for each in dict.fromkeys(filter(None, norms)) for text in misfits(each, base)]
             notes += said
             with check:
                 if problems:
@@ -94,12 +98,12 @@ def make_plan(
                 _check_space(target, recipe, base, models)
         check.raise_any()
         assert base is not None
-        jobs = tuple(_jobs(recipe, base, models, depths))
+        jobs = tuple(_jobs(recipe, base, models, norms, depths))
         _check_scope(jobs)
         _check_compat(recipe, jobs)
-        notes += [*_storage(models, jobs), *foreign_code(base, permissions.auto_map)]
+        notes += [*_storage(models, jobs), *_ranked(recipe, jobs), *foreign_code(base, permissions.auto_map)]
         made = tuple(departures(recipe, jobs))
-        return Plan(recipe, base, models, jobs, tuple(notes), made, stack.pop_all())
+        return Plan(recipe, base, models, norms, jobs, tuple(notes), made, stack.pop_all())
 
 
 class _Check:
@@ -141,6 +145,25 @@ def _open_all(
                 open_source(reference, base_dir=folder, weights=weights, allow_pickle=permissions.pickle)
             )
     return opened
+
+
+def _open_norms(recipe: Recipe, stack: ExitStack, check: _Check) -> tuple[Source | None, ...]:
+    """Each model's file of input norms; None where it has none, or one that cannot be opened."""
+    folder = recipe.path.parent if recipe.path else None
+    opened: dict[str | None, Source] = {}
+    for model in recipe.models:
+        if model.input_norms and model.input_norms not in opened:
+            with check:
+                opened[model.input_norms] = stack.enter_context(_open_file(model, folder))
+    return tuple(opened.get(model.input_norms) for model in recipe.models)
+
+
+def _open_file(model: ModelEntry, folder: Path | None) -> Source:
+    try:
+        return open_file(str(model.input_norms), base_dir=folder)
+    except CheckpointError as error:
+        where = f"{model.norms_place}: 'input_norms'"
+        raise CheckpointError(*(f"{where}: {problem}" for problem in error.problems)) from error
 
 
 def _check_target(target: Target | None, sources: Iterable[Source]) -> None:
@@ -187,10 +210,11 @@ def _depths(names: Iterable[str]) -> dict[str, tuple[float, str]]:
 
 
 def _jobs(
-    recipe: Recipe, base: Source, models: Sequence[Source], depths: Mapping[str, tuple[float, str]]
-) -> Iterator[Job]:
+    recipe: Recipe, base: Source, models: Sequence[Source], norms: Sequence[Source | None],
+    depths: Mapping[str, tuple[float, str]],
+) -> Iterator[Job]:  # fmt: skip
     for name, (t, _) in depths.items():
-        yield _job(recipe, name, t, base, models)
+        yield _job(recipe, name, t, base, models, norms)
     for model, tensor in _copied(recipe, base, models):
         yield Job(tensor.name, tensor.shape, tensor.dtype, model, tensor, None)
 
@@ -202,19 +226,24 @@ def _copied(recipe: Recipe, base: Source, models: Sequence[Source]) -> Iterator[
             yield from ((model, model.tensors[name]) for name in extras(base, model))
 
 
-def _job(recipe: Recipe, name: str, t: float, base: Source, models: Sequence[Source]) -> Job:
+def _job(
+    recipe: Recipe, name: str, t: float, base: Source, models: Sequence[Source],
+    norms: Sequence[Source | None],
+) -> Job:  # fmt: skip
     tensor = base.tensors[name]
     dtype = _stored_as(recipe, tensor)
     if not tensor.dtype.is_float:
         return Job(name, tensor.shape, dtype, base, tensor, None)
     shared, values = recipe.resolve(name, t)
     experts = [expert(m.identity, own) for m, own in zip(recipe.models, values, strict=True)]
+    picked = choice(recipe.method, shared, (recipe.dtype or tensor.dtype) if recipe.compat else None)
     inputs = []
     for k in sorted(range(len(experts)), key=lambda k: experts[k].identity):
         found = stand_in(recipe, base, models[k], name)
         assert found is not None, "check_fit has looked"
-        inputs.append(Input(k, *found, experts[k]))
-    picked = choice(recipe.method, shared, (recipe.dtype or tensor.dtype) if recipe.compat else None)
+        file = norms[k] if picked.importance == "wanda" and 0 not in tensor.shape else None
+        own = (file, file.tensors[name]) if file and name in file.tensors else None
+        inputs.append(Input(k, *found, experts[k], own))
     return Job(name, tensor.shape, dtype, base, tensor, picked, tuple(inputs), shared, values)
 
 
@@ -248,6 +277,26 @@ def _check_compat(recipe: Recipe, jobs: Sequence[Job]) -> None:
             raise RecipeError(
                 f"compat: mergekit has no {', '.join(found)}; remove it, or do without compat (--compat)"
             )
+
+
+def _ranked(recipe: Recipe, jobs: Sequence[Job]) -> list[str]:
+    """A note for each model on how many tensors are ranked by its input norms, and how many without."""
+    notes = []
+    for k, model in enumerate(recipe.models):
+        mine = [
+            e for j in jobs if j.choice and j.choice.importance == "wanda" for e in j.inputs if e.model == k
+        ]
+        with_norms = sum(each.norms is not None for each in mine)
+        if mine:
+            said = f"{with_norms} of {len(mine)} tensors are ranked by |delta| times input norms"
+            rest = "the others have none, and are ranked by |delta|"
+            notes.append(f"{model.reference}: {said}" + (f"; {rest}" if with_norms < len(mine) else ""))
+    whole = [each for job in jobs if job.choice and job.choice.scope == "model" for each in job.inputs]
+    if notes and len({each.norms is None for each in whole}) > 1:
+        notes.append(
+            "scope: model compares scores with and without input norms, which are of different scales"
+        )
+    return notes
 
 
 def _storage(models: Sequence[Source], jobs: Sequence[Job]) -> list[str]:

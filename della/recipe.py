@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +39,14 @@ _TOP_KEYS = (
     ),
     *("compat", "nonfinite", "missing", "extra", "slices", "modules", "tokenizer", "chat_template"),
 )
-_MODEL_KEYS = ("model", "parameters")
+_MODEL_KEYS = ("model", "parameters", "input_norms")
 _LATER_KEYS = {
     "slices": "list whole models under 'models' instead",
     "modules": "list whole models under 'models' instead",
     "tokenizer": "write 'tokenizer_source: base' instead to keep the base model's tokenizer",
     "chat_template": "remove it, and the chat template is the base model's",
 }
+_BESIDE = "names a file of one model, so it belongs beside 'model:' in an entry of 'models'"
 _SEED = Parameter("seed", "shared", int, DEFAULT_SEED, "", low=0, high=2**64 - 1)
 _COMPAT = Parameter("compat", "shared", str, None, "", choices=("mergekit",))
 # What to do about inputs that are not as they should be; the first choice is the default.
@@ -163,6 +165,8 @@ class _Reader:
                 misplaced[ALL_PARAMETERS[key].scope if owner else "shared"][key] = entry.node
             elif key in _TOP_KEYS:
                 self.problems.add(entry.key, f"{key!r} belongs at the top level of the recipe, not {where}")
+            elif key == "input_norms":
+                self.problems.add(entry.key, f"{key!r} {_BESIDE}")
             else:
                 hint = suggest(key, (*allowed, *ALL_PARAMETERS))
                 self.problems.add(entry.key, f"unknown key {clip(key)!r} {where}{hint}")
@@ -268,6 +272,8 @@ class _Reader:
             if parameter is None:
                 if key in _TOP_KEYS and key != "parameters":
                     said = f"{key!r} belongs at the top level of the recipe, not in parameters{of}"
+                elif key == "input_norms":
+                    said = f"{key!r} {_BESIDE}"
                 else:
                     said = f"unknown key {clip(key)!r} in parameters{of}{suggest(key, tuple(self.known))}"
                 self.problems.add(entry.key, said)
@@ -302,10 +308,7 @@ class _Reader:
             self.problems.add(node.place, said)
         names = _identities([entry.reference for entry in experts])
         self._tell_twice(experts)
-        return tuple(
-            ModelEntry(entry.reference, name, entry.parameters, entry.place)
-            for entry, name in zip(experts, names, strict=True)
-        )
+        return tuple(replace(entry, identity=name) for entry, name in zip(experts, names, strict=True))
 
     def _model(self, node: Node, number: int, base: str | None) -> ModelEntry | None:
         """One entry of ``models``; None if it is the base's own, or faulty."""
@@ -320,6 +323,7 @@ class _Reader:
         is_base = base is not None and leaf is not None and _same(leaf.text, base)
         is_base = is_base and self.method is not None and self.method.needs_base
         parameters = self._parameters(node, number, counts=not is_base)
+        norms = self._text(node, "input_norms", f"'input_norms' of {owner}")
         if leaf is None:
             said = f"{owner} does not say which model it is; add 'model: NAME'"
             self._missing(node, "model", node.place, said)
@@ -327,12 +331,13 @@ class _Reader:
         self._reference(leaf, f"'model' of {owner}")
         if is_base:
             self.bases += 1
-            if self._entry(node, "parameters"):
-                place = node.entries["parameters"].key
-                said = f"{owner} is the base model itself, so its parameters have no effect"
-                self.notes.append(f"{place}: {said}")
+            for key, of in (("parameters", "parameters have"), ("input_norms", "input norms have")):
+                if self._entry(node, key):
+                    said = f"{owner} is the base model itself, so its {of} no effect"
+                    self.notes.append(f"{node.entries[key].key}: {said}")
             return None
-        return ModelEntry(leaf.text, "", parameters, node.place)
+        file, at = (norms.text, norms.place) if norms else (None, None)
+        return ModelEntry(leaf.text, "", parameters, file, node.place, at)
 
     def _tell_twice(self, experts: Sequence[ModelEntry]) -> None:
         first: dict[str, ModelEntry] = {}

@@ -67,6 +67,13 @@ def choose(chain: tuple[Setting, ...], tensor_name: str) -> Scalar | Gradient | 
     return None
 
 
+def possible(setting: Setting | None) -> set[Value]:
+    """Every value that stands in a setting."""
+    if isinstance(setting, Filtered):
+        return {value for _, case in setting.cases for value in possible(case)}
+    return set() if setting is None else {setting.value} if isinstance(setting, Scalar) else {*setting.values}
+
+
 def read_setting(parameter: Parameter, node: Node, subject: str, problems: Problems) -> Setting | None:
     """The Setting that ``node`` writes, or None after adding to ``problems``; messages name ``subject``."""
     before = len(problems)

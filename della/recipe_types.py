@@ -13,7 +13,7 @@ from typing import Any
 from della.dtypes import DType
 from della.errors import RecipeError
 from della.merging.methods import Method, check_settings
-from della.recipe_settings import Filtered, Gradient, Scalar, Setting, choose
+from della.recipe_settings import Filtered, Gradient, Scalar, Setting, choose, possible
 from della.recipe_tree import MAX_PROBLEMS, Place, clip
 
 _MOST_COMPLAINTS = 5
@@ -21,12 +21,16 @@ _MOST_COMPLAINTS = 5
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """One expert: ``reference`` as written, ``identity`` (it keys the random stream), own settings."""
+    """One expert: ``reference`` as written, ``identity`` (it keys the random stream), own settings, and the
+    file of its input norms.
+    """
 
     reference: str
     identity: str
     parameters: Mapping[str, Setting]
+    input_norms: str | None
     place: Place = field(compare=False, repr=False)
+    norms_place: Place | None = field(compare=False, repr=False)
 
     @property
     def line(self) -> int:
@@ -65,9 +69,13 @@ class Recipe:
         """The settings of one tensor: (shared values, values of each model in the order of ``models``).
 
         ``t`` is the tensor's depth: 0 at the first layer, 1 at the last; 0 for tensors outside the layers.
-        Every parameter of the method is there, with the method's default where the recipe says nothing.
+        Every parameter of the method is there, with the method's default where the recipe says nothing; and a
+        model's ``input_norms``, if it has such a file.
         """
         shared, *models = (plan.values(tensor_name, t) for plan in self._plans)
+        for entry, own in zip(self.models, models, strict=True):
+            if entry.input_norms is not None:
+                own["input_norms"] = entry.input_norms
         return shared, tuple(models)
 
     def check(self, points: Iterable[tuple[str, float, str]]) -> None:
@@ -119,6 +127,9 @@ class Recipe:
 
     def check_at_once(self) -> None:
         """Hold the rules already while reading, where no tensor's name is needed."""
+        idle = [model.norms_place for model in self.models if model.input_norms is not None]
+        if idle and "wanda" not in possible(self.parameters.get("importance")):
+            raise RecipeError(*(f"{place}: {self._idle_norms}" for place in idle))
         settings = [
             s for source in (self.parameters, *(m.parameters for m in self.models)) for s in source.values()
         ]
@@ -128,6 +139,12 @@ class Recipe:
             self.check([("", 0.0, "the first layer (t = 0)"), ("", 1.0, "the last layer (t = 1)")])
         else:
             self.check([("", 0.0, "")])
+
+    @property
+    def _idle_norms(self) -> str:
+        if "importance" in self.method.parameters:
+            return "'input_norms' has no effect without 'importance: wanda' in the recipe's own parameters"
+        return f"'input_norms' has no effect with merge_method {self.merge_method}; remove it"
 
     @cached_property
     def _plans(self) -> tuple[_Plan, ...]:

@@ -169,6 +169,7 @@ def _manifest(plan: Plan, done: Mapping[str, Done], files: Mapping[str, Mapping[
         seed=plan.recipe.seed,
         base=plan.base,
         models=plan.models,
+        norms=plan.norms,
         identities=[m.identity for m in plan.recipe.models],
         hashes={job.name: done[job.name].hash for job in plan.jobs},
         inputs=inputs,

@@ -261,7 +261,14 @@ def _input_checks(plan: Plan, manifest: Manifest, verdict: Verdict) -> list[Chec
     if (now := len(plan.models)) != (told := len(manifest.models)):
         verdict.bad.append(f"{verdict.out}: models in its recipe: {now}, in its manifest: {told}")
     found: dict[tuple[Source, str, str], Check] = {}
-    for source, was in [(plan.base, manifest.base), *zip(plan.models, manifest.models)]:
+    pairs = [(plan.base, manifest.base), *zip(plan.models, manifest.models)]
+    for source, model in zip(plan.norms, manifest.models):
+        if source and model.norms:
+            pairs.append((source, model.norms))
+        elif source or model.norms:
+            said = "input norms are in its recipe or in its manifest, and not in both"
+            verdict.bad.append(f"{verdict.out}: {model.reference}: {said}")
+    for source, was in pairs:
         _compare_files(source, was, verdict)
         for name, expected in was.tensors.items():
             tensor = source.tensors.get(name)

@@ -17,6 +17,7 @@ HEAD = "merge_method: della\nbase_model: owner/base\nmodels:\n  - model: owner/m
 EXPERT = HEAD + "    parameters: {weight: 1.0, density: 0.5}\n"
 VALID = (
     EXPERT + "parameters:\n  epsilon: 0.1\n  lambda: 1.1\ndtype: bf16\n",
+    EXPERT + "    input_norms: n.safetensors\nparameters: {importance: wanda, rank_by: tensor}\n",
     "# hm\r\nmerge_method: ties\r\nbase_model: ../b\r\nmodels:\r\n- model: 'a b'\r\n- model: \"\\u00e9\"\r\n",
     HEAD + "parameters:\n  weight: [0, 1]\n  density:\n  - {filter: a, value: [0.5, 0.9]}\n  - value: 0.2\n",
     "merge_method: linear\nmodels:\n- &m\n  model: a\n  parameters: {weight: 1e-3}\n- *m\nname: x\nseed: 7\n",

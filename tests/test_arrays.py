@@ -91,7 +91,7 @@ def test_shapes_and_dtypes_stay(shape: tuple[int, ...], dtype: Any) -> None:
         merged = della.merge_tensors(base, [one, two], method=method, density=0.5, epsilon=0.1)
         assert (merged.shape, merged.dtype) == (shape, np.dtype(dtype))
         assert isinstance(merged, np.ndarray)
-    for rank_by in ("row", "tensor", "random", "magnitude", "optimal"):
+    for rank_by in ("row", "tensor", "random", "random_tensor", "magnitude", "optimal"):
         for ladder in ("symmetric", "paper"):
             pruned = della.magprune(base, 0.5, 0.2, rank_by=rank_by, ladder=ladder)
             wide = np.float64 if dtype == np.float64 else np.float32
@@ -208,7 +208,7 @@ def test_a_method_that_needs_a_base() -> None:
 
 def test_wrong_values_for_magprune() -> None:
     assert said(RecipeError, lambda: della.magprune(W, 0.5, rank_by="column")) == (
-        "rank_by: 'column' is not one of row, tensor, random, magnitude, optimal"
+        "rank_by: 'column' is not one of row, tensor, random, random_tensor, magnitude, optimal"
     )
     assert said(RecipeError, lambda: della.magprune(W, 2)) == "density 2: expected a value from 0 to 1"
     assert said(CheckpointError, lambda: della.magprune(np.arange(3), 0.5)) == (

@@ -116,6 +116,23 @@ def test_losses_are_the_log_softmax_of_the_logits() -> None:
         np.testing.assert_allclose(losses, expected, atol=1e-4)
 
 
+def test_answers_are_what_losses_and_greedy_find() -> None:
+    config = make_config(CONFIGS["grouped and tied"])
+    model = Llama(config, random_tensors(config))
+    prompts = texts(np.random.default_rng(7), (5, 2, 8, 11, 3, 6, 4))
+    free = model.greedy(prompts, most=9, end=-1)
+    end = free[0][3]
+    assert end not in free[0][:3] + free[4] + free[6]
+    wrong = texts(np.random.default_rng(8), (4, 6, 1))
+    # Wrong from the start, right and then wrong, right but too short, too long, and right to the last token.
+    references = [free[0][:3], *wrong, free[4][:3], [*free[5][:2], 60, 60], free[6]]
+    pairs = list(zip(prompts, references, strict=True))
+    losses, answers = model.answers(pairs, most=9, end=end)
+    assert answers == model.greedy(prompts, most=9, end=end)
+    for found, expected in zip(losses, model.losses(pairs), strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "change",
     [{"hidden_act": "gelu"}, {"attention_bias": True}, {"rope_scaling": {"type": "linear", "factor": 2}}],

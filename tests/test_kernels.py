@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import ml_dtypes
@@ -20,10 +21,10 @@ Array = np.ndarray[Any, np.dtype[np.float32]]
 SHAPES: list[tuple[int, ...]] = [
     (), (1,), (7,), (5, 1), (1, 9), (40, 300), (4, 3, 3, 3), (3, 4, 40), (2, 5, 3), (3, 700), (0, 4), (2, 0),
 ]  # fmt: skip
-OWN = (
-    {"weight": 1.0, "density": 0.5, "epsilon": 0.15, "gamma": 0.05},
-    {"weight": 0.7, "density": 0.6, "epsilon": 0.4, "gamma": 0.5},
-    {"weight": -0.3, "density": 0.3, "epsilon": 0.1, "gamma": 0.0},
+OWN: tuple[dict[str, Any], ...] = (
+    {"weight": 1.0, "density": 0.5, "epsilon": 0.15, "gamma": 0.05, "input_norms": "FILE"},
+    {"weight": 0.7, "density": 0.6, "epsilon": 0.4, "gamma": 0.5, "input_norms": "FILE"},
+    {"weight": -0.3, "density": 0.3, "epsilon": 0.1, "gamma": 0.0, "input_norms": "FILE"},
 )
 
 
@@ -98,6 +99,39 @@ def test_every_option_gives_the_reference_bytes(name: str, shared: dict[str, Any
                 assert got.tobytes() == wanted.tobytes(), (shape, kind, target)
 
 
+def with_norms(experts: Sequence[Expert], n: int, seed: int) -> list[Expert]:
+    """Two of three experts with norms of n features, some of them 0, equal, tiny or so large that scores
+    overflow."""
+    rng = np.random.default_rng(seed)
+    norms = np.exp(rng.standard_normal((2, n)) * 3).astype(np.float32)
+    norms[:, ::5], norms[:, 1::5] = 0, 1.5
+    norms[1, 2::7], norms[1, 3::7] = 1e-42, 3e38
+    return [experts[0], *(replace(e, norms=own) for e, own in zip(experts[1:], norms, strict=True))]
+
+
+WANDA = [
+    (name, {**shared, "importance": "wanda"})
+    for name, shared in options(refused=False)
+    if "importance" in METHODS[name].parameters and not shared.get("rank_by", "").startswith("random")
+]
+
+
+@pytest.mark.parametrize(("name", "shared"), WANDA, ids=str)
+def test_scores_with_input_norms_give_the_reference_bytes(name: str, shared: dict[str, Any]) -> None:
+    picked = choice(METHODS[name], shared)
+    plain = [expert(identity, own) for identity, own in zip("cab", OWN, strict=True)]
+    for number, shape in enumerate(shape for shape in SHAPES if len(shape) == 2):
+        for kind in ("bf16", "f32"):
+            base, models = model_data(shape, kind, number)
+            experts = with_norms(plain, shape[1], number)
+            wanted = reference.merge(picked, base, models, experts, 42, "x")
+            for target in (64, 1 << 17):
+                got = fast(picked, base, models, experts, "x", target)
+                assert got.tobytes() == wanted.tobytes(), (shape, kind, target)
+            if shape == (40, 300):
+                assert wanted.tobytes() != reference.merge(picked, base, models, plain, 42, "x").tobytes()
+
+
 def test_only_what_makes_no_sense_is_refused() -> None:
     without_probabilities = ("ties", "paper_ties", "breadcrumbs", "breadcrumbs_ties")
     per_element = [(name, {"rescale": "per_element"}) for name in without_probabilities]
@@ -139,6 +173,34 @@ def test_any_values_give_the_reference_bytes(
     with np.errstate(over="ignore", invalid="ignore"):
         wanted = reference.merge(picked, base, models, experts, 42, "x")
     assert fast(picked, base, models, experts, "x", 7).tobytes() == wanted.tobytes()
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.lists(awkward, min_size=1, max_size=60), min_size=1, max_size=3),
+    st.lists(awkward.map(abs), min_size=60, max_size=60),
+    st.sampled_from(["row", "tensor", "magnitude", "optimal"]),
+    st.sampled_from(["tensor", "row"]),
+    st.sampled_from(["della", "ties", "breadcrumbs"]),
+    st.floats(0, 1),
+    st.floats(0, 1),
+)
+def test_any_norms_give_the_reference_bytes(
+    rows: list[list[float]], norms: list[float], rank_by: str, scope: str, name: str, density: float,
+    width: float,
+) -> None:  # fmt: skip
+    n = min(len(row) for row in rows)
+    delta = np.array([row[:n] for row in rows], np.float32)
+    shared = {"rank_by": rank_by} if name == "della" else {"scope": scope} if name == "ties" else {}
+    picked = choice(METHODS[name], {**shared, "importance": "wanda"})
+    epsilon = width * min(density, 1 - density)
+    vector = np.array(norms[:n], np.float32)
+    experts = [Expert("a", 1.0, density, epsilon, norms=vector), Expert("b", 0.5, density, epsilon)]
+    models = [delta, delta[::-1, ::-1].copy()]
+    with np.errstate(over="ignore", invalid="ignore"):
+        wanted = reference.merge(picked, np.zeros_like(delta), models, experts, 42, "x")
+    got = fast(picked, np.zeros_like(delta), models, experts, "x", 7)
+    assert got.tobytes() == wanted.tobytes()
 
 
 @settings(max_examples=60, deadline=None)

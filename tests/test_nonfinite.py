@@ -87,7 +87,7 @@ def test_zero_makes_no_change_of_what_is_not_finite(tmp_path: Path, method: str,
 
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
     *((method, {}) for method in METHODS),
-    *(("della", {"rank_by": rank}) for rank in ("tensor", "random", "magnitude", "optimal")),
+    *(("della", {"rank_by": rank}) for rank in ("tensor", "random", "random_tensor", "magnitude", "optimal")),
     ("della", {"rescale": "l1"}),
     ("della", {"fuse": "calibrated"}),
     ("della", {"lambda_scaling": "row"}),

@@ -100,6 +100,7 @@ def test_the_json_form_holds_every_value_of_every_tensor(folder: Path) -> None:
                 "parameters": {
                     "rescale": "per_element",
                     "rank_by": "row",
+                    "importance": "magnitude",
                     "ladder": "symmetric",
                     "coupling": "independent",
                     "lambda": 1.0 + t,
@@ -181,7 +182,8 @@ def test_the_text_form(folder: Path) -> None:
         read, written = plan.bytes_read, plan.bytes_written
         said = [*plan.departures, *plan.notes]
     shared = (
-        "rescale per_element, rank_by row, ladder symmetric, coupling independent, lambda varies, "
+        "rescale per_element, rank_by row, importance magnitude, ladder symmetric, coupling independent, "
+        "lambda varies, "
         "normalize false, vote weighted, fuse sum, lambda_scaling constant"
     )
     varying = (

@@ -70,6 +70,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Trio:
 SHARED: list[tuple[str, dict[str, Any]]] = [
     ("della", {"rank_by": "tensor"}),
     ("della", {"rank_by": "random", "ladder": "paper"}),
+    ("della", {"rank_by": "random_tensor"}),
     ("della", {"rank_by": "magnitude", "vote": "count"}),
     ("della", {"rank_by": "optimal", "coupling": "systematic"}),
     ("della", {"rescale": "none", "lambda": 0.7}),

@@ -45,7 +45,8 @@ def versions() -> dict[str, str]:
 
 
 def build_manifest(
-    *, recipe: str, method: str, seed: int, base: Source, models: Sequence[Source], identities: Sequence[str],
+    *, recipe: str, method: str, seed: int, base: Source, models: Sequence[Source],
+    norms: Sequence[Source | None], identities: Sequence[str],
     hashes: Mapping[str, str], inputs: Mapping[Source, Mapping[str, str]], departures: Sequence[str],
     files: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:  # fmt: skip
@@ -64,8 +65,13 @@ def build_manifest(
         "seed": seed,
         "departures_from_mergekit": list(departures),
         "inputs": {
-            "base": _identity(base, None, inputs),
-            "models": [_identity(m, i, inputs) for m, i in zip(models, identities, strict=True)],
+            "base": _identity(base, inputs),
+            "models": [
+                _identity(model, inputs)
+                | {"identity": identity}
+                | ({} if file is None else {"input_norms": _identity(file, inputs)})
+                for model, identity, file in zip(models, identities, norms, strict=True)
+            ],
         },
         "tensor_hash": "xxh3_128",
         "tensors": dict(hashes),
@@ -73,15 +79,13 @@ def build_manifest(
     }
 
 
-def _identity(
-    source: Source, identity: str | None, inputs: Mapping[Source, Mapping[str, str]]
-) -> dict[str, Any]:
-    entry: dict[str, Any] = {"reference": source.reference, "revision": source.revision}
-    if identity is not None:
-        entry["identity"] = identity
-    entry["files"] = [{"name": f.name, "size": f.size, "fingerprint": f.fingerprint} for f in source.files]
-    entry["tensors"] = dict(sorted(inputs.get(source, {}).items()))
-    return entry
+def _identity(source: Source, inputs: Mapping[Source, Mapping[str, str]]) -> dict[str, Any]:
+    return {
+        "reference": source.reference,
+        "revision": source.revision,
+        "files": [{"name": f.name, "size": f.size, "fingerprint": f.fingerprint} for f in source.files],
+        "tensors": dict(sorted(inputs.get(source, {}).items())),
+    }
 
 
 def dump(manifest: Mapping[str, Any]) -> bytes:
@@ -126,12 +130,15 @@ class Entry:
 
 @dataclass(frozen=True)
 class Recorded:
-    """An input as it was merged: fingerprints of its files, and hashes of those tensors that were read."""
+    """An input as it was merged: fingerprints of its files, and hashes of those tensors that were read; with
+    its file of input ``norms``, if it had one.
+    """
 
     reference: str
     revision: str | None
     files: dict[str, str]
     tensors: dict[str, str]
+    norms: Recorded | None
 
 
 @dataclass(frozen=True)
@@ -224,7 +231,8 @@ def _recorded(found: object) -> Recorded:
     }
     assert isinstance(found, dict)
     revision = None if found.get("revision") is None else _part(found, "revision", str)
-    return Recorded(_part(found, "reference", str), revision, files, _texts(found, "tensors"))
+    norms = _recorded(_part(found, "input_norms", dict)) if "input_norms" in found else None
+    return Recorded(_part(found, "reference", str), revision, files, _texts(found, "tensors"), norms)
 
 
 def _part(table: object, key: str, kind: type) -> Any:

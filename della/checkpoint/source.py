@@ -216,6 +216,20 @@ def open_source(
     return Source(reference, folder, read_folder(folder, headers))
 
 
+def open_file(reference: str, *, base_dir: Path | None = None) -> Source:
+    """Opens a single .safetensors file that is no model: neither a folder nor the Hub is looked at.
+
+    Raises CheckpointError.
+    """
+    tried = _candidates(reference, base_dir)
+    for path in tried:
+        if os.path.lexists(path):
+            if path.suffix != ".safetensors" or not path.is_file():
+                raise CheckpointError(f"{path}: expected a .safetensors file")
+            return Source(reference, path, read_single(path))
+    raise CheckpointError(f"{reference}: no such file; tried {_shown(tried)}")
+
+
 def _candidates(reference: str, base_dir: Path | None) -> list[Path]:
     if not reference or "\0" in reference:
         raise CheckpointError(

@@ -18,7 +18,15 @@ class _Refused(ValueError):
 
 
 def json_object(raw: bytes, where: str, *, only_integers: bool = False) -> dict[str, Any]:
-    """The JSON object in ``raw``; keys must be unique at every level and text must be UTF-8.
+    """The JSON object in ``raw``; everything else is refused, as `json_value` does."""
+    value = json_value(raw, where, only_integers=only_integers)
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{where}: expected a JSON object, found a {type(value).__name__}; {AGAIN}")
+    return value
+
+
+def json_value(raw: bytes, where: str, *, only_integers: bool = False) -> Any:
+    """The JSON value in ``raw``; keys must be unique at every level and text must be UTF-8.
 
     ``where`` names the file in messages.  NaN is refused; with ``only_integers`` so is every number that is
     not a non-negative integer.  Otherwise Infinity passes: published model configurations hold it.
@@ -43,8 +51,6 @@ def json_object(raw: bytes, where: str, *, only_integers: bool = False) -> dict[
         raise CheckpointError(f"{where}: JSON is nested too deeply; {AGAIN}") from None
     except ValueError as error:
         raise CheckpointError(f"{where}: invalid JSON: {error}; {AGAIN}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{where}: expected a JSON object, found a {type(value).__name__}; {AGAIN}")
     return value
 
 

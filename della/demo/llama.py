@@ -8,7 +8,7 @@ token stands in the last column and one key-value cache serves them all.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,13 +80,18 @@ class Cache:
 
 
 class Llama:
-    """A Llama for inference, from its config and its tensors (Hugging Face's names; any float dtype)."""
+    """A Llama for inference, from its config and its tensors (Hugging Face's names; any float dtype).
+
+    ``watch``, if set, is called with the weight's name and the input (..., in) of every linear layer; padded
+    columns of ragged batches are among its rows.
+    """
 
     def __init__(self, config: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> None:
         self.shape = Shape.of(config)
         self._tensors = {name: np.asarray(array).astype(np.float32) for name, array in tensors.items()}
         self._embedding = self._tensors["model.embed_tokens.weight"]
         self._head = self._embedding if self.shape.tied else self._tensors["lm_head.weight"]
+        self.watch: Callable[[str, Floats], None] | None = None
         half = self.shape.head // 2
         self._frequencies = self.shape.theta ** (-np.arange(half, dtype=np.float64) / half)
 
@@ -102,8 +107,7 @@ class Llama:
     def logits(self, ids: Sequence[int]) -> Floats:
         """Next-token logits at every position of one text: (len(ids), vocabulary)."""
         cache = self._cache([len(ids)], len(ids))
-        hidden: Floats = self._forward(np.array([ids], dtype=np.int64), cache)[0] @ self._head.T
-        return hidden
+        return self._predicted(self._forward(np.array([ids], dtype=np.int64), cache)[0])
 
     def losses(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], rows: int = 40) -> list[Floats]:
         """The loss in nats of every answer token, given (prompt ids, answer ids); one array a pair."""
@@ -112,28 +116,63 @@ class Llama:
             texts = [[*prompt, *answer] for prompt, answer in chunk]
             hidden = self._forward(*self._padded(texts))
             for row, (_, answer) in zip(hidden, chunk, strict=True):
-                logits = row[-len(answer) - 1 : -1] @ self._head.T
-                top = logits.max(axis=-1)
-                chosen = logits[np.arange(len(answer)), np.asarray(answer)]
-                found.append(top + np.log(np.exp(logits - top[:, None]).sum(axis=-1)) - chosen)
+                found.append(_losses(self._predicted(row[-len(answer) - 1 : -1]), answer))
         return found
+
+    def answers(
+        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], most: int, end: int
+    ) -> tuple[list[Floats], list[list[int]]]:
+        """What ``losses`` and ``greedy`` find, in one pass as far as greedy answers are those of the pairs.
+
+        One batch; a pair is (prompt ids, reference ids without the end token).
+        """
+        texts = [[*prompt, *reference] for prompt, reference in pairs]
+        ids, cache = self._padded(texts, spare=most)
+        hidden = self._forward(ids, cache)
+        losses: list[Floats] = []
+        answers: list[list[int]] = []
+        going: list[int] = []
+        for row, (_, reference) in enumerate(pairs):
+            logits = self._predicted(hidden[row, -len(reference) - 1 :])
+            losses.append(_losses(logits[:-1], reference))
+            chosen = logits.argmax(axis=-1)
+            same = int(np.argmin(np.append(chosen[:-1] == reference, False)))
+            answers.append([*reference[:same], *chosen[same : same + 1].tolist()][:most])
+            if answers[row][-1] == end:
+                answers[row].pop()
+            elif len(answers[row]) < most:
+                going.append(row)
+        if going:
+            known = [len(pairs[row][0]) + len(answers[row]) - 1 for row in going]
+            part = _cut(cache, np.array(going), np.array(known), most)
+            self._go_on([answers[row] for row in going], part, most, end)
+        return losses, answers
 
     def greedy(self, prompts: Sequence[Sequence[int]], most: int, end: int) -> list[list[int]]:
         """Greedy continuations of at most ``most`` tokens, without the end token, decoded as one batch."""
         ids, cache = self._padded(prompts, spare=most)
         answers: list[list[int]] = [[] for _ in prompts]
-        alive = np.arange(len(prompts))
-        for _ in range(most):
-            chosen = (self._forward(ids, cache)[:, -1] @ self._head.T).argmax(axis=-1)
-            going = chosen != end
+        if most > 0:
+            self._go_on(answers, cache, most, end, ids)
+        return answers
+
+    def _go_on(
+        self, answers: list[list[int]], cache: Cache, most: int, end: int, ids: Ints | None = None
+    ) -> None:
+        """Greedy tokens to each answer, until its end token or ``most``; ``ids`` are the columns that the
+        cache does not have yet, the last token of each answer by default.
+        """
+        alive = np.arange(len(answers))
+        ids = np.array([answer[-1:] for answer in answers]) if ids is None else ids
+        while alive.size:
+            chosen = self._predicted(self._forward(ids, cache)[:, -1]).argmax(axis=-1)
+            for row, token in zip(alive, chosen, strict=True):
+                if token != end:
+                    answers[row].append(int(token))
+            going = (chosen != end) & (np.array([len(answers[row]) for row in alive]) < most)
             if not going.all():
                 alive, chosen, cache = alive[going], chosen[going], _rows(cache, going)
-            if not alive.size:
-                break
-            for row, token in zip(alive, chosen, strict=True):
-                answers[row].append(int(token))
             ids = chosen[:, None]
-        return answers
 
     def _padded(self, texts: Sequence[Sequence[int]], spare: int = 0) -> tuple[Ints, Cache]:
         longest = max(len(text) for text in texts)
@@ -151,8 +190,8 @@ class Llama:
         begin, end = cache.length, cache.length + ids.shape[1]
         columns = np.arange(begin, end)
         positions = np.maximum(columns - cache.pad[:, None], 0)
-        angles = positions[:, None, :, None] * self._frequencies
-        turn = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+        angles = np.arange(end)[:, None] * self._frequencies
+        turn = tuple(f(angles).astype(np.float32)[positions][:, None] for f in (np.cos, np.sin))
         known = np.arange(end)
         # A padded column sees itself, which keeps its softmax finite; nothing real ever sees it.
         seen = (known <= columns[:, None]) & (known >= cache.pad[:, None, None]) | (known == columns[:, None])
@@ -164,7 +203,7 @@ class Llama:
         return self._norm(x, "model.norm.weight")
 
     def _attention(
-        self, layer: int, x: Floats, turn: tuple[Floats, Floats], seen: NDArray[np.bool_], cache: Cache
+        self, layer: int, x: Floats, turn: tuple[Floats, ...], seen: NDArray[np.bool_], cache: Cache
     ) -> Floats:
         shape, name = self.shape, f"model.layers.{layer}.self_attn"
         normed = self._norm(x, f"model.layers.{layer}.input_layernorm.weight")
@@ -183,8 +222,9 @@ class Llama:
         query = _rotate(heads("q", shape.heads), *turn).reshape(rows, shape.kv_heads, -1, shape.head)
         scores = (query @ keys.swapaxes(-1, -2)).reshape(rows, shape.kv_heads, -1, columns, end)
         scores *= np.float32(shape.head**-0.5)
-        scores = np.where(seen[:, None, None], scores, np.float32(-np.inf))
-        scores = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        np.copyto(scores, np.float32(-np.inf), where=~seen[:, None, None])
+        scores -= scores.max(axis=-1, keepdims=True)
+        np.exp(scores, out=scores)
         scores /= scores.sum(axis=-1, keepdims=True)
         mixed = scores.reshape(rows, shape.kv_heads, -1, end) @ values
         flat = mixed.reshape(rows, shape.heads, columns, shape.head).transpose(0, 2, 1, 3)
@@ -195,13 +235,28 @@ class Llama:
         normed = self._norm(x, f"{name}.post_attention_layernorm.weight")
         gate = self._linear(normed, f"{name}.mlp.gate_proj.weight")
         up = self._linear(normed, f"{name}.mlp.up_proj.weight")
-        return self._linear(up * gate / (1 + np.exp(-gate)), f"{name}.mlp.down_proj.weight")
+        up *= gate
+        np.negative(gate, out=gate)  # in place: what is allocated anew costs more than it takes to compute
+        np.exp(gate, out=gate)
+        gate += 1
+        up /= gate
+        return self._linear(up, f"{name}.mlp.down_proj.weight")
 
     def _norm(self, x: Floats, name: str) -> Floats:
-        scale: Floats = 1 / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + np.float32(self.shape.epsilon))
-        return x * scale * self._tensors[name]
+        square = np.einsum("...i,...i->...", x, x)[..., None] / x.shape[-1]
+        normed: Floats = x / np.sqrt(square + np.float32(self.shape.epsilon))
+        normed *= self._tensors[name]
+        return normed
+
+    def _predicted(self, hidden: Floats) -> Floats:
+        if self.watch is not None and not self.shape.tied:
+            self.watch("lm_head.weight", hidden)
+        logits: Floats = hidden @ self._head.T
+        return logits
 
     def _linear(self, x: Floats, name: str) -> Floats:
+        if self.watch is not None:
+            self.watch(name, x)
         weight = self._tensors[name]
         # One flat product: NumPy would otherwise call BLAS once a row of the batch.
         product: Floats = x.reshape(-1, x.shape[-1]) @ weight.T
@@ -211,7 +266,38 @@ class Llama:
 def _rotate(x: Floats, cosine: Floats, sine: Floats) -> Floats:
     """Rotary positions: x (rows, heads, columns, head), cosine and sine (rows, 1, columns, head / 2)."""
     first, second = np.split(x, 2, axis=-1)
-    return np.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
+    turned = np.empty_like(x)
+    left, right = np.split(turned, 2, axis=-1)
+    np.multiply(first, cosine, out=left)
+    left -= second * sine
+    np.multiply(second, cosine, out=right)
+    right += first * sine
+    return turned
+
+
+def _losses(logits: Floats, tokens: Sequence[int]) -> Floats:
+    """The loss in nats of each token, given the logits before it."""
+    top = logits.max(axis=-1)
+    chosen = logits[np.arange(len(tokens)), np.asarray(tokens)]
+    found: Floats = top + np.log(np.exp(logits - top[:, None]).sum(axis=-1)) - chosen
+    return found
+
+
+def _cut(cache: Cache, rows: Ints, lengths: Ints, spare: int) -> Cache:
+    """Some rows of a cache, of each the first ``lengths`` columns behind its pad, moved to the right."""
+    longest = int(lengths.max())
+
+    def moved(arrays: Iterable[Floats]) -> list[Floats]:
+        made = []
+        for array in arrays:
+            new = np.zeros((len(rows), array.shape[1], longest + spare, array.shape[3]), np.float32)
+            for i, (row, n) in enumerate(zip(rows, lengths, strict=True)):
+                begin = cache.pad[row]
+                new[i, :, longest - n : longest] = array[row, :, begin : begin + n]
+            made.append(new)
+        return made
+
+    return Cache(longest - lengths, moved(cache.keys), moved(cache.values), longest)
 
 
 def _rows(cache: Cache, kept: NDArray[np.bool_]) -> Cache:

@@ -175,15 +175,15 @@ def _rank(
 
 @kernel
 def drop_ranked(
-    delta: Any, random_order: Any, bucket_bits: Any, low: Any, step: Any, order_key: Any, key: Any,
+    delta: Any, bits: Any, random_order: Any, bucket_bits: Any, low: Any, step: Any, order_key: Any, key: Any,
     shift: Any, start_element: Any, per_element: Any, q_out: Any,
 ) -> None:  # fmt: skip
-    """MAGPRUNE in place by the rank of |delta| in its row, or (``random_order``) by a random rank.
+    """MAGPRUNE in place by the rank in its row of what ``bits`` are the bits of (delta, or its scores), or
+    (``random_order``) by a random rank.
 
     ``q_out``: (rows, n) to keep the probabilities, or (1, n) as scratch.
     """
     rows, n = delta.shape
-    bits = delta.view(np.uint32)
     keys, bucket = np.empty(n, np.uint32), np.empty(n, np.int32)
     buckets = 1 << bucket_bits
     table, start = np.zeros(buckets + 1, np.uint64), np.empty(buckets + 1, np.int32)
@@ -227,7 +227,7 @@ def drop_given(delta: Any, q: Any, key: Any, shift: Any, start_element: Any, per
 
 @kernel
 def probability_by_magnitude(delta: Any, density: Any, epsilon: Any, q: Any) -> None:
-    """reference._by_magnitude into ``q``."""
+    """reference._by_magnitude into ``q``; ``delta``, here and below, may be scores."""
     for r in range(delta.shape[0]):
         low, high = np.float64(abs(delta[r, 0])), np.float64(abs(delta[r, 0]))
         for i in range(delta.shape[1]):

@@ -7,13 +7,16 @@ A new method of the family is one row of METHODS; what its choices mean is in re
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
-from della.dtypes import DType
+from della.dtypes import Array, DType
 
 TOLERANCE = 1e-9  # 0.7 + 0.3 may be a rounding error above 1
+NORMS_CURE = "write 'input_norms: FILE' beside 'model:' (`della calibrate` makes the file)"
+RANDOM = ("random", "random_tensor")  # rank_by that ignores magnitude: the paper's controls
+OF_TENSOR = ("tensor", "random_tensor")  # rank_by that ranks a whole tensor at once
 
 
 @dataclass(frozen=True)
@@ -51,11 +54,15 @@ ALL_PARAMETERS: dict[str, Parameter] = {
         Parameter("lambda", "shared", float, 1.0, "factor on the merged delta"),
         Parameter("normalize", "shared", bool, None, "true: fuse: mean; false: fuse: sum"),
         Parameter(
-            "rescale", "shared", (str, bool), None,
+            "rescale",
+            "shared",
+            (str, bool),
+            None,
             "how survivors are enlarged; true: as the method does by default, false: none",
             ("per_element", "none", "l1"),
         ),
-        _choice("rank_by", "what ranks magnitudes", "row", "tensor", "random", "magnitude", "optimal"),
+        _choice("rank_by", "what ranks magnitudes", "row", "tensor", *RANDOM, "magnitude", "optimal"),
+        _choice("importance", "what is ranked: |delta|, or that times input norms", "magnitude", "wanda"),
         _choice("ladder", "from ranks to keep probabilities", "symmetric", "paper"),
         _choice("coupling", "how the experts' draws depend on each other", "independent", "systematic"),
         _choice("scope", "what the largest deltas are chosen from", "tensor", "row", "model"),
@@ -64,7 +71,7 @@ ALL_PARAMETERS: dict[str, Parameter] = {
         _choice("lambda_scaling", "a factor instead of lambda", "constant", "row", "row_inverse", "tensor"),
         Parameter("int8_mask", "shared", bool, None, "mergekit's memory option; without effect here"),
     )
-}  # fmt: skip
+}
 
 Drop = Literal["none", "magprune", "bernoulli", "top", "band", "average"]
 
@@ -96,12 +103,13 @@ class Method:
                 "window_size",
                 "rescale",
                 "rank_by",
+                "importance",
                 "ladder",
                 "coupling",
             ),
             "bernoulli": ("weight", "density", "rescale", "coupling"),
-            "top": ("weight", "density", "rescale", "scope"),
-            "band": ("weight", "density", "gamma", "rescale"),
+            "top": ("weight", "density", "rescale", "scope", "importance"),
+            "band": ("weight", "density", "gamma", "rescale", "importance"),
             "average": ("weight", "normalize"),
         }[self.drop]
         if self.needs_base:
@@ -161,6 +169,7 @@ class Choice:
 
     drop: Drop
     rank_by: str
+    importance: str
     ladder: str
     rescale: str
     coupling: str
@@ -174,13 +183,17 @@ class Choice:
 
 @dataclass(frozen=True)
 class Expert:
-    """What the stages do with one expert: its identity (for the random stream) and its own settings."""
+    """What the stages do with one expert: its identity (for the random stream), its own settings, and for
+    importance: wanda the norms of the tensor's input features (float32, one a column; None where there are
+    none).
+    """
 
     identity: str
     weight: float = 1.0
     density: float = 1.0
     epsilon: float = 0.15
     gamma: float = 0.01
+    norms: Array | None = field(default=None, compare=False, repr=False)
 
 
 def choice(method: Method, shared: Mapping[str, Any], compat: DType | None = None) -> Choice:
@@ -201,6 +214,7 @@ def choice(method: Method, shared: Mapping[str, Any], compat: DType | None = Non
     return Choice(
         drop=method.drop,
         rank_by=value.get("rank_by", "row"),
+        importance=value.get("importance", "magnitude"),
         ladder=value.get("ladder", "symmetric"),
         rescale=rescale,
         coupling=value.get("coupling", "independent"),
@@ -215,16 +229,20 @@ def choice(method: Method, shared: Mapping[str, Any], compat: DType | None = Non
 
 def expert(identity: str, own: Mapping[str, Any]) -> Expert:
     """One model's resolved settings as an Expert; ``window_size`` is 2 * epsilon."""
-    given = {k: float(v) for k, v in own.items() if v is not None}
+    fields = ("weight", "density", "epsilon", "gamma", "window_size")
+    given = {k: float(own[k]) for k in fields if own.get(k) is not None}
     if "window_size" in given:
         given["epsilon"] = given.pop("window_size") / 2
-    return Expert(identity, **{k: v for k, v in given.items() if k in Expert.__dataclass_fields__})
+    return Expert(identity, norms=None, **given)
 
 
 def check_settings(
     method: Method, shared: Mapping[str, Any], models: Sequence[Mapping[str, Any]]
 ) -> str | None:
-    """The rules that join several parameters: one sentence that says what is wrong, or None."""
+    """The rules that join several parameters: one sentence that says what is wrong, or None.
+
+    Beside its parameters a model has ``input_norms`` where it brings such a file.
+    """
     what = choice(method, shared)
     normalize = shared.get("normalize")
     written = shared.get("fuse") if shared.get("fuse") != method.defaults.get("fuse") else None
@@ -244,6 +262,10 @@ def check_settings(
             return f"the weights add up to {total:g}, so they have no mean; use normalize: false"
     if what.rescale == "per_element" and method.drop in ("top", "band"):
         return f"rescale: per_element needs keep probabilities, and {method.name} has none; use l1 or none"
+    if what.importance == "wanda" and what.rank_by in RANDOM:
+        return f"importance: wanda has no part in rank_by: {what.rank_by}, which ranks nothing; remove one"
+    if what.importance == "wanda" and not all(own.get("input_norms") for own in models):
+        return f"importance: wanda needs the norms of each model's inputs; {NORMS_CURE}"
     for own in models:
         reason = _check_model(method, own)
         if reason:

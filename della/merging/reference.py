@@ -21,6 +21,8 @@ from della.random import bits64, stream_key, systematic_shift, uniforms
 
 Array = npt.NDArray[Any]
 
+LARGEST = np.finfo(np.float32).max
+
 
 def row_length(name: str, shape: Sequence[int]) -> int:
     """How many values feed one output node: the last axis of a matrix or of stacked experts (E, out, in);
@@ -49,13 +51,24 @@ def as_rows(name: str, values: Array) -> Array:
 # ---- Drop: from delta to delta' ----------------------------------------------------------------------------
 
 
-def average_ranks(magnitudes: Array) -> Array:
-    """Twice the rank a_i of each |delta_i| in its group, ascending from 0, ties averaged: int64, same shape
+def scores(expert: Expert, delta: Array) -> Array:
+    """What is ranked, of a tensor given as (rows, n): |delta_ij|, or with importance: wanda |delta_ij| times
+    the norm of input feature j (Sun et al. 2023, arXiv 2306.11695): both float32, the product rounded
+    once, and the largest float32 where it overflows.
+    """
+    if expert.norms is None or not delta.size:
+        return np.abs(delta)
+    with np.errstate(all="ignore"):
+        return np.asarray(np.minimum(np.abs(delta.astype(np.float32)) * expert.norms, LARGEST))
+
+
+def average_ranks(sizes: Array) -> Array:
+    """Twice the rank a_i of each score in its group, ascending from 0, ties averaged: int64, same shape
     (n,).
     """
-    ordered = np.sort(magnitudes)
-    less = np.searchsorted(ordered, magnitudes, side="left")
-    not_more = np.searchsorted(ordered, magnitudes, side="right")
+    ordered = np.sort(sizes)
+    less = np.searchsorted(ordered, sizes, side="left")
+    not_more = np.searchsorted(ordered, sizes, side="right")
     return np.asarray(less + not_more - 1, np.int64)
 
 
@@ -76,12 +89,12 @@ def clip_probability(q: Array) -> Array:
     return np.asarray(np.clip(q, 0.0, 1.0).astype(np.float32))
 
 
-def _by_magnitude(choice: Choice, expert: Expert, row: Array) -> Array:
-    """The authors' no-rank variant: q linear in (|delta| - min) / (max - min) of the row."""
+def _by_magnitude(expert: Expert, row: Array) -> Array:
+    """The authors' no-rank variant: q linear in (score - min) / (max - min) of the row."""
     d, e = expert.density, expert.epsilon
     if d in (0.0, 1.0):
         return np.full(row.shape, d)
-    size = np.abs(row).astype(np.float64)
+    size = row.astype(np.float64)
     low, high = size.min(), size.max()
     if low == high:
         return np.full(row.shape, d)
@@ -89,8 +102,10 @@ def _by_magnitude(choice: Choice, expert: Expert, row: Array) -> Array:
 
 
 def optimal_scale(sizes: Array, density: float) -> float:
-    """c with mean(min(1, c |delta|)) = density: the least-variance unbiased sampler; inf keeps all that is
-    nonzero.
+    """c with mean(min(1, c score)) = density; inf keeps all that is nonzero.
+
+    Of |delta| this is the unbiased sampler of least variance; of |delta| times input norms the one of least
+    variance of the layer's outputs over the calibration data, since the draws are independent.
     """
     target = density * sizes.size
     saturated = 0
@@ -106,10 +121,10 @@ def optimal_scale(sizes: Array, density: float) -> float:
     return math.inf if saturated else 0.0
 
 
-def _optimal(choice: Choice, expert: Expert, row: Array) -> Array:
+def _optimal(expert: Expert, row: Array) -> Array:
     if expert.density in (0.0, 1.0):
         return np.full(row.shape, expert.density)
-    sizes = np.abs(row).astype(np.float64)
+    sizes = row.astype(np.float64)
     scale = optimal_scale(sizes, expert.density)
     if math.isinf(scale):
         return np.where(sizes > 0.0, 1.0, 0.0)
@@ -126,24 +141,28 @@ def keep_probabilities(choice: Choice, expert: Expert, delta: Array, seed: int, 
     rows, n = delta.shape
     if choice.drop == "bernoulli":
         return np.full(delta.shape, expert.density, np.float32)
+    sizes = scores(expert, delta)
     if choice.rank_by == "tensor":
         low, step = ladder(choice, expert, delta.size)
-        return clip_probability(low + step * average_ranks(np.abs(delta).ravel())).reshape(delta.shape)
-    low, step = ladder(choice, expert, n)
+        return clip_probability(low + step * average_ranks(sizes.ravel())).reshape(delta.shape)
+    # The paper's controls: the same ladder in an order that ignores magnitude.
     order_key = stream_key(seed, expert.identity, name, "rank")
+    if choice.rank_by == "random_tensor":
+        low, step = ladder(choice, expert, delta.size)
+        order = bits64(order_key, 0, delta.size) >> np.uint64(33)
+        return clip_probability(low + step * average_ranks(order)).reshape(delta.shape)
+    low, step = ladder(choice, expert, n)
     q = np.empty(delta.shape, np.float32)
     for r in range(rows):
-        if (
-            choice.rank_by == "random"
-        ):  # the paper's control: the same ladder in an order that ignores magnitude
+        if choice.rank_by == "random":
             order = bits64(order_key, r * n, n) >> np.uint64(33)
             q[r] = clip_probability(low + step * average_ranks(order))
         elif choice.rank_by == "magnitude":
-            q[r] = clip_probability(_by_magnitude(choice, expert, delta[r]))
+            q[r] = clip_probability(_by_magnitude(expert, sizes[r]))
         elif choice.rank_by == "optimal":
-            q[r] = clip_probability(_optimal(choice, expert, delta[r]))
+            q[r] = clip_probability(_optimal(expert, sizes[r]))
         else:
-            q[r] = clip_probability(low + step * average_ranks(np.abs(delta[r])))
+            q[r] = clip_probability(low + step * average_ranks(sizes[r]))
     return q
 
 
@@ -164,23 +183,23 @@ def band(expert: Expert, size: int) -> tuple[int, int]:
     return min(int(expert.gamma * size), size - count), count
 
 
-def largest(values: Array, first: int, count: int) -> Array:
-    """A mask of ``count`` values behind the ``first`` largest magnitudes, lowest index first among equals."""
-    order = np.argsort(-np.abs(values), kind="stable")
-    mask = np.zeros(values.shape, bool)
+def largest(sizes: Array, first: int, count: int) -> Array:
+    """A mask of ``count`` values behind the ``first`` largest, lowest index first among equals."""
+    order = np.argsort(-sizes, kind="stable")
+    mask = np.zeros(sizes.shape, bool)
     mask[order[first : first + count]] = True
     return mask
 
 
 def kept_by_size(choice: Choice, expert: Expert, delta: Array) -> Array:
     """The mask of TIES and breadcrumbs for a tensor given as (rows, n), per tensor or per row."""
-    mask = np.empty(delta.shape, bool)
+    mask, sizes = np.empty(delta.shape, bool), scores(expert, delta)
     groups = (
-        zip(mask, delta, strict=True) if choice.scope == "row" else [(mask.reshape(-1), delta.reshape(-1))]
+        zip(mask, sizes, strict=True) if choice.scope == "row" else [(mask.reshape(-1), sizes.reshape(-1))]
     )
-    for target, values in groups:
-        first, count = band(expert, values.size)
-        target[:] = largest(values, first if choice.drop == "band" else 0, count)
+    for target, group in groups:
+        first, count = band(expert, group.size)
+        target[:] = largest(group, first if choice.drop == "band" else 0, count)
     return mask
 
 

@@ -18,8 +18,8 @@ import numpy.typing as npt
 from della.merging import drop as kernels
 from della.merging import fuse as fusing
 from della.merging import largest, reference
-from della.merging.methods import Choice, Expert
-from della.random import stream_key, systematic_shift
+from della.merging.methods import OF_TENSOR, Choice, Expert
+from della.random import bits64, stream_key, systematic_shift
 
 Array = npt.NDArray[Any]
 
@@ -68,10 +68,11 @@ def cut(choice: Choice, name: str, shape: Sequence[int], target: int) -> list[tu
     """
     size = math.prod(shape)
     by_row = (
-        (choice.drop == "magprune" and choice.rank_by != "tensor")
+        (choice.drop == "magprune" and choice.rank_by not in OF_TENSOR)
         or (choice.drop == "top" and choice.scope == "row")
         or choice.lambda_scaling in ("row", "row_inverse")
         or choice.rescale == "l1"
+        or choice.importance == "wanda"
     )
     if not by_row:
         return [(start, 1, min(target, size - start)) for start in range(0, size, target)]
@@ -110,9 +111,14 @@ class TensorMerge:
         if self.size == 0:
             return
         if choice.drop in ("top", "band") and choice.scope != "row" and self._bands is None:
-            self._bands = find_bands(choice, self.experts, self.size, lambda: (t.deltas for t in tiles()))
-        if choice.drop == "magprune" and choice.rank_by == "tensor":
-            self._tables = [_rank_table(tiles(), t) for t in range(len(self.experts))]
+            self._bands = find_bands(
+                choice, self.experts, self.size, lambda: (all_scores(self.experts, t) for t in tiles())
+            )
+        if choice.drop == "magprune" and choice.rank_by in OF_TENSOR:
+            self._tables = [
+                _rank_table(self._keys(t, tile.start, tile.deltas[t]) for tile in tiles())
+                for t in range(len(self.experts))
+            ]
         if choice.rescale == "l1":
             self._rescale = self._l1_factors(tiles())
         if choice.lambda_scaling == "tensor":
@@ -215,14 +221,19 @@ class TensorMerge:
         return delta
 
     def _drop_by_size(self, t: int, delta: Array) -> None:
-        bits = delta.view(np.uint32)
+        sizes = scores(self.experts[t], delta)
+        bits = sizes.view(np.uint32)
+        if sizes is not delta:  # all negative, so that a score of zero is not taken for a dropped one
+            bits |= np.uint32(1 << 31)
         if self._bands is None:
             largest.drop_largest_rows(bits, reference.band(self.experts[t], delta.shape[1])[1])
-            return
-        b = self._bands[t]
-        largest.drop_band(
-            bits.reshape(-1), np.uint32(b.high), b.skip, np.uint32(b.low), b.take, self._seen[t]
-        )
+        else:
+            b = self._bands[t]
+            largest.drop_band(
+                bits.reshape(-1), np.uint32(b.high), b.skip, np.uint32(b.low), b.take, self._seen[t]
+            )
+        if sizes is not delta:
+            delta[bits == 0] = 0
 
     def _drop_evenly(self, t: int, start: int, delta: Array, q: Array | None) -> None:
         density = np.float32(self.experts[t].density)
@@ -247,25 +258,49 @@ class TensorMerge:
     def _magprune(self, t: int, start: int, delta: Array, q: Array | None) -> None:
         choice, expert = self.choice, self.experts[t]
         key, shift = self._stream(t)
-        n = delta.shape[1]
+        n, sizes = delta.shape[1], scores(expert, delta)
         if choice.rank_by in ("row", "random"):
             low, step = reference.ladder(choice, expert, n)
             order = np.uint64(stream_key(self.seed, expert.identity, self.name, "rank"))
             probabilities = np.empty((1, n), np.float32) if q is None else q
             kernels.drop_ranked(
-                delta, choice.rank_by == "random", kernels.bucket_bits(n), low, step, order, key, shift,
-                start, self._per_element, probabilities,
+                delta, sizes.view(np.uint32), choice.rank_by == "random", kernels.bucket_bits(n), low, step,
+                order, key, shift, start, self._per_element, probabilities,
             )  # fmt: skip
             return
         probabilities = np.empty_like(delta) if q is None else q
         if choice.rank_by == "magnitude":
-            kernels.probability_by_magnitude(delta, expert.density, expert.epsilon, probabilities)
+            kernels.probability_by_magnitude(sizes, expert.density, expert.epsilon, probabilities)
         elif choice.rank_by == "optimal":
-            kernels.probability_optimal(delta, expert.density, probabilities)
+            kernels.probability_optimal(sizes, expert.density, probabilities)
         else:
             low, step = reference.ladder(choice, expert, self.size)
-            kernels.probability_from_table(delta.view(np.uint32), *self._tables[t], low, step, probabilities)
+            keys = self._keys(t, start, delta)
+            kernels.probability_from_table(keys, *self._tables[t], low, step, probabilities)
         kernels.drop_given(delta, probabilities, key, shift, start, self._per_element)
+
+    def _keys(self, t: int, start: int, delta: Array) -> Array:
+        """What is ranked in the whole tensor, as integers of 31 bits (and a sign that is of no account)."""
+        expert = self.experts[t]
+        if self.choice.rank_by == "tensor":
+            return scores(expert, delta).view(np.uint32)
+        order = stream_key(self.seed, expert.identity, self.name, "rank")
+        keys = (bits64(order, start, delta.size) >> np.uint64(33)).astype(np.uint32)
+        return np.asarray(keys.reshape(delta.shape))
+
+
+def scores(expert: Expert, delta: Array) -> Array:
+    """reference.scores of a tile (rows, n) but for their signs; ``delta`` itself where there are no norms."""
+    if expert.norms is None:
+        return delta
+    with np.errstate(all="ignore"):
+        sizes = np.asarray(delta * expert.norms)
+    return np.clip(sizes, -reference.LARGEST, reference.LARGEST, out=sizes)
+
+
+def all_scores(experts: Sequence[Expert], tile: Tile) -> list[Array]:
+    """The same of every expert."""
+    return [scores(expert, delta) for expert, delta in zip(experts, tile.deltas, strict=True)]
 
 
 def _votes(choice: Choice, weights: Array) -> Array | None:
@@ -290,22 +325,22 @@ def _row_sums(values: Array) -> Array:
 
 
 def find_bands(
-    choice: Choice, experts: Sequence[Expert], size: int, passes: Callable[[], Iterable[Array]]
+    choice: Choice, experts: Sequence[Expert], size: int, passes: Callable[[], Iterable[Sequence[Array]]]
 ) -> list[Band]:
-    """The band of magnitudes that each expert keeps of ``size`` deltas; ``passes`` starts a new pass over the
-    deltas, in pieces (experts, ...).  Two passes: the upper half of the bits, then the lower half near the
-    thresholds.
+    """The band of magnitudes that each expert keeps of ``size`` deltas; ``passes`` starts a new pass over
+    their scores, in pieces with an array for each expert.  Two passes: the upper half of the bits, then the
+    lower half near the thresholds.
     """
     upper = np.zeros((len(experts), 1 << 16), np.int64)
-    for deltas in passes():
+    for sizes in passes():
         for t in range(len(experts)):
-            largest.count_upper(deltas[t].reshape(-1).view(np.uint32), upper[t])
+            largest.count_upper(sizes[t].reshape(-1).view(np.uint32), upper[t])
     wanted = [_positions(choice, e, size) for e in experts]
     coarse = [[_locate(upper[t], p) for p in wanted[t]] for t in range(len(experts))]
     lower = {(t, half): np.zeros(1 << 15, np.int64) for t in range(len(experts)) for half, _ in coarse[t]}
-    for deltas in passes():
+    for sizes in passes():
         for (t, half), counts in lower.items():
-            largest.count_lower(deltas[t].reshape(-1).view(np.uint32), np.uint32(half), counts)
+            largest.count_lower(sizes[t].reshape(-1).view(np.uint32), np.uint32(half), counts)
     return [_band(wanted[t], coarse[t], lower, t) for t in range(len(experts))]
 
 
@@ -338,16 +373,24 @@ def _band(
     return Band(high, skip, low, last + 1)
 
 
-def _rank_table(tiles: Iterable[Tile], t: int) -> tuple[Array, Array, Array]:
-    """(where each upper half begins, the distinct magnitudes in order, twice the averaged rank of each) of
-    expert t.
+def _rank_table(pieces: Iterable[Array]) -> tuple[Array, Array, Array]:
+    """(where each upper half begins, the distinct keys in order, twice the averaged rank of each) of one
+    expert, whose keys come in pieces.
     """
-    distinct, counts = np.zeros(0, np.uint32), np.zeros(0, np.int64)
-    for tile in tiles:
-        values, times = np.unique(tile.deltas[t].view(np.uint32) & np.uint32(0x7FFFFFFF), return_counts=True)
-        joined, where = np.unique(np.concatenate([distinct, values]), return_inverse=True)
-        counts = np.bincount(where, np.concatenate([counts, times]), joined.size).astype(np.int64)
-        distinct = joined
+    tables: list[tuple[Array, Array]] = []
+    for keys in pieces:
+        tables.append(np.unique(keys & np.uint32(0x7FFFFFFF), return_counts=True))
+        # Only tables of like sizes, so that no value is joined often.
+        while len(tables) > 1 and tables[-2][0].size <= 2 * tables[-1][0].size:
+            tables[-2:] = [_joined(tables[-2:])]
+    distinct, counts = _joined(tables) if tables else (np.zeros(0, np.uint32), np.zeros(0, np.int64))
     behind = np.cumsum(counts)
     first = np.searchsorted(distinct >> np.uint32(15), np.arange((1 << 16) + 1)).astype(np.int64)
     return first, distinct, 2 * behind - counts - 1
+
+
+def _joined(tables: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
+    """(distinct values in order, how often each occurs) of several such tables."""
+    values, times = (np.concatenate(column) for column in zip(*tables, strict=True))
+    distinct, where = np.unique(values, return_inverse=True)
+    return distinct, np.bincount(where, times, distinct.size).astype(np.int64)

@@ -1,0 +1,185 @@
+"""AlpacaEval: answers in the format of alpaca_eval, whose judge compares them with those of a reference.
+
+The package stands in an environment of its own (scripts/alpaca-venv), so it is run as another process; the
+win rates are its own.  It shuffles which of two answers comes first, and keeps what the judge said: a run
+that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from della.errors import EvaluationError
+from della.evaluate.endpoint import NO_KEY, without_key
+from della.evaluate.problems import Problem
+from della.evaluate.statistics import Interval
+
+ANNOTATOR = "alpaca_eval_gpt4"  # the paper's
+_LOG, _CACHE, _CLIENT = "alpaca_eval.log", "annotations_cache.json", "judge.json"
+_ALONE = {"PYTHONPATH", "PYTHONHOME"}  # of our environment, and of no use in another
+
+
+@dataclass(frozen=True, slots=True)
+class WinRate:
+    """How often a model's answers were preferred to the reference's, in percent, draws counting half.
+
+    standard_error: of win_rate.  judged, total: the answers that the judge gave a preference for, of all; the
+    others have no part in the rates.  length_controlled: the package's length-controlled win rate and its
+    standard error, None where it was not asked for.  preferences: by instruction, 1 where the model was
+    preferred, 0 where the reference was, .5 for a draw.
+    """
+
+    win_rate: float
+    standard_error: float
+    judged: int
+    total: int
+    length_controlled: tuple[float, float] | None
+    preferences: Mapping[str, float]
+
+    @property
+    def interval(self) -> Interval:
+        """The win rate with its 95 % interval, from the standard error."""
+        half = 1.96 * self.standard_error
+        return Interval(self.win_rate, max(0.0, self.win_rate - half), min(100.0, self.win_rate + half))
+
+
+def write_outputs(
+    path: Path, problems: Sequence[Problem], answers: Mapping[str, str], generator: str
+) -> None:
+    """Write the answers (by the problems' ids) of a model called ``generator`` for alpaca_eval."""
+    rows = [
+        {"instruction": problem.instruction, "output": answers[problem.id], "generator": generator}
+        for problem in problems
+    ]
+    path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+def win_rate(
+    outputs: Path, reference: Path, out: Path, *, command: str = "alpaca_eval", annotator: str = ANNOTATOR,
+    judge_url: str | None = None, key_env: str = "OPENAI_API_KEY", length_controlled: bool = False,
+) -> WinRate:  # fmt: skip
+    """Let alpaca_eval compare ``outputs`` with ``reference``, both in its JSON format, and read its result.
+
+    out: a folder for the judge's annotations, the package's leaderboard and its log.  command: the
+    package's command.  annotator: a name that the package knows, or the path of a folder in its format,
+    which has a / in it.  judge_url: base URL of an OpenAI-compatible judge; by default the package's own.
+    length_controlled: also the length-controlled win rate, for which the package fetches a file from the
+    Hub; otherwise nothing is fetched.  Raises EvaluationError.
+    """
+    total = _compared(outputs, reference)
+    out.mkdir(parents=True, exist_ok=True)
+    place = out if "/" in annotator else out / annotator  # as the package has it
+    (place / "leaderboard.csv").unlink(missing_ok=True)
+    options: dict[str, Any] = {
+        "model_outputs": str(outputs.resolve()),
+        "reference_outputs": str(reference.resolve()),
+        "annotators_config": str(Path(annotator).resolve()) if "/" in annotator else annotator,
+        "output_path": str(out.resolve()),
+        "caching_path": str(out.resolve() / _CACHE),
+        "annotation_kwargs": {"chunksize": 32},  # so many answers of the judge are kept at a time
+        "precomputed_leaderboard": None,
+        "leaderboard_mode_to_print": None,
+        "fn_metric": "get_length_controlled_winrate" if length_controlled else "get_winrate",
+        "metric_kwargs": {"save_weights_dir": None} if length_controlled else {},
+        "sort_by": "win_rate",
+    }
+    _run([command, "evaluate", *(f"--{name}={value!r}" for name, value in options.items())],
+         _environment(out, judge_url, key_env, length_controlled), out / _LOG)  # fmt: skip
+    return _result(place, total)
+
+
+def _compared(outputs: Path, reference: Path) -> int:
+    """The number of answers; each instruction must be in the reference, or the package would leave it out."""
+    known = {row["instruction"] for row in _rows(reference)}
+    asked = [row["instruction"] for row in _rows(outputs)]
+    lacking = [text for text in asked if text not in known]
+    if lacking:
+        raise EvaluationError(
+            f"{reference}: lacks {len(lacking)} of the {len(asked)} instructions of {outputs}, "
+            f"such as {lacking[0][:60]!r}; give the reference outputs of the same instructions"
+        )
+    return len(asked)
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    try:
+        rows = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise EvaluationError(f"{path}: cannot be read as JSON ({error})") from error
+    rows = rows if isinstance(rows, list) else [None]
+    texts = [row.get(key) for row in rows if isinstance(row, dict) for key in ("instruction", "output")]
+    if not rows or len(texts) < 2 * len(rows) or not all(isinstance(text, str) for text in texts):
+        raise EvaluationError(
+            f"{path}: expected what alpaca_eval reads, a list of objects with instruction and output"
+        )
+    return rows
+
+
+def _environment(out: Path, judge_url: str | None, key_env: str, online: bool) -> dict[str, str]:
+    """The key goes by the environment, so that no file holds it."""
+    environment = {name: value for name, value in os.environ.items() if name not in _ALONE}
+    environment["OPENAI_API_KEY"] = os.environ.get(key_env) or NO_KEY
+    if not online:
+        environment |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    if judge_url is not None:
+        client = out.resolve() / _CLIENT
+        client.write_text(
+            json.dumps({"default": [{"base_url": judge_url, "timeout": 120, "max_retries": 5}]}) + "\n",
+            encoding="utf-8",
+        )
+        environment["OPENAI_CLIENT_CONFIG_PATH"] = str(client)
+    return environment
+
+
+def _run(command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
+    with log.open("wb") as told:
+        try:
+            ended = subprocess.run(
+                command, env=environment, stdin=subprocess.DEVNULL, stdout=told, stderr=told, check=False
+            )
+        except OSError as error:
+            raise EvaluationError(
+                f"{command[0]}: cannot be run ({error.strerror}); AlpacaEval needs the package "
+                "alpaca_eval, in an environment of its own: scripts/alpaca-venv makes it, and "
+                ".venv-alpaca/bin/alpaca_eval is the command to name"
+            ) from error
+    if ended.returncode:
+        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no word"]
+        last = without_key(lines[-1], environment["OPENAI_API_KEY"])[:300]
+        raise EvaluationError(
+            f"{command[0]}: failed with exit code {ended.returncode} ({last}); see {log}, then run again: "
+            "most of what the judge has said is kept"
+        )
+
+
+def _result(place: Path, total: int) -> WinRate:
+    try:
+        with (place / "leaderboard.csv").open(encoding="utf-8", newline="") as table:
+            (row,) = csv.DictReader(table)
+        annotations = json.loads((place / "annotations.json").read_bytes())
+        if not int(float(row["n_total"])):
+            raise EvaluationError(
+                f"{place}: the judge gave no preference that alpaca_eval could read; see what it said, "
+                "preference_raw_completion in annotations.json"
+            )
+        controlled = row.get("length_controlled_winrate")
+        preferences = {
+            str(one["instruction"]): float(one["preference"]) - 1
+            for one in annotations
+            if one["preference"] is not None
+        }
+        return WinRate(
+            float(row["win_rate"]), float(row["standard_error"] or "nan"), int(float(row["n_total"])), total,
+            (float(controlled), float(row["lc_standard_error"])) if controlled else None, preferences,
+        )  # fmt: skip
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise EvaluationError(
+            f"{place}: not the results that alpaca_eval 0.6.6 writes ({type(error).__name__}: {error})"
+        ) from error

@@ -1,0 +1,229 @@
+"""Norms of the inputs of a model's linear layers on calibration data: what ``importance: wanda`` ranks by.
+
+norm_j of a layer is the L2 norm over all tokens of its input feature j (WANDA, Sun et al. 2023, arXiv
+2306.11695).  Texts go through the model one by one, and squares are added in float64 in their order.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from della.checkpoint.disk import explained
+from della.checkpoint.header import build_header
+from della.checkpoint.strict import json_object
+from della.demo.llama import Llama
+from della.demo.score import load_tokenizer
+from della.dtypes import DTYPES, Array
+from della.errors import CheckpointError, DellaError, EvaluationError, nearest
+from della.norms import checked
+
+MOST_TOKENS = 2048  # of one text, as in the paper; a model that knows fewer positions gets fewer
+FORM = "expected an object with 'text', or with 'prompt' and 'answer', all of them texts"
+
+Norms = dict[str, Array]
+Texts = Iterable[Sequence[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What was collected: norms of so many ``layers`` over so many ``texts`` and ``tokens``."""
+
+    out: Path
+    layers: int
+    texts: int
+    tokens: int
+
+
+def calibrate(
+    model: str, data: Path, out: Path, *, backend: str = "hf", limit: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Calibration:  # fmt: skip
+    """Run the texts of ``data`` through ``model`` and write the norms to ``out``, a .safetensors file.
+
+    backend: "hf" (any model that transformers loads) or "numpy" (a folder with a small Llama).  limit: only
+    the first texts.  progress: called with (texts done, texts of all).  The same texts give the same bytes on
+    one machine.  Raises EvaluationError, OutputError, and CheckpointError for a damaged model.
+    """
+    if backend not in BACKENDS:
+        raise EvaluationError(f"backend {backend!r}: expected hf or numpy{nearest(backend, BACKENDS)}")
+    if out.suffix != ".safetensors":
+        raise EvaluationError(f"{out}: expected a name that ends in .safetensors")
+    if os.path.lexists(out):
+        raise EvaluationError(f"{out}: exists already; remove it, or choose another name")
+    texts = read_texts(data, limit)
+    encode, collect = BACKENDS[backend](model)
+    ids = [encoded for text in texts if (encoded := encode(text)[:MOST_TOKENS])]
+    if not ids:
+        raise EvaluationError(f"{data}: the tokenizer makes no token of its texts")
+
+    def told() -> Iterable[Sequence[int]]:
+        for done, each in enumerate(ids, 1):
+            yield each
+            if progress is not None:
+                progress(done, len(ids))
+
+    norms = collect(told())
+    for name, vector in norms.items():
+        checked(vector, f"{model}: inputs of {name}")
+    _write(out, norms)
+    return Calibration(out, len(norms), len(ids), sum(map(len, ids)))
+
+
+def read_texts(path: Path, limit: int | None = None) -> list[str]:
+    """The texts of a file: its lines, or of a .jsonl file each line's ``text`` (or ``prompt`` + ``answer``).
+
+    Blank lines are left out.  Raises EvaluationError.
+    """
+    try:
+        with open(path, encoding="utf-8", newline="\n") as file:
+            numbered = ((number, line.strip("\r\n")) for number, line in enumerate(file, 1))
+            lines = list(islice(((n, line) for n, line in numbered if line.strip()), limit))
+    except OSError as error:
+        raise EvaluationError(f"{path}: cannot be read ({error.strerror})") from error
+    except UnicodeError as error:
+        raise EvaluationError(f"{path}: not UTF-8 text ({error})") from error
+    if not lines:
+        raise EvaluationError(f"{path}: holds no text; expected one a line, or JSON lines in a .jsonl file")
+    return [_text(f"{path}:{n}", line) if path.suffix == ".jsonl" else line for n, line in lines]
+
+
+def _text(where: str, line: str) -> str:
+    try:
+        record = json_object(line.encode(), where)
+    except CheckpointError:
+        raise EvaluationError(f"{where}: {FORM}") from None
+    parts = [record.get(key) for key in (("text",) if "text" in record else ("prompt", "answer"))]
+    if not all(isinstance(part, str) for part in parts):
+        raise EvaluationError(f"{where}: {FORM}")
+    return "".join(map(str, parts))
+
+
+# ---- collecting -------------------------------------------------------------------------------------------
+
+
+def llama_norms(model: Llama, texts: Texts) -> Norms:
+    """The norms of the demo's NumPy Llama over texts of token ids, by the names of its weights."""
+    sums: dict[str, Array] = {}
+
+    def watch(name: str, x: Array) -> None:
+        squares = np.square(x.reshape(-1, x.shape[-1]), dtype=np.float64).sum(axis=0)
+        sums[name] = sums.get(name, 0.0) + squares
+
+    model.watch = watch
+    try:
+        for ids in texts:
+            model.logits(ids)
+    finally:
+        model.watch = None
+    return _roots(sums)
+
+
+def hf_norms(model: Any, texts: Texts) -> Norms:
+    """The norms of every nn.Linear of a torch model, but of a head that is tied to the embeddings."""
+    import torch
+
+    sums: dict[str, Any] = {}
+    embeddings: Any = model.get_input_embeddings()
+
+    def watcher(name: str) -> Callable[..., None]:
+        def watch(_: Any, inputs: tuple[Any, ...]) -> None:
+            x = inputs[0].detach()
+            squares = x.reshape(-1, x.shape[-1]).double().square().sum(dim=0).cpu().numpy()
+            sums[name] = sums.get(name, 0.0) + squares
+
+        return watch
+
+    linear = {
+        f"{name}.weight": layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, torch.nn.Linear) and layer.weight is not embeddings.weight
+    }
+    hooks = [layer.register_forward_pre_hook(watcher(name)) for name, layer in linear.items()]
+    try:
+        with torch.no_grad():
+            for ids in texts:
+                model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return _roots(sums)
+
+
+def _roots(sums: Mapping[str, Array]) -> Norms:
+    return {name: np.sqrt(total).astype(np.float32) for name, total in sums.items()}
+
+
+# ---- models -----------------------------------------------------------------------------------------------
+
+Encode = Callable[[str], Sequence[int]]
+Collect = Callable[[Texts], Norms]
+
+
+def _numpy(model: str) -> tuple[Encode, Collect]:
+    if not Path(model).is_dir():
+        raise EvaluationError(f"{model}: no such folder; the numpy backend reads local models only")
+    try:
+        tokenizer = load_tokenizer(model)
+    except DellaError as error:
+        raise EvaluationError(
+            "the numpy backend needs the package tokenizers; pip install 'della[demo]'"
+        ) from error
+    except Exception as error:  # the package raises plain ones
+        raise EvaluationError(f"{model}/tokenizer.json: cannot be read ({error})") from error
+    try:
+        llama = Llama.from_folder(model)
+    except (ValueError, KeyError, OSError) as error:
+        raise EvaluationError(f"{model}: {error}; try --backend hf") from error
+    return lambda text: tokenizer.encode(text).ids, lambda texts: llama_norms(llama, texts)
+
+
+def _hf(model: str) -> tuple[Encode, Collect]:
+    """In float32 on a CPU, in the model's own type on a GPU.  Code that a model brings is never run."""
+    try:
+        import torch
+        import transformers
+    except ModuleNotFoundError as error:
+        raise EvaluationError(
+            "the hf backend needs the packages torch and transformers; pip install 'della[hf]'"
+        ) from error
+    talk: Any = transformers.utils.logging
+    talk.set_verbosity_error()
+    talk.disable_progress_bar()
+    on_gpu = torch.cuda.is_available()
+    try:
+        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            model,
+            dtype="auto" if on_gpu else torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+    except Exception as error:  # whatever its many parts raise
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise EvaluationError(f"{model}: transformers cannot load it: {said[:300]}") from error
+    loaded = loaded.to("cuda" if on_gpu else "cpu")  # in evaluation mode, as it was loaded
+    most = getattr(loaded.config, "max_position_embeddings", None) or MOST_TOKENS
+    return lambda text: tokenizer(text)["input_ids"][:most], lambda texts: hf_norms(loaded, texts)
+
+
+BACKENDS: dict[str, Callable[[str], tuple[Encode, Collect]]] = {"hf": _hf, "numpy": _numpy}
+
+
+def _write(out: Path, norms: Mapping[str, Array]) -> None:
+    """One file, complete or not there; the same bytes for the same norms."""
+    ordered = sorted(norms)
+    header, _ = build_header([(name, DTYPES["F32"], norms[name].shape) for name in ordered])
+    staged = out.with_name(f".{out.name}.{os.getpid()}")
+    with explained(out):
+        try:
+            staged.write_bytes(header + b"".join(norms[name].tobytes() for name in ordered))
+            os.replace(staged, out)
+        finally:
+            staged.unlink(missing_ok=True)

@@ -1,0 +1,350 @@
+"""Score models on the benchmarks: problems, answers on disk, scores with intervals.
+
+Answers and scores are apart: answers are asked for once, scores are computed from what is on the disk.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import xxhash
+
+from della.checkpoint import disk
+from della.errors import EvaluationError
+from della.evaluate import problems as benchmarks
+from della.evaluate import scoring
+from della.evaluate.backends import Backend, Model
+from della.evaluate.generations import Store
+from della.evaluate.problems import Problem
+from della.evaluate.scoring import Difference, Score, Scored
+from della.evaluate.settings import Settings, check, depends
+from della.evaluate.statistics import Interval
+from della.evaluate.templates import Prompt, cut, prompt_of
+from della.version import __version__
+
+if TYPE_CHECKING:
+    from della.evaluate.endpoint import Endpoint
+    from della.evaluate.sandbox import Sandbox
+
+OPENAI_URL = "https://api.openai.com/v1"
+ANSWER_SECONDS = 600.0  # how long a server may be silent: it may have many requests to answer
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """``done`` of ``of`` answers of a model on a task are there."""
+
+    model: str
+    task: str
+    done: int
+    of: int
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a model scored on a task: how many problems there were, how many answers were made now (the others
+    were there), and the scores.
+    """
+
+    model: str
+    task: str
+    problems: int
+    answered: int
+    scores: tuple[Score, ...]
+
+    def score(self, metric: str) -> Score:
+        """The score of one metric; KeyError if there is none."""
+        return {score.metric: score for score in self.scores}[metric]
+
+
+def evaluate(
+    models: Sequence[Model | str], settings: Settings, *, progress: Callable[[Progress], None] | None = None,
+    tell: Callable[[str], None] | None = None,
+) -> list[Result]:  # fmt: skip
+    """Score every model on every task, and write answers, items and scores.json into ``settings.out``.
+
+    What an earlier call has finished is used.  tell: takes notes for the user.  Raises EvaluationError.
+    """
+    found = [model if isinstance(model, Model) else Model.of(model) for model in models]
+    check(found, settings)
+    run = _Run(settings, progress, tell or (lambda _: None))
+    for model in found if not settings.fresh else ():
+        run.missing(model)  # so that no model is refused after others have been worked on for hours
+    results = [result for model in found for result in run.model(model)]
+    _write(settings.out / "scores.json", json.dumps(report(results, settings), indent=1) + "\n")
+    return results
+
+
+def differences(results: Sequence[Result], seed: int = 42) -> list[Difference]:
+    """Every further model against the first one, task by task."""
+    tasks = dict.fromkeys(result.task for result in results)
+    return [
+        difference
+        for task in tasks
+        for difference in scoring.differences(
+            task, {result.model: result.scores for result in results if result.task == task}, seed
+        )
+    ]
+
+
+def report(results: Sequence[Result], settings: Settings) -> dict[str, Any]:
+    """Results and differences as JSON; shares, not per cent."""
+    return {
+        "della": __version__,
+        "settings": {
+            "backend": settings.backend, "prompt": settings.prompt, "max_tokens": settings.max_tokens,
+            "limit": settings.limit, "seed": settings.seed, "judge": settings.judge,
+            "annotator": settings.annotator,
+            "templates": {task: settings.template(task) for task in settings.tasks},
+        },
+        "results": [
+            {
+                "model": result.model, "task": result.task, "metric": score.metric,
+                **_numbers(score.interval), "items": len(score.items), "problems": result.problems,
+            }
+            for result in results
+            for score in result.scores
+        ],
+        "differences": [
+            {
+                "task": d.task, "metric": d.metric, "a": d.a, "b": d.b, **_numbers(d.interval),
+                "items": d.items, "within_noise": d.interval.holds_zero, "message": str(d),
+            }
+            for d in differences(results, settings.seed)
+        ],
+    }  # fmt: skip
+
+
+class _Run:
+    """One call of `evaluate`; everything that could fail without a model does so before the first answer."""
+
+    def __init__(
+        self, settings: Settings, progress: Callable[[Progress], None] | None, tell: Callable[[str], None]
+    ) -> None:
+        self._settings, self._progress, self._tell = settings, progress, tell
+        self._problems = {
+            task: benchmarks.load(task, settings.data.get(task), settings.limit) for task in settings.tasks
+        }
+        self._prompts = {
+            task: [prompt_of(problem, settings.template(task), settings.prompt) for problem in problems]
+            for task, problems in self._problems.items()
+        }
+        self._sandbox = _sandbox() if "mbpp" in settings.tasks else None
+        self._judge = _judge(settings) if "gsm8k" in settings.tasks else None
+        if "alpaca_eval" in settings.tasks and settings.annotator:
+            self._check_references()
+
+    def model(self, model: Model) -> list[Result]:
+        """Answer what is missing of all tasks, then score them."""
+        folder = self._settings.out / model.name
+        with self._opened(model) as stores:
+            missing = {task: self._missing(task, store) for task, store in stores.items()}
+            if any(missing.values()):
+                self._generate(model, stores, missing)
+            results = []
+            for task, store in stores.items():
+                problems = self._problems[task]
+                answers = {problem.id: str(store.records[problem.id]["answer"]) for problem in problems}
+                scored = self._score(task, problems, answers, folder, model)
+                lines = [json.dumps({"id": p.id, **scored.details.get(p.id, {})}) + "\n" for p in problems]
+                _write(folder / f"{task}.items.jsonl", "".join(lines))
+                results.append(Result(model.name, task, len(problems), len(missing[task]), scored.scores))
+        return results
+
+    def missing(self, model: Model) -> int:
+        """How many answers are missing; EvaluationError if those that are there are of something else."""
+        with self._opened(model) as stores:
+            return sum(len(self._missing(task, store)) for task, store in stores.items())
+
+    @contextmanager
+    def _opened(self, model: Model) -> Iterator[dict[str, Store]]:
+        with ExitStack() as stack:
+            yield {task: stack.enter_context(self._store(model, task)) for task in self._problems}
+
+    def _store(self, model: Model, task: str) -> Store:
+        path, settings = self._settings.out / model.name / f"{task}.jsonl", self._settings
+        if settings.score_only:
+            if not path.is_file():
+                raise EvaluationError(
+                    f"{path}: no such file, so there is nothing to score; leave out --score-only"
+                )
+            return Store(path, None)
+        return Store(path, depends(model, task, settings), fresh=settings.fresh)
+
+    def _missing(self, task: str, store: Store) -> list[Prompt]:
+        missing = []
+        for prompt in self._prompts[task]:
+            record = store.records.get(prompt.id)
+            if record is None:
+                missing.append(prompt)
+            elif record.get("prompt") != _key(prompt) or not isinstance(record.get("answer"), str):
+                raise EvaluationError(
+                    f"{store.path}: problem {prompt.id} was put otherwise than now: the data, the template "
+                    "or della's version has changed; choose another --out, or begin anew with --fresh"
+                )
+        if missing and self._settings.score_only:
+            raise EvaluationError(
+                f"{store.path}: {len(missing)} of {len(self._prompts[task])} answers are missing; leave out "
+                "--score-only"
+            )
+        return missing
+
+    def _generate(
+        self, model: Model, stores: Mapping[str, Store], missing: Mapping[str, Sequence[Prompt]]
+    ) -> None:
+        with _backend(model, self._settings) as backend:
+            for task, prompts in missing.items():
+                store, asked = stores[task], {prompt.id: prompt for prompt in prompts}
+                of = len(self._prompts[task])
+
+                def keep(
+                    answers: Mapping[str, str], task: str = task, store: Store = store, of: int = of,
+                    asked: Mapping[str, Prompt] = asked,
+                ) -> None:  # fmt: skip
+                    store.add(*(
+                        {"id": key, "prompt": _key(asked[key]), "answer": cut(answer, asked[key].stops)}
+                        for key, answer in answers.items()
+                    ))  # fmt: skip
+                    if self._progress is not None:
+                        done = sum(prompt.id in store.records for prompt in self._prompts[task])
+                        self._progress(Progress(model.name, task, done, of))
+
+                if prompts:
+                    backend.answer(prompts, keep)
+
+    def _score(
+        self, task: str, problems: Sequence[Problem], answers: Mapping[str, str], folder: Path, model: Model
+    ) -> Scored:
+        if task == "mbpp":
+            assert self._sandbox is not None
+            return scoring.score_mbpp(problems, answers, self._sandbox)
+        if task == "gsm8k":
+            return scoring.score_gsm8k(problems, answers, self._verdicts(problems, answers, folder))
+        return self._score_alpaca_eval(problems, answers, folder, model)
+
+    def _verdicts(
+        self, problems: Sequence[Problem], answers: Mapping[str, str], folder: Path
+    ) -> Mapping[str, str | None] | None:
+        if self._judge is None:
+            return None
+        from della.evaluate import judge
+
+        path = folder / "gsm8k.judge.jsonl"
+        with Store(path, judge.settings(self._judge), fresh=self._settings.fresh) as store:
+            return judge.judge(self._judge, problems, answers, store).verdicts
+
+    def _score_alpaca_eval(
+        self, problems: Sequence[Problem], answers: Mapping[str, str], folder: Path, model: Model
+    ) -> Scored:
+        """The answers in the format of alpaca_eval, and by an annotator its win rates."""
+        from della.evaluate import alpaca
+
+        outputs, settings = folder / "alpaca_eval.json", self._settings
+        alpaca.write_outputs(outputs, problems, answers, model.name)
+        if settings.annotator is None:
+            self._tell(f"{outputs} holds the answers for alpaca_eval; --annotator NAME has them judged")
+            return Scored((), {})
+        references = folder / "alpaca_eval.reference.json"
+        alpaca.write_outputs(references, problems, {p.id: p.reference for p in problems}, "reference")
+        won = alpaca.win_rate(
+            outputs, references, folder / "alpaca_eval", command=settings.alpaca_command,
+            annotator=settings.annotator, judge_url=settings.judge_url, key_env=settings.judge_key_env,
+            length_controlled=settings.length_controlled,
+        )  # fmt: skip
+        if won.judged < won.total:
+            self._tell(f"alpaca_eval: {won.total - won.judged} of {won.total} answers could not be judged")
+        items = {p.id: won.preferences[p.instruction] for p in problems if p.instruction in won.preferences}
+        scores = [Score("win_rate", _share(won.interval), items)]
+        if won.length_controlled is not None:
+            value, error = won.length_controlled
+            interval = Interval(value, max(0.0, value - 1.96 * error), min(100.0, value + 1.96 * error))
+            scores.append(Score("length_controlled_win_rate", _share(interval), {}))
+        return Scored(tuple(scores), {key: {"preference": value} for key, value in items.items()})
+
+    def _check_references(self) -> None:
+        asked = self._problems["alpaca_eval"]
+        lacking = [problem.id for problem in asked if not problem.reference]
+        if lacking:
+            raise EvaluationError(
+                f"alpaca_eval: {len(lacking)} of {len(asked)} instructions have no reference 'output', "
+                f"such as number {lacking[0]}; take a file that has them, or leave out --annotator"
+            )
+
+
+@contextmanager
+def _backend(model: Model, settings: Settings) -> Iterator[Backend]:
+    if settings.backend == "numpy":
+        from della.evaluate.numpy_backend import NumpyModel
+
+        yield NumpyModel(model.reference, batch=settings.batch, max_tokens=settings.max_tokens)
+    elif settings.backend == "hf":
+        from della.evaluate.hf import HfModel
+
+        yield HfModel(model, dtype=settings.dtype, batch=settings.batch, max_tokens=settings.max_tokens)
+    elif settings.backend == "openai":
+        yield _served(
+            settings.base_url or "", settings.model_name or model.reference, settings, settings.key_env, 8
+        )
+    else:
+        from della.evaluate.vllm_server import vllm_server
+
+        with vllm_server(
+            model, settings.out / model.name / "vllm.log", command=settings.vllm_command,
+            arguments=settings.vllm_arguments, dtype=settings.dtype, seed=settings.seed,
+        ) as base_url:  # fmt: skip
+            yield _served(base_url, model.name, settings, "", 64)  # our own server needs no key
+
+
+def _served(base_url: str, name: str, settings: Settings, key_env: str, at_once: int) -> Backend:
+    from della.evaluate.endpoint import Endpoint
+    from della.evaluate.server import ServedModel
+
+    return ServedModel(
+        Endpoint(base_url, name, key_env=key_env, timeout=ANSWER_SECONDS),
+        concurrency=settings.concurrency or at_once, max_tokens=settings.max_tokens, seed=settings.seed,
+    )  # fmt: skip
+
+
+def _sandbox() -> Sandbox:
+    from della.evaluate.sandbox import open_sandbox
+
+    return open_sandbox()
+
+
+def _judge(settings: Settings) -> Endpoint | None:
+    if settings.judge is None:
+        return None
+    from della.evaluate.endpoint import Endpoint
+
+    return Endpoint(settings.judge_url or OPENAI_URL, settings.judge, key_env=settings.judge_key_env)
+
+
+def _key(prompt: Prompt) -> str:
+    """What tells one prompt from another under the same id."""
+    told = json.dumps([prompt.text, prompt.is_chat, prompt.stops])
+    return xxhash.xxh3_64_hexdigest(told.encode())
+
+
+def _numbers(interval: Interval) -> dict[str, float]:
+    return {"value": interval.value, "low": interval.low, "high": interval.high}
+
+
+def _share(percent: Interval) -> Interval:
+    """Of a single item alpaca_eval knows no error: nothing is known then but the whole range."""
+    low, high = (0.0, 100.0) if math.isnan(percent.low + percent.high) else (percent.low, percent.high)
+    return Interval(percent.value / 100, low / 100, high / 100)
+
+
+def _write(path: Path, text: str) -> None:
+    """A whole file, or the old one."""
+    new = path.with_name(path.name + ".new")
+    with disk.explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new.write_text(text, encoding="utf-8")
+        new.replace(path)

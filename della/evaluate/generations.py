@@ -1,0 +1,163 @@
+"""What models (and judges) have answered, on disk: one JSON line an answer, and none is asked for twice.
+
+The first line says what all others depend on.  An answer is on the disk before its writer goes on, so that
+whatever ends an evaluation, the next one finds every answer that had come back.  A line that the end cut
+short is dropped: its answer is asked for again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import stat
+import threading
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from della.checkpoint import disk
+from della.errors import EvaluationError
+from della.evaluate.problems import parsed
+
+FORMAT = 1
+Record = dict[str, Any]
+
+
+class Store:
+    """The answers in one file, by id; several threads may add to it.
+
+    settings: everything that the answers depend on, as JSON; None takes a file as it is.  Answers of
+    other settings are refused, unless they are to be forgotten (``fresh``).  ``records`` are the
+    finished ones, each with its "id".  Raises EvaluationError, and OutputError where the disk refuses.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any] | None, *, fresh: bool = False) -> None:
+        self.path = path
+        self.records: dict[str, Record] = {}
+        self._settings: Record | None = json.loads(json.dumps(settings))
+        self._adding = threading.Lock()
+        self._end = 0
+        with disk.explained(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            self._fd = os.open(path, flags, 0o666)
+        try:
+            self._open(fresh)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file; another evaluation may then write to it."""
+        os.close(self._fd)
+
+    def add(self, *records: Mapping[str, Any]) -> None:
+        """Append finished records, each with an "id" of its own, and return once they are on the disk."""
+        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+        content = "".join(lines).encode("utf-8", "replace")
+        with self._adding, disk.explained(self.path):
+            try:
+                disk.write_at(self._fd, memoryview(content), self._end)
+                disk.sync(self._fd)
+            except OSError:
+                with suppress(OSError):
+                    os.ftruncate(self._fd, self._end)  # no torn line in the middle, should another follow
+                raise
+            self._end += len(content)
+            self.records.update({str(record["id"]): dict(record) for record in records})
+
+    def _open(self, fresh: bool) -> None:
+        if not stat.S_ISREG(os.fstat(self._fd).st_mode):
+            raise EvaluationError(f"{self.path}: not a plain file; choose another --out")
+        if disk.try_lock(self._fd, fcntl.LOCK_EX) is False:
+            raise EvaluationError(
+                f"{self.path}: another evaluation is writing it; wait for its end, or choose another --out"
+            )
+        with disk.explained(self.path):
+            if not fresh:
+                self._end = self._read(_all(self._fd))
+            os.ftruncate(self._fd, self._end)
+        if not self._end:
+            self._begin()
+
+    def _begin(self) -> None:
+        header = {"della": "generations", "format": FORMAT, "settings": self._settings}
+        content = (json.dumps(header, ensure_ascii=False) + "\n").encode()
+        with disk.explained(self.path):
+            disk.write_at(self._fd, memoryview(content), 0)
+            disk.sync(self._fd)
+            disk.sync_folder(self.path.parent)
+        self._end = len(content)
+
+    def _read(self, raw: bytes) -> int:
+        """Fill ``records``; the bytes that are whole, without what was cut short at the end."""
+        *lines, rest = raw.split(b"\n")
+        if not lines and (not rest or b'{"della": "generations"'.startswith(rest[:23])):
+            return 0  # cut short while it was begun
+        others = self._other_settings(lines[0] if lines else rest)
+        end, damage = len(lines[0]) + 1, ""
+        for number, line in enumerate(lines[1:], 2):
+            where = f"{self.path}:{number}"
+            try:
+                record = self._record(line, where)
+            except EvaluationError as error:
+                damage = damage or str(error)
+                continue
+            if damage:  # a line cut short has none behind it
+                raise EvaluationError(damage)
+            self.records[record["id"]] = record
+            end += len(line) + 1
+        if others and self.records:
+            raise EvaluationError(
+                f"{self.path}: its answers are of other settings: {others}; choose another --out, or begin "
+                "anew with --fresh"
+            )
+        return 0 if others else end
+
+    def _record(self, line: bytes, where: str) -> Record:
+        fix = "delete this line, and its answer is asked for again"
+        value = parsed(line, where, fix)
+        if not isinstance(value, dict) or not isinstance(value.get("id"), str):
+            raise EvaluationError(f"{where}: expected a JSON object with a text as 'id'; {fix}")
+        if value["id"] in self.records:
+            raise EvaluationError(f"{where}: the answer {value['id']} stands twice; {fix}")
+        return value
+
+    def _other_settings(self, line: bytes) -> str:
+        """Which settings of the file differ from ours, in words; "" if none does."""
+        foreign = EvaluationError(
+            f"{self.path}: not a file of answers that della has written; choose another --out"
+        )
+        try:
+            header = parsed(line, str(self.path))
+        except EvaluationError:
+            raise foreign from None
+        if not isinstance(header, dict) or (header.get("della"), header.get("format")) != (
+            "generations", FORMAT,
+        ):  # fmt: skip
+            raise foreign
+        stored = header.get("settings")
+        now = self._settings
+        if now is None or stored == now:
+            return ""
+        stored = stored if isinstance(stored, dict) else {}
+        keys = [k for k in {**stored, **now} if stored.get(k) != now.get(k)]
+        return "; ".join(f"{k} {_shown(stored.get(k))}, now {_shown(now.get(k))}" for k in keys)
+
+
+def _all(fd: int) -> bytes:
+    with open(fd, "rb", closefd=False) as file:
+        return file.read()
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."

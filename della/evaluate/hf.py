@@ -1,0 +1,114 @@
+"""Answers of any causal model that transformers loads: greedy, in batches, on a GPU where there is one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from della.errors import EvaluationError
+from della.evaluate.backends import Keep, Model, batches
+from della.evaluate.templates import Prompt
+
+
+class HfModel:
+    """A model and its tokenizer, loaded; code that a model brings is never run.
+
+    dtype: bfloat16, float16 or float32: what is computed in.
+    """
+
+    def __init__(self, model: Model, *, dtype: str, batch: int, max_tokens: int) -> None:
+        try:
+            import torch
+            import transformers
+        except ModuleNotFoundError as error:
+            raise EvaluationError(
+                "the hf backend needs the packages torch and transformers; pip install 'della[hf]'"
+            ) from error
+        place, revision = model.local_or_hub
+        talk: Any = transformers.utils.logging
+        talk.set_verbosity_error()
+        talk.disable_progress_bar()
+        self._batch, self._name = batch, model.reference
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        plain = {"revision": revision or "main", "trust_remote_code": False}
+        try:
+            self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(place, **plain)
+            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+                place, dtype=getattr(torch, dtype), use_safetensors=True, **plain
+            )
+        except Exception as error:  # whatever its many parts raise
+            raise EvaluationError(
+                f"{self._name}: transformers cannot load it: {_first_line(error)}"
+            ) from error
+        self._model: Any = loaded.to(self._device)  # in evaluation mode, as it was loaded
+        # The model's own settings for sampling must not take part.
+        ends = self._model.generation_config.eos_token_id
+        ends = self._tokenizer.eos_token_id if ends is None else ends
+        self._pad = next(iter(ends), 0) if isinstance(ends, list) else ends or 0
+        configuration: Any = transformers.GenerationConfig
+        self._model.generation_config = configuration(
+            do_sample=False, max_new_tokens=max_tokens, eos_token_id=ends, pad_token_id=self._pad
+        )
+
+    def answer(self, prompts: Sequence[Prompt], keep: Keep) -> None:
+        """Greedy answers, a batch at a time."""
+        ids = [self._encoded(prompt) for prompt in prompts]
+        for chosen in batches(prompts, ids, self._batch):
+            try:
+                answers = self._continued([ids[at] for at in chosen], [prompts[at].stops for at in chosen])
+            except (RuntimeError, IndexError, ValueError) as error:
+                longest = max(len(ids[at]) for at in chosen)
+                raise EvaluationError(
+                    f"{self._name}: cannot answer {len(chosen)} prompts of up to {longest} tokens: "
+                    f"{_first_line(error)}; a smaller --batch or --max-tokens may help"
+                ) from error
+            keep({prompts[at].id: answer for at, answer in zip(chosen, answers, strict=True)})
+
+    def _encoded(self, prompt: Prompt) -> list[int]:
+        text = prompt.text
+        if prompt.is_chat:
+            if self._tokenizer.chat_template is None:
+                raise EvaluationError(
+                    f"{self._name}: its tokenizer has no chat template; choose another --template"
+                )
+            said = [{"role": "user", "content": text}]
+            text = self._tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+        ids = self._tokenizer(text, add_special_tokens=not prompt.is_chat)["input_ids"]
+        return [int(token) for token in ids]
+
+    def _continued(self, texts: Sequence[Sequence[int]], stops: Sequence[Sequence[str]]) -> list[str]:
+        import torch
+
+        longest = max(map(len, texts))
+        padded = [[self._pad] * (longest - len(text)) + list(text) for text in texts]
+        seen = [[0] * (longest - len(text)) + [1] * len(text) for text in texts]
+        with torch.inference_mode():
+            made = self._model.generate(
+                torch.tensor(padded, device=self._device),
+                attention_mask=torch.tensor(seen, device=self._device),
+                stopping_criteria=[self._stopper(longest, stops)],
+            )
+        return [self._decoded(row) for row in made[:, longest:]]
+
+    def _stopper(self, begin: int, stops: Sequence[Sequence[str]]) -> Callable[..., Any]:
+        """Which rows hold one of their stops: looked for in their newest tokens after each step."""
+        import torch
+
+        newest = 8 + max((len(stop) for row in stops for stop in row), default=0)
+
+        def is_stopped(ids: Any, _: Any, **__: Any) -> Any:
+            tails = ids[:, max(begin, ids.shape[1] - newest) :]
+            found = [
+                bool(row) and any(stop in text for stop in row)
+                for row, text in zip(stops, map(self._decoded, tails), strict=True)
+            ]
+            return torch.tensor(found, device=ids.device)
+
+        return is_stopped
+
+    def _decoded(self, ids: Any) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:300]}"

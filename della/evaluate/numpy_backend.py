@@ -1,0 +1,67 @@
+"""Answers of a small Llama by the demo's forward pass: NumPy in float32, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from della.demo.llama import Llama
+from della.demo.score import load_tokenizer
+from della.errors import CheckpointError, DellaError, EvaluationError
+from della.evaluate.backends import Keep, batches
+from della.evaluate.problems import parsed, read_limited
+from della.evaluate.templates import Prompt
+
+
+class NumpyModel:
+    """A folder with a Llama and its tokenizer.json, in memory."""
+
+    def __init__(self, folder: str, *, batch: int, max_tokens: int) -> None:
+        self._batch, self._most = batch, max_tokens
+        path = Path(folder)
+        if not path.is_dir():
+            raise EvaluationError(f"{folder}: no such folder; the numpy backend reads local models only")
+        try:
+            self._tokenizer = load_tokenizer(path)
+        except DellaError as error:
+            raise EvaluationError(
+                "the numpy backend needs the package tokenizers; pip install 'della[eval]'"
+            ) from error
+        except Exception as error:  # the package raises plain ones
+            raise EvaluationError(
+                f"{path / 'tokenizer.json'}: cannot be read ({error}); the numpy backend needs it"
+            ) from error
+        self._ends = _ends(path)
+        try:
+            self._model = Llama.from_folder(path)
+        except (ValueError, KeyError, CheckpointError) as error:
+            raise EvaluationError(f"{folder}: {error}; try --backend hf") from error
+
+    def answer(self, prompts: Sequence[Prompt], keep: Keep) -> None:
+        """Greedy answers, a batch at a time."""
+        if any(prompt.is_chat for prompt in prompts):
+            raise EvaluationError("the numpy backend knows no chat templates; use --backend hf")
+        ids = [self._tokenizer.encode(prompt.text).ids for prompt in prompts]
+        for chosen in batches(prompts, ids, self._batch):
+            answers = self._model.greedy([ids[at] for at in chosen], self._most, self._ends[0])
+            keep({
+                prompts[at].id: self._tokenizer.decode(_until(answer, self._ends))
+                for at, answer in zip(chosen, answers, strict=True)
+            })  # fmt: skip
+
+
+def _ends(folder: Path) -> list[int]:
+    """The tokens that end an answer: generation_config.json's, else config.json's."""
+    for name in ("generation_config.json", "config.json"):
+        path = folder / name
+        config = parsed(read_limited(path), str(path)) if path.is_file() else {}
+        ends = config.get("eos_token_id") if isinstance(config, dict) else None
+        ends = ends if isinstance(ends, list) else [ends]
+        if ends and all(isinstance(end, int) for end in ends):
+            return list(map(int, ends))
+    raise EvaluationError(f"{folder}: no eos_token_id in its config.json, so no answer would end; add it")
+
+
+def _until(ids: Sequence[int], ends: Sequence[int]) -> list[int]:
+    at = next((at for at, token in enumerate(ids) if token in ends), len(ids))
+    return list(ids[:at])

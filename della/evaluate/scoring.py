@@ -1,0 +1,125 @@
+"""From answers to scores: what each benchmark counts, with intervals, and whether two models differ."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from della.evaluate.problems import Problem
+from della.evaluate.statistics import Interval, paired_bootstrap, wilson
+from della.evaluate.templates import program_in
+
+if TYPE_CHECKING:
+    from della.evaluate.sandbox import Sandbox
+
+Answers = Mapping[str, str]  # by the ids of the problems
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """One number of a model on a task, a share from 0 to 1 with its interval.
+
+    ``items`` has what each problem that counts adds to it, by id: 1 for right, 0 for wrong, .5 for a draw.
+    """
+
+    metric: str
+    interval: Interval
+    items: Mapping[str, float]
+
+    @staticmethod
+    def of(metric: str, items: Mapping[str, bool]) -> Score:
+        """A share of right ones, with Wilson's interval."""
+        right = sum(items.values())
+        return Score(metric, wilson(right, len(items)), {key: float(value) for key, value in items.items()})
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """The scores of a task, and for each problem, by id, what there is to tell of it."""
+
+    scores: tuple[Score, ...]
+    details: Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """How far model ``b`` is above model ``a`` on the same problems, as a share, by the paired bootstrap."""
+
+    task: str
+    metric: str
+    a: str
+    b: str
+    interval: Interval
+    items: int
+
+    def __str__(self) -> str:
+        points = [100 * value for value in (self.interval.value, self.interval.low, self.interval.high)]
+        known = f"95 % interval {points[1]:+.1f} to {points[2]:+.1f}, {self.items} items"
+        where = f"{self.task}, {self.metric}"
+        if self.interval.holds_zero:
+            return (
+                f"{where}: {self.a} and {self.b} differ by {abs(points[0]):.1f} points, which is within "
+                f"noise ({known})"
+            )
+        side = "above" if points[0] > 0 else "below"
+        return f"{where}: {self.b} is {abs(points[0]):.1f} points {side} {self.a} ({known})"
+
+
+def score_gsm8k(
+    problems: Sequence[Problem], answers: Answers, verdicts: Mapping[str, str | None] | None = None
+) -> Scored:
+    """Exact match of the number after "The answer is: " (strict) and of the last number (flexible).
+
+    verdicts: a judge's, by id: "correct", "wrong" or None.  `judge` counts what could not be judged as wrong;
+    `judge_judged` leaves it out, as the paper's release does.
+    """
+    from della.evaluate import gsm8k
+
+    found = {p.id: (gsm8k.strict(answers[p.id]), gsm8k.flexible(answers[p.id])) for p in problems}
+    details: dict[str, dict[str, Any]] = {
+        p.id: {
+            "strict": gsm8k.right(found[p.id][0], p.reference), "strict_answer": found[p.id][0],
+            "flexible": gsm8k.right(found[p.id][1], p.reference), "flexible_answer": found[p.id][1],
+        }
+        for p in problems
+    }  # fmt: skip
+    scores = [Score.of(key, {p.id: details[p.id][key] for p in problems}) for key in ("strict", "flexible")]
+    if verdicts is not None:
+        judged = {p.id: verdicts.get(p.id) for p in problems}
+        for key, verdict in judged.items():
+            details[key]["judge"] = verdict
+        scores.append(Score.of("judge", {key: verdict == "correct" for key, verdict in judged.items()}))
+        heard = {key: verdict == "correct" for key, verdict in judged.items() if verdict is not None}
+        if heard:
+            scores.append(Score.of("judge_judged", heard))
+    return Scored(tuple(scores), details)
+
+
+def score_mbpp(problems: Sequence[Problem], answers: Answers, sandbox: Sandbox) -> Scored:
+    """pass@1: whether the program in an answer passes its asserts, in the sandbox."""
+    from della.evaluate.programs import check
+
+    def run(problem: Problem) -> dict[str, Any]:
+        verdict = check(sandbox, program_in(answers[problem.id]), problem.tests, problem.setup)
+        return {"pass@1": verdict.passed, "reason": verdict.reason}
+
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        details = dict(zip((p.id for p in problems), pool.map(run, problems), strict=True))
+    return Scored((Score.of("pass@1", {key: d["pass@1"] for key, d in details.items()}),), details)
+
+
+def differences(task: str, scores: Mapping[str, Sequence[Score]], seed: int) -> list[Difference]:
+    """Every further model against the first, for each metric that both have, on the problems both have."""
+    (first, others), found = (next(iter(scores.items())), list(scores.items())[1:]), []
+    for name, theirs in others:
+        for ours, score in ((o, s) for o in first[1] for s in theirs if o.metric == s.metric):
+            shared = [key for key in ours.items if key in score.items]
+            if shared:
+                interval = paired_bootstrap(
+                    [score.items[key] for key in shared], [ours.items[key] for key in shared], seed=seed
+                )
+                found.append(Difference(task, score.metric, first[0], name, interval, len(shared)))
+    return found

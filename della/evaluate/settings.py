@@ -1,0 +1,103 @@
+"""How models are scored: every setting in one place, checked before anything is opened."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from della.errors import EvaluationError, nearest
+from della.evaluate.backends import BACKENDS, DTYPES, Model
+from della.evaluate.problems import TASKS
+from della.evaluate.templates import DEFAULTS, check_template
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How models are scored.
+
+    tasks: of gsm8k, mbpp, alpaca_eval.  out: the folder of answers and scores.  data: local files by task;
+    others come from the Hub.  templates: by task, where not the default.  prompt: `fixed` or `published`.
+    limit: only the first so many problems of a task.  seed: of a server's sampler (which is greedy) and of
+    the bootstrap.  dtype: of hf and vllm.  batch: prompts at a time of hf and numpy.  base_url, model_name,
+    key_env: the server of the backend openai.  concurrency: requests at once.  judge: the model that judges
+    GSM8K; annotator: who compares AlpacaEval's answers, by the package's command alpaca_command; both at
+    judge_url with the key in judge_key_env.  fresh: forget earlier answers.  score_only: never generate, and
+    take stored answers whatever they were made with.
+    """
+
+    tasks: tuple[str, ...]
+    out: Path
+    data: Mapping[str, Path] = field(default_factory=dict)
+    backend: str = "hf"
+    templates: Mapping[str, str] = field(default_factory=dict)
+    prompt: str = "fixed"
+    max_tokens: int = 512
+    limit: int | None = None
+    seed: int = 42
+    dtype: str = "bfloat16"
+    batch: int = 8
+    base_url: str | None = None
+    model_name: str | None = None
+    key_env: str = "OPENAI_API_KEY"
+    concurrency: int | None = None
+    vllm_command: tuple[str, ...] = ("vllm",)
+    vllm_arguments: tuple[str, ...] = ()
+    judge: str | None = None
+    annotator: str | None = None
+    alpaca_command: str = "alpaca_eval"
+    length_controlled: bool = False
+    judge_url: str | None = None
+    judge_key_env: str = "OPENAI_API_KEY"
+    fresh: bool = False
+    score_only: bool = False
+
+    def template(self, task: str) -> str:
+        """The template of a task."""
+        return self.templates.get(task, DEFAULTS[task])
+
+
+def check(models: Sequence[Model], settings: Settings) -> None:
+    """EvaluationError for what can be seen to be wrong before anything is opened."""
+    if not models or not settings.tasks:
+        raise EvaluationError("nothing to score: expected at least one model and one task")
+    for task in (*settings.tasks, *settings.data, *settings.templates):
+        if task not in TASKS:
+            raise EvaluationError(f"task {task!r}: expected one of {', '.join(TASKS)}{nearest(task, TASKS)}")
+    names = [model.name for model in models]
+    double = next((name for name in names if names.count(name) > 1), None)
+    if double:
+        raise EvaluationError(f"two models are called {double}; tell them apart: NAME=MODEL")
+    for value, all_ in ((settings.backend, BACKENDS), (settings.dtype, DTYPES)):
+        if value not in all_:
+            raise EvaluationError(f"{value!r}: expected one of {', '.join(all_)}{nearest(value, all_)}")
+    for task in settings.tasks:
+        check_template(settings.template(task), settings.prompt)
+    for name in ("max_tokens", "batch", "limit", "concurrency"):
+        if (getattr(settings, name) or 1) < 1 or getattr(settings, name) == 0:
+            raise EvaluationError(f"{name.replace('_', ' ')} {getattr(settings, name)}: expected at least 1")
+    if settings.backend == "openai" and not settings.base_url and not settings.score_only:
+        raise EvaluationError("the backend openai needs the server's address: --base-url http://HOST/v1")
+    if settings.model_name and len(models) > 1:
+        raise EvaluationError("--model-name is of one model; give several by the names that the server knows")
+    if settings.backend != "openai" and not settings.score_only:
+        for model in models:
+            _ = model.local_or_hub
+    if settings.fresh and settings.score_only:
+        raise EvaluationError("--fresh forgets the answers that --score-only is to score: leave one out")
+
+
+def depends(model: Model, task: str, settings: Settings) -> dict[str, Any]:
+    """What the answers to a task depend on, beside the prompts, which are told apart one by one."""
+    own: dict[str, dict[str, Any]] = {
+        "hf": {"dtype": settings.dtype, "batch": settings.batch},
+        "numpy": {"batch": settings.batch},
+        "vllm": {"dtype": settings.dtype, "vllm_arguments": settings.vllm_arguments},
+        "openai": {"base_url": settings.base_url, "model_name": settings.model_name},
+    }
+    return {
+        "task": task, "model": model.identity, "backend": settings.backend,
+        "template": settings.template(task), "prompt": settings.prompt, "max_tokens": settings.max_tokens,
+        "seed": settings.seed, **own[settings.backend],
+    }  # fmt: skip

@@ -1,0 +1,68 @@
+"""Input norms, by which ``importance: wanda`` ranks: the files that hold them, and what they may hold.
+
+A file is safetensors.  Under the name of a weight (out, in) it has a vector of length in, in any float type:
+for each input feature of that layer its L2 norm over the tokens of calibration data (WANDA, Sun et al. 2023,
+arXiv 2306.11695).  `della calibrate` makes it.  A weight without an entry is ranked by |delta| alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from della.checkpoint.layout import Tensor
+from della.checkpoint.source import Source
+from della.dtypes import Array, widen
+from della.errors import CheckpointError, nearest
+
+
+def misfits(norms: Source, base: Source) -> list[str]:
+    """What is wrong with the names, shapes and types of a file of norms, by its header."""
+    told = []
+    for name, ours in norms.tensors.items():
+        theirs = base.tensors.get(name)
+        if theirs is None:
+            said = f"is not a tensor of {base.reference}{nearest(name, base.tensors)}"
+        elif not theirs.dtype.is_float:
+            said = f"is stored as {theirs.dtype.name} in {base.reference}, and only floats are ranked"
+        elif not ours.dtype.is_float:
+            said = f"is stored as {ours.dtype.name}, expected floats"
+        else:
+            said = misfit(ours.shape, theirs.shape) or ""
+        if said:
+            told.append(f"{norms.reference}: input norms: {name} {said}")
+    return told
+
+
+def misfit(shape: Sequence[int], weight: Sequence[int]) -> str | None:
+    """Why norms of one shape cannot be those of a weight of another."""
+    if len(weight) != 2:
+        return f"has shape {list(weight)}; only a matrix (out, in) has input norms"
+    if tuple(shape) != (weight[1],):
+        return f"has norms of shape {list(shape)}, expected [{weight[1]}], one for each input feature"
+    return None
+
+
+def read_norms(source: Source, tensor: Tensor, digest: Any = None) -> Array:
+    """One vector of a file as float32; ``digest`` is fed its bytes.  Raises CheckpointError for values that
+    cannot be norms.
+    """
+    stored = source.read(tensor.name)
+    if digest is not None:
+        digest.update(stored.view(np.uint8).data)
+    return checked(stored, f"{tensor.file}: tensor {tensor.name}")
+
+
+def checked(stored: Array, where: str) -> Array:
+    """Stored norms as float32, finite and not negative, or a CheckpointError."""
+    with np.errstate(over="ignore"):
+        norms = widen(stored).astype(np.float32)
+    bad = np.flatnonzero(~(np.isfinite(norms) & (norms >= 0)))
+    if bad.size:
+        raise CheckpointError(
+            f"{where}: an input norm must be a finite number from 0 up, and {bad.size} of {norms.size} "
+            f"{'are' if bad.size > 1 else 'is'} not (feature {bad[0]}: {norms[bad[0]]}); calibrate again"
+        )
+    return norms
