@@ -64,7 +64,8 @@ def run_small(options: SmallOptions, tell: Tell) -> Path:
     missing = [name for name in ("base", *TASKS) if not (experts / name / "model.safetensors").is_file()]
     if missing:
         raise EvaluationError(
-            f"{experts}: no {', '.join(missing)}; give --model, so that they are trained, or --experts"
+            f"{experts}: no {', '.join(missing)}; give --models base=MODEL, so that they are trained, "
+            "or --experts with a folder of base, lm, math and code"
         )
     check_data(options.data, ("validation", "test"))
     items = _items(options, experts)
@@ -92,12 +93,12 @@ def run_small(options: SmallOptions, tell: Tell) -> Path:
 def _command(options: SmallOptions) -> str:
     """What makes the results again; folders by their names alone."""
     told: dict[str, object] = {
-        "model": options.model and Path(options.model).name,
+        "models": options.model and f"base={Path(options.model).name}",
         "data": options.data.name,
         "experts": options.experts and options.experts.name,
         "out": options.out.name,
         "seeds": options.seeds,
-        "items": options.items,
+        "limit": options.items,
     }
     return " ".join(["della paper --scale 135m", *(f"--{k} {v}" for k, v in told.items() if v is not None)])
 
