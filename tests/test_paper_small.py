@@ -207,7 +207,7 @@ def test_the_whole_experiment_and_its_resumption(
     assert (out / "index.html").read_text().count("<figure>") == 3
     for plot in ("tuned", "equal", "lambda"):
         assert (out / f"{plot}.png").read_bytes().startswith(b"\x89PNG")
-    said = "della paper --scale 135m --data data --experts experts --out out --seeds 2 --items 8"
+    said = "della paper --scale 135m --data data --experts experts --out out --seeds 2 --limit 8"
     assert found["command"] == said
     assert found["training"]["lm"]["loss_after"] < found["training"]["lm"]["loss_before"]
 
@@ -257,7 +257,7 @@ def test_a_written_recipe_repeats_the_merge(
 @pytest.mark.parametrize(
     ("break_it", "said"),
     [
-        (lambda work: shutil.rmtree(work / "experts" / "code"), r"experts: no code; give --model"),
+        (lambda work: shutil.rmtree(work / "experts" / "code"), r"experts: no code; give --models base="),
         (lambda work: (work / "data" / "lm.test.jsonl").unlink(), r"data: lm\.test\.jsonl not found"),
         (
             lambda work: (work / "data" / "lm.test.jsonl").write_text('{"prompt": 1, "response": ""}\n'),

@@ -114,7 +114,8 @@ class Llama:
         found: list[Floats] = []
         for chunk in (pairs[i : i + rows] for i in range(0, len(pairs), rows)):
             texts = [[*prompt, *answer] for prompt, answer in chunk]
-            hidden = self._forward(*self._padded(texts))
+            wanted = max(len(answer) for _, answer in chunk) + 1
+            hidden = self._forward(*self._padded(texts), wanted)
             for row, (_, answer) in zip(hidden, chunk, strict=True):
                 found.append(_losses(self._predicted(row[-len(answer) - 1 : -1]), answer))
         return found
@@ -128,7 +129,7 @@ class Llama:
         """
         texts = [[*prompt, *reference] for prompt, reference in pairs]
         ids, cache = self._padded(texts, spare=most)
-        hidden = self._forward(ids, cache)
+        hidden = self._forward(ids, cache, max(len(reference) for _, reference in pairs) + 1)
         losses: list[Floats] = []
         answers: list[list[int]] = []
         going: list[int] = []
@@ -165,7 +166,7 @@ class Llama:
         alive = np.arange(len(answers))
         ids = np.array([answer[-1:] for answer in answers]) if ids is None else ids
         while alive.size:
-            chosen = self._predicted(self._forward(ids, cache)[:, -1]).argmax(axis=-1)
+            chosen = self._predicted(self._forward(ids, cache, 1)[:, -1]).argmax(axis=-1)
             for row, token in zip(alive, chosen, strict=True):
                 if token != end:
                     answers[row].append(int(token))
@@ -185,8 +186,11 @@ class Llama:
         pad = longest - np.asarray(lengths, dtype=np.int64)
         return Cache(pad, empty[::2], empty[1::2])
 
-    def _forward(self, ids: Ints, cache: Cache) -> Floats:
-        """Normed hidden states (rows, columns, hidden) of the new columns ``ids``, now part of the cache."""
+    def _forward(self, ids: Ints, cache: Cache, wanted: int | None = None) -> Floats:
+        """Normed hidden states (rows, columns, hidden) of the new columns ``ids``, now part of the cache.
+
+        With ``wanted``, of the last so many columns alone, and the last layer does not compute the others.
+        """
         begin, end = cache.length, cache.length + ids.shape[1]
         columns = np.arange(begin, end)
         positions = np.maximum(columns - cache.pad[:, None], 0)
@@ -197,38 +201,43 @@ class Llama:
         seen = (known <= columns[:, None]) & (known >= cache.pad[:, None, None]) | (known == columns[:, None])
         x = self._embedding[ids]
         for layer in range(self.shape.layers):
-            x = x + self._attention(layer, x, turn, seen, cache)
+            skipped = max(0, x.shape[1] - wanted) if wanted and layer == self.shape.layers - 1 else 0
+            x = x[:, skipped:] + self._attention(layer, x, turn, seen, cache, skipped)
             x = x + self._feed_forward(layer, x)
         cache.length = end
         return self._norm(x, "model.norm.weight")
 
     def _attention(
-        self, layer: int, x: Floats, turn: tuple[Floats, ...], seen: NDArray[np.bool_], cache: Cache
-    ) -> Floats:
+        self, layer: int, x: Floats, turn: tuple[Floats, ...], seen: NDArray[np.bool_], cache: Cache,
+        skipped: int,
+    ) -> Floats:  # fmt: skip
+        """Keys and values of all columns go into the cache; the first ``skipped`` columns ask for none."""
         shape, name = self.shape, f"model.layers.{layer}.self_attn"
         normed = self._norm(x, f"model.layers.{layer}.input_layernorm.weight")
         rows, columns = x.shape[:2]
 
-        def heads(part: str, count: int) -> Floats:
-            flat = self._linear(normed, f"{name}.{part}_proj.weight")
-            split: Floats = flat.reshape(rows, columns, count, shape.head).transpose(0, 2, 1, 3)
+        def heads(part: str, count: int, x: Floats) -> Floats:
+            flat = self._linear(x, f"{name}.{part}_proj.weight")
+            split: Floats = flat.reshape(rows, x.shape[1], count, shape.head).transpose(0, 2, 1, 3)
             return split
 
         begin, end = cache.length, cache.length + columns
-        cache.keys[layer][:, :, begin:end] = _rotate(heads("k", shape.kv_heads), *turn)
-        cache.values[layer][:, :, begin:end] = heads("v", shape.kv_heads)
+        cache.keys[layer][:, :, begin:end] = _rotate(heads("k", shape.kv_heads, normed), *turn)
+        cache.values[layer][:, :, begin:end] = heads("v", shape.kv_heads, normed)
         keys, values = cache.keys[layer][:, :, :end], cache.values[layer][:, :, :end]
         # The query heads that share one key head are stacked as further columns of it.
-        query = _rotate(heads("q", shape.heads), *turn).reshape(rows, shape.kv_heads, -1, shape.head)
-        scores = (query @ keys.swapaxes(-1, -2)).reshape(rows, shape.kv_heads, -1, columns, end)
+        turn = tuple(part[:, :, skipped:] for part in turn)
+        query = _rotate(heads("q", shape.heads, normed[:, skipped:]), *turn)
+        query = query.reshape(rows, shape.kv_heads, -1, shape.head)
+        scores = (query @ keys.swapaxes(-1, -2)).reshape(rows, shape.kv_heads, -1, columns - skipped, end)
         scores *= np.float32(shape.head**-0.5)
-        np.copyto(scores, np.float32(-np.inf), where=~seen[:, None, None])
+        np.copyto(scores, np.float32(-np.inf), where=~seen[:, None, None, skipped:])
         scores -= scores.max(axis=-1, keepdims=True)
         np.exp(scores, out=scores)
         scores /= scores.sum(axis=-1, keepdims=True)
         mixed = scores.reshape(rows, shape.kv_heads, -1, end) @ values
-        flat = mixed.reshape(rows, shape.heads, columns, shape.head).transpose(0, 2, 1, 3)
-        return self._linear(flat.reshape(rows, columns, -1), f"{name}.o_proj.weight")
+        flat = mixed.reshape(rows, shape.heads, columns - skipped, shape.head).transpose(0, 2, 1, 3)
+        return self._linear(flat.reshape(rows, columns - skipped, -1), f"{name}.o_proj.weight")
 
     def _feed_forward(self, layer: int, x: Floats) -> Floats:
         name = f"model.layers.{layer}"

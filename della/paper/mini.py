@@ -22,6 +22,7 @@ from della.paper.mini_grid import Grid
 from della.paper.mini_report import report
 from della.paper.mini_trio import CALIBRATION, Programs, Trio
 from della.paper.results import head, write
+from della.version import __version__
 
 IMPORTANCES = ("wanda", "magnitude")
 
@@ -64,7 +65,7 @@ def run_mini(options: MiniOptions, tell: Callable[[str], None]) -> dict[str, Any
         tell(f"note: {programs.why}; Code answers are read as arithmetic instead, and nothing is executed")
     trio = Trio({"validation": options.validation_items, "test": options.items}, programs)
     trio.collect_norms()
-    settings = {"trio": trio.digest, "scorer": programs.kind}
+    settings = {"della": __version__, "trio": trio.digest, "scorer": programs.kind}
     with Store(options.out / "scores.jsonl", settings) as store:
         before = len(store.records)
         if before:
