@@ -233,6 +233,9 @@ def test_score_only_takes_what_is_there_and_never_asks(make: Make, tmp_path: Pat
         evaluate(["m"], make(server.url, limit=4))
     (result,) = evaluate(["m"], make("", limit=4, score_only=True, backend="hf"))
     assert result.score("strict").interval == wilson(1, 4)
+    (answers,) = json.loads((tmp_path / "out/scores.json").read_text())["answers"]
+    made = answers["settings"]
+    assert (made["backend"], made["base_url"]) == ("openai", server.url), "what they were made with, not hf"
     with pytest.raises(EvaluationError, match=r"6 of 10 answers are missing; leave out --score-only$"):
         evaluate(["m"], make("", score_only=True))
     with pytest.raises(EvaluationError, match=r"n/gsm8k\.jsonl: no such file, so there is nothing to score"):
@@ -257,8 +260,8 @@ def test_several_models_are_compared_with_the_first(make: Make) -> None:
     found = [str(d) for d in evaluation.differences(results) if d.metric == "strict"]
     assert found == [
         "gsm8k, strict: a and b differ by 10.0 points, which is within noise (95 % interval +0.0 to +30.0, "
-        "10 items)",
-        "gsm8k, strict: c is 90.0 points above a (95 % interval +70.0 to +100.0, 10 items)",
+        "10 items, 1 differ)",
+        "gsm8k, strict: c is 90.0 points above a (95 % interval +70.0 to +100.0, 10 items, 9 differ)",
     ]
     report = json.loads((settings.out / "scores.json").read_text())
     assert report == evaluation.report(results, settings)
@@ -275,9 +278,20 @@ def test_a_difference_downwards_is_told_as_such() -> None:
     results = [Result(name, "mbpp", 50, 0, (score,)) for name, score in zip("ab", scores, strict=True)]
     (difference,) = evaluation.differences(results)
     assert str(difference) == (
-        "mbpp, pass@1: b is 100.0 points below a (95 % interval -100.0 to -100.0, 50 items)"
+        "mbpp, pass@1: b is 100.0 points below a (95 % interval -100.0 to -100.0, 50 items, 50 differ)"
     )
     assert difference.interval == Interval(-1.0, -1.0, -1.0)
+
+
+@pytest.mark.parametrize(("items", "noise"), [(1, True), (5, True), (6, False)])
+def test_a_few_items_show_no_difference(items: int, noise: bool) -> None:
+    """All that differ do so to one side, so the bootstrap sees no spread at all: of five that is chance."""
+    scores = [Score.of("strict", {str(n): bool(value) for n in range(items)}) for value in (0, 1)]
+    results = [Result(name, "gsm8k", items, 0, (score,)) for name, score in zip("ab", scores, strict=True)]
+    (difference,) = evaluation.differences(results)
+    assert (difference.interval.holds_zero, difference.differing) == (False, items)
+    assert difference.within_noise == noise
+    assert ("within noise" in str(difference)) == noise
 
 
 def test_a_judge_gives_both_denominators(make: Make) -> None:

@@ -16,7 +16,7 @@ from stub_server import REFUSAL, Hangup, Raw, Request, Rule, Slow, Status, StubS
 from della.errors import EvaluationError
 from della.evaluate.endpoint import Endpoint
 from della.evaluate.generations import Store
-from della.evaluate.judge import SYSTEM, Judged, judge, settings, verdict_of
+from della.evaluate.judge import SETTINGS, SYSTEM, Judged, judge, verdict_of
 from della.evaluate.problems import Problem
 
 pytest.importorskip("openai", reason="the extra eval is not installed")
@@ -53,7 +53,7 @@ def judging(rule: Rule, store: Path, retries: int = 0) -> Iterator[tuple[Endpoin
     with (
         StubServer(rule) as server,
         closing(Endpoint(server.url, "stub", key_env="STUB_KEY", timeout=2.0, retries=retries)) as endpoint,
-        Store(store, settings(endpoint)) as kept,
+        Store(store, SETTINGS) as kept,
     ):
         yield endpoint, kept, server
 
@@ -96,7 +96,7 @@ def test_what_the_judge_is_asked(store: Path) -> None:
         assert text in user["content"]
     assert set(kept.records) == {f"0 {next(iter(kept.records)).split()[1]}"}
     assert next(iter(kept.records.values())) == {
-        "id": next(iter(kept.records)), "verdict": "wrong", "asked": 1,
+        "id": next(iter(kept.records)), "judge": f"{server.url}, model stub", "verdict": "wrong", "asked": 1,
         "reply": "The response says: It is 0.\nVerdict: [[wrong]]",
     }  # fmt: skip
 
@@ -157,21 +157,28 @@ def test_a_judge_that_fails_is_told_and_what_is_finished_is_kept(store: Path) ->
     answers = {problem.id: ANSWERS[problem.id[0]] for problem in many}
     verdicts = {problem.id: VERDICTS[problem.id[0]] for problem in many}
 
-    def rule(request: Request) -> str | Slow:
-        return honest(request) if request.number < 4 else Slow(0.2, Status(500))
+    fails = True
 
-    with (
-        judging(rule, store) as (endpoint, kept, server),
-        pytest.raises(EvaluationError, match="HTTP 500: scripted; see the server's own log, then run again"),
-    ):
-        judge(endpoint, many, answers, kept, at_once=1)
-    assert len(server.requests) <= 7, "the others are not tried"
-    with judging(honest, store) as (endpoint, kept, server):
-        assert len(kept.records) == 4
-        assert judge(endpoint, many, answers, kept).verdicts == verdicts
-        assert len(server.requests) == 8
-        assert judge(endpoint, many, answers, kept).verdicts == verdicts
-        assert len(server.requests) == 8, "nothing is graded twice"
+    def rule(request: Request) -> str | Slow:
+        return Slow(0.2, Status(500)) if fails and request.number >= 4 else honest(request)
+
+    with StubServer(rule) as server, closing(Endpoint(server.url, "stub", retries=0)) as endpoint:
+        with (
+            Store(store, SETTINGS) as kept,
+            pytest.raises(
+                EvaluationError, match="HTTP 500: scripted; see the server's own log, then run again"
+            ),
+        ):
+            judge(endpoint, many, answers, kept, at_once=1)
+        asked = len(server.requests)
+        assert asked <= 7, "the others are not tried"
+        fails = False
+        with Store(store, SETTINGS) as again:
+            assert len(again.records) == 4
+            assert judge(endpoint, many, answers, again).verdicts == verdicts
+            assert len(server.requests) == asked + 8
+            assert judge(endpoint, many, answers, again).verdicts == verdicts
+            assert len(server.requests) == asked + 8, "nothing is graded twice"
 
 
 def test_another_answer_is_another_item(store: Path) -> None:
@@ -181,12 +188,21 @@ def test_another_answer_is_another_item(store: Path) -> None:
         assert len(server.requests) == 2
 
 
-def test_another_judge_is_refused_the_store(store: Path) -> None:
+def test_verdicts_of_several_judges_stand_side_by_side(store: Path) -> None:
+    """Another model, or one of the same name on another server, grades anew; the first is not asked again."""
     with judging(honest, store) as (endpoint, kept, server):
         judge(endpoint, PROBLEMS, ANSWERS, kept)
-        other = Endpoint(server.url, "other")
-    with pytest.raises(EvaluationError, match='judge "stub", now "other"'):
-        Store(store, settings(other))
+        with StubServer(lambda _: "[[correct]]") as elsewhere:
+            for other in (Endpoint(server.url, "other"), Endpoint(elsewhere.url, "stub")):
+                judge(other, PROBLEMS[:2], ANSWERS, kept)
+            assert [r.body["model"] for r in server.requests[len(PROBLEMS) :]] == ["other"] * 2
+            assert judge(Endpoint(elsewhere.url, "stub"), PROBLEMS[:2], ANSWERS, kept).right == 2
+            assert len(elsewhere.requests) == 2
+        assert judge(endpoint, PROBLEMS, ANSWERS, kept).verdicts == VERDICTS
+        assert len(server.requests) == len(PROBLEMS) + 2
+        assert {record["judge"] for record in kept.records.values()} == {
+            f"{server.url}, model stub", f"{server.url}, model other", f"{elsewhere.url}, model stub",
+        }  # fmt: skip
 
 
 def test_several_are_graded_at_once(store: Path) -> None:

@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +49,7 @@ class Progress:
 @dataclass(frozen=True, slots=True)
 class Result:
     """What a model scored on a task: how many problems there were, how many answers were made now (the others
-    were there), and the scores.
+    were there), the scores, and what the answers were made with.
     """
 
     model: str
@@ -57,6 +57,7 @@ class Result:
     problems: int
     answered: int
     scores: tuple[Score, ...]
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def score(self, metric: str) -> Score:
         """The score of one metric; KeyError if there is none."""
@@ -98,11 +99,13 @@ def report(results: Sequence[Result], settings: Settings) -> dict[str, Any]:
     return {
         "della": __version__,
         "settings": {
-            "backend": settings.backend, "prompt": settings.prompt, "max_tokens": settings.max_tokens,
             "limit": settings.limit, "seed": settings.seed, "judge": settings.judge,
             "annotator": settings.annotator,
-            "templates": {task: settings.template(task) for task in settings.tasks},
         },
+        "answers": [
+            {"model": result.model, "task": result.task, "settings": dict(result.settings)}
+            for result in results
+        ],
         "results": [
             {
                 "model": result.model, "task": result.task, "metric": score.metric,
@@ -114,7 +117,8 @@ def report(results: Sequence[Result], settings: Settings) -> dict[str, Any]:
         "differences": [
             {
                 "task": d.task, "metric": d.metric, "a": d.a, "b": d.b, **_numbers(d.interval),
-                "items": d.items, "within_noise": d.interval.holds_zero, "message": str(d),
+                "items": d.items, "differing": d.differing, "within_noise": d.within_noise,
+                "message": str(d),
             }
             for d in differences(results, settings.seed)
         ],
@@ -154,7 +158,10 @@ class _Run:
                 scored = self._score(task, problems, answers, folder, model)
                 lines = [json.dumps({"id": p.id, **scored.details.get(p.id, {})}) + "\n" for p in problems]
                 disk.put(folder / f"{task}.items.jsonl", "".join(lines).encode())
-                results.append(Result(model.name, task, len(problems), len(missing[task]), scored.scores))
+                made = len(missing[task])
+                results.append(
+                    Result(model.name, task, len(problems), made, scored.scores, store.settings or {})
+                )
         return results
 
     def missing(self, model: Model) -> int:
@@ -236,7 +243,7 @@ class _Run:
         from della.evaluate import judge
 
         path = folder / "gsm8k.judge.jsonl"
-        with Store(path, judge.settings(self._judge), fresh=self._settings.fresh) as store:
+        with Store(path, judge.SETTINGS, fresh=self._settings.fresh) as store:
             return judge.judge(self._judge, problems, answers, store).verdicts
 
     def _score_alpaca_eval(

@@ -30,13 +30,14 @@ class Store:
 
     settings: everything that the answers depend on, as JSON; None takes a file as it is.  Answers of
     other settings are refused, unless they are to be forgotten (``fresh``).  ``records`` are the
-    finished ones, each with its "id".  Raises EvaluationError, and OutputError where the disk refuses.
+    finished ones, each with its "id"; ``settings`` is what they were made with.  Raises EvaluationError, and
+    OutputError where the disk refuses.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any] | None, *, fresh: bool = False) -> None:
         self.path = path
         self.records: dict[str, Record] = {}
-        self._settings: Record | None = json.loads(json.dumps(settings))
+        self.settings: Record | None = json.loads(json.dumps(settings))
         self._adding = threading.Lock()
         self._end = 0
         with disk.explained(path):
@@ -89,7 +90,7 @@ class Store:
             self._begin()
 
     def _begin(self) -> None:
-        header = {"della": "generations", "format": FORMAT, "settings": self._settings}
+        header = {"della": "generations", "format": FORMAT, "settings": self.settings}
         content = (json.dumps(header, ensure_ascii=False) + "\n").encode()
         with disk.explained(self.path):
             disk.write_at(self._fd, memoryview(content), 0)
@@ -144,11 +145,12 @@ class Store:
             "generations", FORMAT,
         ):  # fmt: skip
             raise foreign
-        stored = header.get("settings")
-        now = self._settings
+        stored, now = header.get("settings"), self.settings
+        stored = stored if isinstance(stored, dict) else {}
+        if now is None:
+            self.settings = stored
         if now is None or stored == now:
             return ""
-        stored = stored if isinstance(stored, dict) else {}
         keys = [k for k in {**stored, **now} if stored.get(k) != now.get(k)]
         return "; ".join(f"{k} {_shown(stored.get(k))}, now {_shown(now.get(k))}" for k in keys)
 

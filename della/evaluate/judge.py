@@ -67,9 +67,7 @@ class Judged:
         return wilson(self.right, len(self.verdicts))
 
 
-def settings(endpoint: Endpoint) -> dict[str, str]:
-    """What a store of verdicts must be opened with: all that they depend on beside the items themselves."""
-    return {"judge": endpoint.model, "prompt": _digest(SYSTEM, _prompt("", "", ""), _REMINDER)}
+SETTINGS = {"verdicts": "of a judge"}  # of a store of verdicts: all else is in the ids of its records
 
 
 def judge(
@@ -81,11 +79,12 @@ def judge(
     A verdict, None included, is in ``store`` as soon as it is known; the same answer to the same problem is
     not graded again.  EvaluationError where the endpoint gives up: run again, and the rest is graded.
     """
-    keys = {problem.id: _key(problem, answers[problem.id]) for problem in problems}
+    keys = {problem.id: _key(endpoint, problem, answers[problem.id]) for problem in problems}
 
     def grade(problem: Problem) -> None:
         verdict, reply, asked = _graded(endpoint, problem, answers[problem.id])
-        store.add({"id": keys[problem.id], "verdict": verdict, "asked": asked, "reply": reply})
+        found = {"verdict": verdict, "asked": asked, "reply": reply}
+        store.add({"id": keys[problem.id], "judge": endpoint.name, **found})
 
     with ThreadPoolExecutor(at_once) as pool:
         open_ones = [problem for problem in problems if keys[problem.id] not in store.records]
@@ -131,9 +130,10 @@ def _tagless(text: str) -> str:
     return _TWIN.sub(r"\g<0> ", text)
 
 
-def _key(problem: Problem, answer: str) -> str:
-    """The problem's id, and what its verdict depends on."""
-    return f"{problem.id} {_digest(problem.instruction, problem.reference, answer)}"
+def _key(endpoint: Endpoint, problem: Problem, answer: str) -> str:
+    """The problem's id, and what its verdict depends on: the judge, what it is told, and the answer."""
+    told = (SYSTEM, _prompt("", "", ""), _REMINDER, problem.instruction, problem.reference, answer)
+    return f"{problem.id} {_digest(endpoint.name, *told)}"
 
 
 def _digest(*texts: str) -> str:

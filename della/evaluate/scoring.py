@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from della.evaluate.problems import Problem
-from della.evaluate.statistics import Interval, paired_bootstrap, wilson
+from della.evaluate.statistics import FEWEST, Interval, paired_bootstrap, wilson
 from della.evaluate.templates import program_in
 
 if TYPE_CHECKING:
@@ -46,7 +46,9 @@ class Scored:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """How far model ``b`` is above model ``a`` on the same problems, as a share, by the paired bootstrap."""
+    """How far model ``b`` is above model ``a`` on the same problems, as a share, by the paired bootstrap;
+    ``differing`` of the ``items`` are not scored alike.
+    """
 
     task: str
     metric: str
@@ -54,12 +56,20 @@ class Difference:
     b: str
     interval: Interval
     items: int
+    differing: int
+
+    @property
+    def within_noise(self) -> bool:
+        """Whether chance alone may explain it."""
+        return self.interval.holds_zero or self.differing < FEWEST
 
     def __str__(self) -> str:
         points = [100 * value for value in (self.interval.value, self.interval.low, self.interval.high)]
-        known = f"95 % interval {points[1]:+.1f} to {points[2]:+.1f}, {self.items} items"
+        known = (
+            f"95 % interval {points[1]:+.1f} to {points[2]:+.1f}, {self.items} items, {self.differing} differ"
+        )
         where = f"{self.task}, {self.metric}"
-        if self.interval.holds_zero:
+        if self.within_noise:
             return (
                 f"{where}: {self.a} and {self.b} differ by {abs(points[0]):.1f} points, which is within "
                 f"noise ({known})"
@@ -118,8 +128,8 @@ def differences(task: str, scores: Mapping[str, Sequence[Score]], seed: int) -> 
         for ours, score in ((o, s) for o in first[1] for s in theirs if o.metric == s.metric):
             shared = [key for key in ours.items if key in score.items]
             if shared:
-                interval = paired_bootstrap(
-                    [score.items[key] for key in shared], [ours.items[key] for key in shared], seed=seed
-                )
-                found.append(Difference(task, score.metric, first[0], name, interval, len(shared)))
+                b, a = [score.items[key] for key in shared], [ours.items[key] for key in shared]
+                differing = sum(x != y for x, y in zip(a, b, strict=True))
+                interval = paired_bootstrap(b, a, seed=seed)
+                found.append(Difference(task, score.metric, first[0], name, interval, len(shared), differing))
     return found

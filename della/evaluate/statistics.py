@@ -12,6 +12,9 @@ import numpy.typing as npt
 Scores = Sequence[float] | npt.NDArray[np.floating]
 
 LEVEL = 0.95
+# So many items at least must differ between two models: were five to differ, all to one side, the sign test
+# would still find that in 6 % of models that are alike, where the bootstrap sees no spread and no doubt.
+FEWEST = 6
 _Z = 1.959963984540054  # the normal quantile of LEVEL
 # Student's quantiles of LEVEL for 1 .. 30 degrees of freedom, from its table.
 _T = (

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from della.evaluate.statistics import Interval, paired_bootstrap, wilson
+from della.evaluate.statistics import FEWEST, Interval, paired_bootstrap, wilson
 from della.paper.full_grid import Cell, Row
 from della.paper.page import Report, Section
 from della.paper.published import COLUMNS, NAMES, published
@@ -108,9 +108,10 @@ def _differences(found: Sequence[Found], seed: int) -> Iterator[dict[str, Any]]:
             shared = [key for key in ours if key in theirs]
             if shared:
                 gap = paired_bootstrap([ours[k] for k in shared], [theirs[k] for k in shared], seed=seed)
+                noise = gap.holds_zero or sum(ours[k] != theirs[k] for k in shared) < FEWEST
                 yield {
                     "table": row.table, "models": row.models, "task": task, "against": row.label,
-                    **as_json(gap), "items": len(shared), "within_noise": gap.holds_zero,
+                    **as_json(gap), "items": len(shared), "within_noise": noise,
                 }  # fmt: skip
 
 
