@@ -32,7 +32,8 @@ INTERVALS = (
     "Intervals are 95 %: over problems by the bootstrap (of means over seeds, the ends of the scale held "
     "fixed), over seeds by Student, which is how far the random draws alone move a score. A difference "
     "counts only where both its paired intervals, over problems and over seeds, leave zero out; else it is "
-    "within noise. Of twenty true ties one would count by chance."
+    "within noise. Of twenty true ties one would count by chance; and that another validation split might "
+    "have chosen another p or lambda is in no interval."
 )
 
 
@@ -122,7 +123,8 @@ def _how(found: Found) -> Section:
         code = f"Code was read as arithmetic and not executed: {found['code']['why']}."
     text = (
         "Problems of three splits are held apart by a hash of what is asked. Chosen on "
-        f"{items['validation']} validation problems a task, by kept gain with one draw of a seed apart; "
+        f"{items['validation']} validation problems a task, by kept gain with one draw of a seed apart, "
+        f"and at last among the three best of all p on {items['final']}; "
         f"reported on {items['test']} test problems a task. LM is the perplexity of stories, Math the exact "
         "match of worked word problems.",
         code,
@@ -131,7 +133,7 @@ def _how(found: Found) -> Section:
         "that it takes out); epsilon of DELLA, the half-width of its range, is one of "
         f"{_numbers(grid['epsilons'])} as far as p has room, chosen for each p after lambda. Variants of "
         "DELLA keep its epsilon and choose p and lambda anew.",
-        f"Methods that draw are merged with {found['seeds']} seeds, points of curves and of pruning with "
+        f"Methods that draw are merged with {found['seeds']} seeds, figures and pruning with "
         f"{found['sweep_seeds']}. Weights are rounded to bfloat16, as a merge on disk would be.",
         KEPT,
         INTERVALS,
