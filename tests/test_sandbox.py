@@ -40,6 +40,25 @@ def test_a_program_reads_stdin_and_writes(sandbox: Sandbox) -> None:
 
 
 @each_sandbox
+def test_time_counts_from_the_first_line(sandbox: Sandbox) -> None:
+    """Not from the start of the interpreter, which takes long on a busy machine."""
+    assert sandbox.run("pass", limits=Limits(seconds=0.02)).ended == "exited"
+
+
+def test_a_sandbox_that_breaks_later_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no wrong answer of a program that was never run."""
+    sandbox = any_sandbox()
+    monkeypatch.setattr(module, "_interpreter", lambda: shutil.which("false"))
+    with pytest.raises(EvaluationError, match=f"^the sandbox {sandbox.name} did not begin: it ended with 1$"):
+        sandbox.run("pass")
+    monkeypatch.setattr(module, "_interpreter", lambda: shutil.which("sleep"))
+    monkeypatch.setattr(module, "_START", "60")
+    monkeypatch.setattr(process, "MOST_SECONDS_TO_BEGIN", 0.3)
+    with pytest.raises(EvaluationError, match=f"^the sandbox {sandbox.name} did not begin: "):
+        sandbox.run("pass")
+
+
+@each_sandbox
 def test_large_input_and_output_pass(sandbox: Sandbox) -> None:
     data = os.urandom(3 << 20)
     source = f"pad = '{'x' * 300_000}'\nimport sys\nsys.stdout.buffer.write(sys.stdin.buffer.read())"
@@ -66,6 +85,22 @@ def test_nothing_else_is_at_hand(sandbox: Sandbox) -> None:
     cwd = {"bubblewrap": "/scratch", "landlock": "/"}[sandbox.name]
     assert outcome.stdout.decode() == f"{{}} False {cwd}\n"
     assert outcome.stderr.endswith("ModuleNotFoundError: No module named 'numpy'\n")
+
+
+@each_sandbox
+def test_the_environment_is_not_handed_over(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even to what runs before the program, whose memory it could read."""
+    monkeypatch.setenv("API_KEY", "secret")
+    memory = (304 << 20) + 4096
+    limits = Limits(seconds=20, memory=memory, output=8)
+    thread = threading.Thread(target=sandbox.run, args=("import time; time.sleep(0.5)", b"", limits))
+    thread.start()
+    while not (found := limited_to(memory)):
+        assert thread.is_alive()
+        time.sleep(0.01)
+    environment = Path(found[0]).with_name("environ").read_bytes().split(b"\0")
+    thread.join()
+    assert {*environment} - {b"PWD=/scratch", b""} == {b"PYTHONHASHSEED=0"}, "PWD is bubblewrap's own"
 
 
 @each_sandbox
@@ -279,9 +314,12 @@ def fake_bwrap(folder: Path, script: str) -> None:
     [
         (
             "echo 'bwrap: No permissions to create new namespace' >&2; exit 1",
-            "bwrap: No permissions to create new namespace",
+            "the sandbox bubblewrap did not begin: bwrap: No permissions to create new namespace",
         ),
-        ('while [ "$1" != -- ]; do shift; done; shift; exec "$@"', "it is not in a namespace of its own"),
+        (
+            'while [ "$1" != -- ]; do shift; done; shift; exec "$@"',
+            "the sandbox bubblewrap does not hold: it is not in a namespace of its own",
+        ),
     ],
     ids=["refused", "no wall at all"],
 )
@@ -292,7 +330,7 @@ def test_a_bubblewrap_that_does_not_work_is_not_taken(
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     with pytest.raises(EvaluationError) as caught:
         open_sandbox("bubblewrap")
-    assert f"works here (bubblewrap: {fault})" in str(caught.value)
+    assert f"no sandbox for generated code works here ({fault})" in str(caught.value)
     if not isinstance(OPENED["landlock"], str):
         assert open_sandbox().name == "landlock"
 
@@ -305,17 +343,15 @@ def test_without_any_the_message_says_what_to_install(
     with pytest.raises(EvaluationError) as caught:
         open_sandbox()
     assert str(caught.value) == (
-        "no sandbox for generated code works here (bubblewrap: the program bwrap is not installed; landlock: "
-        f"the kernel has no Landlock), and without one it is not run; {INSTALL}"
+        "no sandbox for generated code works here (the program bwrap is not installed; the sandbox landlock "
+        f"does not hold: the kernel has no Landlock), and without one it is not run; {INSTALL}"
     )
     assert caught.value.exit_code == 6
 
 
 def test_another_machine_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "machine", lambda: "riscv64")
-    with pytest.raises(
-        EvaluationError, match=r"bubblewrap: it needs Linux on x86_64 or aarch64; landlock: it needs"
-    ):
+    with pytest.raises(EvaluationError, match=r"bubblewrap needs Linux on x86_64 or aarch64; landlock needs"):
         open_sandbox()
 
 

@@ -165,5 +165,6 @@ def main(orders: dict[str, Any], modules: dict[str, CodeType], source: str) -> N
     for name, code in modules.items():
         module = sys.modules[name] = type(sys)(name)
         exec(code, module.__dict__)
+    os.write(1, b"!")  # it has begun: all that is written from here on may come from the program
     program = sys.modules["__main__"] = type(sys)("__main__")
     exec(compile(source, "<program>", "exec"), program.__dict__)

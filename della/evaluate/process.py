@@ -15,29 +15,33 @@ from typing import Literal
 from della.errors import EvaluationError
 
 Ended = Literal["exited", "signal", "timeout"]
+MOST_SECONDS_TO_BEGIN = 60.0
 
 
 def converse(
-    process: subprocess.Popen[bytes], data: bytes, most: int, deadline: float
-) -> tuple[Ended, bytes, bytes]:
-    """Write ``data`` and read what comes, until the process is over, the time is, or ``most`` was exceeded.
+    process: subprocess.Popen[bytes], data: bytes, most: int, seconds: float
+) -> tuple[Ended | None, bytes, bytes, float]:
+    """Write ``data`` and read what comes, until the process is over, its time is, or ``most`` was exceeded.
 
-    It is over when the process itself is, whatever it does with its streams.
+    It is over when the process itself is, whatever it does with its streams.  Its first byte says that it has
+    begun: ``seconds`` count from there.  Returns how it ended, None if it did not begin; what it wrote after
+    that byte, to stdout and to stderr; and how long it took.
     """
     assert process.stdin is not None
     assert process.stdout is not None
     assert process.stderr is not None
     stdout, stderr = bytearray(), bytearray()
     read = {process.stdout.fileno(): stdout, process.stderr.fileno(): stderr}
-    left, over = memoryview(data), False
+    left, begun, over = memoryview(data), 0.0, False
+    deadline = time.monotonic() + MOST_SECONDS_TO_BEGIN
     with selectors.DefaultSelector() as selector, open(_descriptor_of(process.pid), "rb", 0) as watch:
         selector.register(process.stdin, selectors.EVENT_WRITE)
         for place in (*read, watch.fileno()):
             selector.register(place, selectors.EVENT_READ)
         for place in (process.stdin.fileno(), *read):
             os.set_blocking(place, False)
-        while not over and (seconds := deadline - time.monotonic()) > 0:
-            for key, _ in selector.select(seconds):
+        while not over and (wait := deadline - time.monotonic()) > 0:
+            for key, _ in selector.select(wait):
                 if key.fd == watch.fileno():
                     over = True
                 elif key.fileobj is process.stdin:
@@ -47,12 +51,17 @@ def converse(
                         process.stdin.close()
                 elif not _read(key.fd, read[key.fd], most):
                     selector.unregister(key.fd)
+            if stdout and not begun:
+                del stdout[0]
+                begun = time.monotonic()
+                deadline = begun + seconds
             if max(map(len, read.values())) > most:
                 break
     for place, buffer in read.items():
         _read(place, buffer, most)
     ended: Ended = "signal" if max(map(len, read.values())) > most else "exited" if over else "timeout"
-    return ended, bytes(stdout[:most]), bytes(stderr[:most])
+    took = time.monotonic() - begun
+    return ended if begun else None, bytes(stdout[:most]), bytes(stderr[:most]), took
 
 
 def _write(place: int, data: memoryview) -> memoryview:

@@ -18,7 +18,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import time
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -70,7 +69,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a program ended, and what it wrote.
+    """How a program ended, what it wrote, and how long it ran.
 
     ended: "exited" with ``code``; by the signal ``code`` (9 too if it wrote more than it may); or "timeout".
     """
@@ -104,7 +103,7 @@ def open_sandbox(name: str | None = None) -> Sandbox:
         fault, sandbox = _why_not(each)
         if sandbox is not None:
             return sandbox
-        faults.append(f"{each}: {fault}")
+        faults.append(fault)
     problem = f"no sandbox for generated code works here ({'; '.join(faults)}), and without one it is not run"
     raise EvaluationError(f"{problem}; {INSTALL}")
 
@@ -112,7 +111,7 @@ def open_sandbox(name: str | None = None) -> Sandbox:
 def _why_not(name: str) -> tuple[str, Sandbox | None]:
     """The sandbox, after it kept out what it must; else what is wrong."""
     if sys.platform != "linux" or seccomp.machine() is None:
-        return "it needs Linux on x86_64 or aarch64", None
+        return f"{name} needs Linux on x86_64 or aarch64", None
     bwrap = shutil.which("bwrap") if name == "bubblewrap" else None
     if name == "bubblewrap" and bwrap is None:
         return "the program bwrap is not installed", None
@@ -124,8 +123,7 @@ def _why_not(name: str) -> tuple[str, Sandbox | None]:
         return str(error), None
     if outcome.stdout == b"held":
         return "", sandbox
-    lines = outcome.stderr.strip().splitlines() or [outcome.stdout.decode(errors="replace") or outcome.ended]
-    return lines[-1], None
+    return f"the sandbox {name} does not hold: {outcome.stderr.strip() or outcome}", None
 
 
 _PROBE = """
@@ -138,7 +136,7 @@ for escape in (lambda: open(outside), socket.socket, os.fork):
     except OSError:
         held.append(escape)
 if len(held) < 3:
-    sys.exit("it does not hold")
+    sys.exit(f"only {len(held)} of 3 attempts failed")
 if os.getppid() != parent:
     sys.exit("it is not in a namespace of its own")
 sys.stdout.write("held")
@@ -155,18 +153,21 @@ class _Walls:
     def run(self, source: str, stdin: bytes = b"", limits: Limits = Limits()) -> Outcome:
         codes = dict(_codes())
         orders = marshal.dumps((codes.pop(f"{_HERE}.guard"), self._orders(limits), codes, source))
-        begun = time.monotonic()
         process, info = self._start(limits)
         try:
             data = len(orders).to_bytes(4, "big") + orders + stdin
-            ended, stdout, stderr = converse(process, data, limits.output, begun + limits.seconds)
+            ended, stdout, stderr, seconds = converse(process, data, limits.output, limits.seconds)
         finally:
             code = end(process, info)
+        said = stderr.decode(errors="replace")
+        if ended is None:
+            last = said.strip().rpartition("\n")[2] or f"it ended with {code}"
+            raise EvaluationError(f"the sandbox {self.name} did not begin: {last}")
         if self.bwrap and 128 < code <= 192:  # how bwrap tells a signal
             code = 128 - code
         if ended != "timeout":
             ended = "signal" if code < 0 else "exited"
-        return Outcome(ended, abs(code), stdout, stderr.decode(errors="replace"), time.monotonic() - begun)
+        return Outcome(ended, abs(code), stdout, said, seconds)
 
     def _start(self, limits: Limits) -> tuple[subprocess.Popen[bytes], int | None]:
         """The process, and where bubblewrap says who its child is."""
@@ -191,7 +192,7 @@ class _Walls:
         except OSError as error:
             if reading is not None:
                 os.close(reading)
-            raise EvaluationError(f"the sandbox {self.name} cannot be started: {error}") from error
+            raise EvaluationError(f"the sandbox {self.name} did not begin: {error}") from error
         finally:
             if writing is not None:
                 os.close(writing)
@@ -207,7 +208,7 @@ class _Walls:
                 command += ["--ro-bind", path, path]
         for device in ("null", "zero", "urandom", "random"):
             command += ["--dev-bind", f"/dev/{device}", f"/dev/{device}"]
-        command += ["--size", str(limits.disk), "--tmpfs", _SCRATCH, "--chdir", _SCRATCH]
+        command += ["--size", str(max(limits.disk, 4096)), "--tmpfs", _SCRATCH, "--chdir", _SCRATCH]
         return [*command, "--remount-ro", "/"]
 
     def _orders(self, limits: Limits) -> dict[str, object]:

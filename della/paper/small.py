@@ -64,7 +64,8 @@ def run_small(options: SmallOptions, tell: Tell) -> Path:
     missing = [name for name in ("base", *TASKS) if not (experts / name / "model.safetensors").is_file()]
     if missing:
         raise EvaluationError(
-            f"{experts}: no {', '.join(missing)}; give --model, so that they are trained, or --experts"
+            f"{experts}: no {', '.join(missing)}; give --models base=MODEL, so that they are trained, "
+            "or --experts with a folder of base, lm, math and code"
         )
     check_data(options.data, ("validation", "test"))
     items = _items(options, experts)
@@ -75,8 +76,13 @@ def run_small(options: SmallOptions, tell: Tell) -> Path:
             findings.singles[name, split] = scores.expert(name, split)
     for cell in _equal(options.seeds):
         findings.equal[cell] = scores.cell(cell, "test")
-    for cell in _by_seed(_choose(scores, findings), options.seeds):
-        findings.tuned[cell] = scores.cell(cell, "test")
+    chosen: dict[str, Cell] = {}
+    for variant in (False, True):
+        names = [name for name, row in METHODS.items() if row.variant == variant]
+        for name in names:
+            chosen[name] = _choose(name, scores, findings, chosen.get("della-wide"))
+        for cell in _by_seed([chosen[name] for name in names], options.seeds):
+            findings.tuned[cell] = scores.cell(cell, "test")
     record = experts / "training.json"
     training = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
     found = results(findings, _command(options), training, scores.seconds)
@@ -87,12 +93,12 @@ def run_small(options: SmallOptions, tell: Tell) -> Path:
 def _command(options: SmallOptions) -> str:
     """What makes the results again; folders by their names alone."""
     told: dict[str, object] = {
-        "model": options.model and Path(options.model).name,
+        "models": options.model and f"base={Path(options.model).name}",
         "data": options.data.name,
         "experts": options.experts and options.experts.name,
         "out": options.out.name,
         "seeds": options.seeds,
-        "items": options.items,
+        "limit": options.items,
     }
     return " ".join(["della paper --scale 135m", *(f"--{k} {v}" for k, v in told.items() if v is not None)])
 
@@ -115,33 +121,26 @@ def _equal(seeds: int) -> list[Cell]:
 
 
 def _by_seed(cells: list[Cell], seeds: int) -> list[Cell]:
-    """The cells with every seed; all of one before the next, so that a run cut short has whole seeds.  The
-    variants come last.
+    """The cells with every seed; all of one before the next, so that a run cut short has whole seeds."""
+    return [
+        replace(cell, seed=seed)
+        for seed in range(seeds)
+        for cell in cells
+        if METHODS[cell.method].random or seed == 0
+    ]
+
+
+def _choose(name: str, scores: Scores, findings: Findings, wide: Cell | None) -> Cell:
+    """A method's best p and lambda on validation, by kept gain, with one seed; a variant has the p of DELLA
+    ``wide``.
     """
-    found = []
-    for variant in (False, True):
-        for seed in range(seeds):
-            for cell in cells:
-                row = METHODS[cell.method]
-                if row.variant == variant and (row.random or seed == 0):
-                    found.append(replace(cell, seed=seed))
-    return found
 
-
-def _choose(scores: Scores, findings: Findings) -> list[Cell]:
-    """Each method's best p and lambda on validation, by kept gain, with one seed."""
-
-    def kept(cell: Cell) -> float:
+    def kept(p: float, lambda_: float) -> float:
+        cell = Cell(name, p, lambda_)
         findings.validation[cell] = findings.kept(scores.cell(cell, "validation"), "validation")
         return findings.validation[cell]
 
-    chosen: dict[str, Cell] = {}
-    for name, row in sorted(METHODS.items(), key=lambda pair: pair[1].variant):
-        drops = (chosen["della-wide"].p,) if row.variant else row.drops
-        best = [Cell(name, p, climb(partial(_at, kept, name, p), lambdas(name, p))) for p in drops]
-        chosen[name] = max(best, key=lambda cell: findings.validation[cell])
-    return list(chosen.values())
-
-
-def _at(kept: Callable[[Cell], float], name: str, p: float, lambda_: float) -> float:
-    return kept(Cell(name, p, lambda_))
+    row = METHODS[name]
+    drops = (wide.p,) if row.variant and wide else row.drops
+    best = [Cell(name, p, climb(partial(kept, p), lambdas(name, p))) for p in drops]
+    return max(best, key=lambda cell: findings.validation[cell])

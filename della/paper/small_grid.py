@@ -13,8 +13,8 @@ DROPS = (0.5, 0.8)
 WIDE = {0.5: 0.6, 0.8: 0.36}
 NARROW = 0.14
 # Lambda is searched along these, times the method's own factor, from the middle outwards.
-STEPS = (0.3, 0.6, 1.0, 1.5, 2.0, 2.5, 3.0)
-START = 3
+STEPS = (0.3, 0.45, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0)
+START = STEPS.index(1.25)
 
 
 @dataclass(frozen=True, slots=True)

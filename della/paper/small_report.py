@@ -69,7 +69,7 @@ class Findings:
         values, weights = self._mean_shares(runs)
         return {
             "loss": {task: float(np.mean([self.per_token(run, task) for run in runs])) for task in TASKS},
-            "kept": as_json(paired_bootstrap(values, np.zeros_like(values), weights=weights)),
+            "kept": as_json(self._over_items(values, weights)),
             "kept_by_seed": [self.kept(run) for run in runs],
             "kept_over_seeds": as_json(mean_over_seeds([self.kept(run) for run in runs])),
         }
@@ -80,7 +80,7 @@ class Findings:
         other, _ = self._mean_shares(b)
         runs = max(len(a), len(b))
         left, right = ([self.kept(x[i % len(x)]) for i in range(runs)] for x in (a, b))
-        items = paired_bootstrap(one, other, weights=weights)
+        items = self._over_items(one - other, weights)
         seeds = mean_over_seeds([x - y for x, y in zip(left, right, strict=True)])
         by_task = {}
         for task in TASKS:
@@ -93,6 +93,18 @@ class Findings:
             "loss": by_task,
             "verdict": verdict(items, seeds),
         }
+
+    def _over_items(self, values: Array, weights: Array) -> Interval:
+        """The weighted mean of shares, with the interval of a bootstrap that leaves each task its weight:
+        what sets tasks apart is taken out of the values, so that only their items vary.
+        """
+        mean = float((values * weights).sum() / weights.sum())
+        level, begin = values.copy(), 0
+        for task in TASKS:
+            own = slice(begin, begin + len(self.items["test"][task]))
+            level[own] += mean - (values[own] * weights[own]).sum() / weights[own].sum()
+            begin = own.stop
+        return paired_bootstrap(level, np.zeros_like(level), weights=weights)
 
     def _mean_shares(self, runs: Sequence[Losses]) -> tuple[Array, Array]:
         found = [self.shares(run) for run in runs]
