@@ -182,6 +182,14 @@ def test_series_at_one_place_stand_side_by_side() -> None:
     assert all(abs(at - 0.1) < 0.05 for at in first)
 
 
+def test_places_may_stand_evenly_and_keep_their_names() -> None:
+    pytest.importorskip("vl_convert")
+    close = [Mark("s", p, p, p, x=p) for p in (0.3, 0.92, 0.93)]
+    plot = plots.lines("n", "t", "", close, "p", "y", even=True)
+    assert [row["at"] for row in plot.spec["data"]["values"]] == [0, 1, 2]
+    assert texts(plots.draw(plot)[0]) >= {"0.3", "0.92", "0.93"}
+
+
 def test_colours_are_as_many_as_shapes_and_all_differ() -> None:
     assert len(set(plots.COLOURS)) == len(set(plots.SHAPES)) == 8
 

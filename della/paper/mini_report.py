@@ -167,13 +167,12 @@ def merges_table(title: str, rows: Rows, note: str = "", label: str = "method") 
     cells = []
     for row in rows:
         model, tasks = row["model"], row["tasks"]
-        seeds = "" if row["over_seeds"] is None else with_interval(interval(row["over_seeds"]))
         paper = (_paper(row), number(row["paper"].get("average"))) if has_paper else ()
         cells.append((
-            row["group"], row["label"], _given(model["p"]), _given(model["lambda"]),
+            row["group"], row["label"], _given(model["p"]), _given(_lambda(model)),
             _given(model["epsilon"] or None),
             *(_score(tasks[task], task) if task in tasks else "" for task in EXPERTS),
-            with_interval(interval(row["value"])), seeds,
+            with_interval(interval(row["value"])), _spread(row["over_seeds"]),
             *(number(tasks[task]["loss"], 3) if task in tasks else "" for task in EXPERTS), *paper,
         ))  # fmt: skip
     return Table(title, columns, tuple(cells), labels=2, note=note)
@@ -309,6 +308,16 @@ def _difference(one: Found) -> tuple[str, ...]:
 
 def _signed(found: Mapping[str, float] | None) -> str:
     return "" if found is None else with_interval(interval(found), sign=True)
+
+
+def _lambda(model: Found) -> float | None:
+    """Lambda, where it has a part."""
+    return None if "lambda_scaling" in model or model["method"] == "linear" else model["lambda"]
+
+
+def _spread(found: Mapping[str, float] | None) -> str:
+    """Half of the interval of the mean over seeds."""
+    return "" if found is None else f"± {number((found['high'] - found['low']) / 2)}"
 
 
 def _given(value: float | None) -> str:
