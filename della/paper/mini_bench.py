@@ -144,8 +144,8 @@ class Bench:
             return tried[cell]
 
         ladder = kind.ladder(self.grid, p, len(experts))
-        lambda_ = climb(kept, ladder) if len(ladder) > 1 else ladder[0]
-        kept(lambda_)
+        start = self.grid.lambdas.index(1.0) if kind.is_free else 0
+        lambda_ = climb(kept, ladder, start)
         if epsilon is None and kind.has_range and p is not None:
             for half in dict.fromkeys(fitting(half, p) for half in self.grid.epsilons):
                 kept(lambda_, half)
