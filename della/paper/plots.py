@@ -62,7 +62,7 @@ def lines(
     shift = _shifts(marks)
     data = [asdict(mark) | {"at": mark.x + shift[mark.series]} for mark in marks]
     y = {"field": "value", "type": "quantitative", "title": y_title, "scale": {"zero": False, "nice": True}}
-    axis = {"values": sorted({mark.x for mark in marks}), "labelOverlap": True, "format": "~g"}
+    axis = {"values": sorted({mark.x for mark in marks}), "labelOverlap": True, "format": ".4~g"}
     x = {"field": "at", "type": "quantitative", "title": x_title, "axis": axis,
          "scale": {"zero": False, "padding": 14}}  # fmt: skip
     layer = [
