@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 from stub_server import REFUSAL, Request, Status, StubServer
 
-from della.errors import EvaluationError
-from della.evaluate.alpaca import WinRate, win_rate, write_outputs
+from della.errors import EvaluationError, OutputError
+from della.evaluate.alpaca import WinRate, check_judge, win_rate, write_outputs
 from della.evaluate.problems import Problem
 
 COUNT = 12
@@ -51,7 +51,8 @@ import json, os, pathlib, sys
 options = dict(word.removeprefix("--").split("=", 1) for word in sys.argv[2:])
 begins = ("OPENAI", "HF_", "PYTHONPATH")
 environment = {{name: value for name, value in os.environ.items() if name.startswith(begins)}}
-pathlib.Path({told!r}).write_text(json.dumps([sys.argv[1], options, environment]))
+client = pathlib.Path(environment.pop("OPENAI_CLIENT_CONFIG_PATH", os.devnull)).read_text()
+pathlib.Path({told!r}).write_text(json.dumps([sys.argv[1], options, environment, client]))
 {body}
 """
 RESULTS = """
@@ -82,24 +83,27 @@ def test_what_the_package_is_asked_for(
     monkeypatch.setenv("JUDGE_KEY", "sk-secret")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     found = win_rate(
-        *files, tmp_path / "out", command=stand_in(tmp_path), judge_url="http://judge/v1", key_env="JUDGE_KEY"
+        *files,
+        tmp_path / "out",
+        command=stand_in(tmp_path),
+        judge_url="http://ann:pw@judge/v1",
+        key_env="JUDGE_KEY",
     )
     assert found == WinRate(50.0, 28.9, 3, COUNT, None, {"a": 1.0, "b": 0.0, "c": 0.5})
     assert (found.interval.low, found.interval.high) == (0.0, 100.0)
-    word, options, environment = json.loads((tmp_path / "told.json").read_text())
+    word, options, environment, client = json.loads((tmp_path / "told.json").read_text())
     assert word == "evaluate"
     assert options["model_outputs"] == repr(str(files[0]))
     assert options["reference_outputs"] == repr(str(files[1]))
     assert options["annotators_config"] == "'alpaca_eval_gpt4'"
     assert options["fn_metric"] == "'get_winrate'"
     assert options["precomputed_leaderboard"] == "None"
-    client = Path(environment.pop("OPENAI_CLIENT_CONFIG_PATH"))
-    assert json.loads(client.read_text()) == {
-        "default": [{"base_url": "http://judge/v1", "timeout": 120, "max_retries": 5}]
+    assert json.loads(client) == {
+        "default": [{"base_url": "http://ann:pw@judge/v1", "timeout": 120, "max_retries": 5}]
     }
     assert environment == {"OPENAI_API_KEY": "sk-secret", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     for path in (tmp_path / "out").rglob("*.*"):
-        assert "sk-secret" not in path.read_text(), "no file holds the key"
+        assert not re.search("sk-secret|ann:pw", path.read_text()), "no file holds the key"
 
 
 def test_length_control_is_the_package_s_and_only_where_asked_for(
@@ -112,17 +116,17 @@ def test_length_control_is_the_package_s_and_only_where_asked_for(
         *files, tmp_path / "out", command=stand_in(tmp_path, table=table), length_controlled=True
     )
     assert found.length_controlled == (47.5, 9.5)
-    _, options, environment = json.loads((tmp_path / "told.json").read_text())
+    _, options, environment, client = json.loads((tmp_path / "told.json").read_text())
     assert options["fn_metric"] == "'get_length_controlled_winrate'"
     assert "HF_HUB_OFFLINE" not in environment
-    assert "OPENAI_CLIENT_CONFIG_PATH" not in environment, "the package's own judge"
+    assert client == "", "the package's own judge"
 
 
 def test_an_annotator_of_one_s_own_is_a_path(files: tuple[Path, Path], tmp_path: Path) -> None:
     body = RESULTS.format(table=TABLE, annotations=ANNOTATIONS).replace(' / "alpaca_eval_gpt4"', "")
     command = stand_in(tmp_path, body.replace("place.mkdir()", ""))
     win_rate(*files, tmp_path / "out", command=command, annotator=f"{tmp_path}/mine")
-    _, options, _ = json.loads((tmp_path / "told.json").read_text())
+    _, options, *_ = json.loads((tmp_path / "told.json").read_text())
     assert options["annotators_config"] == repr(f"{tmp_path}/mine")
 
 
@@ -149,6 +153,46 @@ def test_a_command_that_fails(
         f"{command}: failed with exit code 1 (bad key ***); see {tmp_path}/out/alpaca_eval.log, then run "
         "again: most of what the judge has said is kept"
     )
+    assert (tmp_path / "out/alpaca_eval.log").read_text() == "no\nbad key ***\n"
+
+
+def test_what_one_judge_has_said_is_not_taken_for_another_s(files: tuple[Path, Path], tmp_path: Path) -> None:
+    """The package tells judges apart by a name alone, so each gets a file of its own."""
+    own = tmp_path / "own"
+    own.mkdir()
+    body = RESULTS.format(table=TABLE, annotations=ANNOTATIONS).replace("mkdir()", "mkdir(exist_ok=True)")
+    command = stand_in(tmp_path, body)
+
+    def kept(**judge: Any) -> str:
+        win_rate(*files, tmp_path / "out", command=command, **judge)
+        return str(json.loads((tmp_path / "told.json").read_text())[1]["caching_path"])
+
+    names = [kept(), kept(judge_url="http://a/v1"), kept(judge_url="http://b/v1")]
+    assert kept(judge_url="http://ann:pw@a/v1") == names[1]
+    stand_in(tmp_path, body.replace(' / "alpaca_eval_gpt4"', ""))
+    for prompt in ("Who is better?", "Who is worse?"):
+        (own / "prompt.txt").write_text(prompt)
+        names += [kept(annotator=str(own)), kept(annotator=str(own))]
+    assert len(set(names)) == 5
+    assert names[3] == names[4]
+
+
+def test_what_is_missing_is_told_before_anything_is_asked(tmp_path: Path) -> None:
+    with pytest.raises(EvaluationError, match=r"^none: cannot be run \(no such command\); AlpacaEval needs"):
+        check_judge("none", "alpaca_eval_gpt4")
+    check_judge(stand_in(tmp_path), "alpaca_eval_gpt4")
+    with pytest.raises(EvaluationError) as error:
+        check_judge(stand_in(tmp_path), f"{tmp_path}/mine")
+    assert str(error.value) == f"{tmp_path}/mine: expected a folder of an annotator, with configs.yaml"
+
+
+def test_a_place_that_cannot_be_written_is_told(files: tuple[Path, Path], tmp_path: Path) -> None:
+    (tmp_path / "out").touch()
+    with pytest.raises(OutputError, match=f"^{tmp_path}/out: "):
+        win_rate(*files, tmp_path / "out", command="unused")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OutputError, match=f"^{tmp_path}/folder: cannot be written "):
+        write_outputs(tmp_path / "folder", PROBLEMS, ANSWERS, "mine")
 
 
 @pytest.mark.parametrize("table", ["", "win_rate\n5\n", TABLE + "other,1,1,c,1,1\n"])

@@ -200,6 +200,18 @@ def test_the_key_is_never_told(code: int, monkeypatch: pytest.MonkeyPatch) -> No
         assert KEY not in repr(endpoint)
 
 
+@pytest.mark.parametrize("key", [f"{KEY}\n", f" {KEY}", "sk-ä"])
+def test_a_key_that_no_header_can_hold_is_refused_untold(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library below would fail with the whole header in its message."""
+    monkeypatch.setenv("STUB_KEY", key)
+    with pytest.raises(EvaluationError) as error:
+        Endpoint("http://localhost/v1", "stub", key_env="STUB_KEY")
+    assert str(error.value) == (
+        "the key in the environment variable STUB_KEY holds a blank, a line break or a character beyond "
+        "ASCII, which no server takes; set it anew"
+    )
+
+
 def test_neither_is_a_password_in_the_url() -> None:
     with StubServer(lambda request: Status(500)) as server:
         url = server.url.replace("//", "//ann:secret@")

@@ -91,6 +91,15 @@ def test_answers_are_stored_with_their_settings_and_scored(make: Make) -> None:
     assert items[1]["strict_answer"] is None
 
 
+def test_a_password_in_the_url_is_not_stored(make: Make) -> None:
+    with StubServer(lambda request: "The answer is: 1") as server:
+        settings = make(server.url.replace("//", "//ann:secret@"))
+        evaluate(["m"], settings)
+        evaluate(["m"], make(server.url))
+        assert len(server.requests) == 10, "the server is the same"
+    assert [path for path in settings.out.rglob("*.json*") if "secret" in path.read_text()] == []
+
+
 def test_each_answer_is_on_the_disk_before_the_next_is_asked_for(make: Make) -> None:
     """Seen from the server: a request comes when the store holds all that it has answered."""
     seen: list[list[str]] = []

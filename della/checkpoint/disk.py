@@ -76,6 +76,15 @@ def write_at(fd: int, content: memoryview, at: int) -> None:
         at += count
 
 
+def put(path: Path, content: bytes) -> None:
+    """A small file as a whole, or what stood there before; OutputError where it cannot be written."""
+    staged = path.with_name(path.name + ".new")
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staged.write_bytes(content)
+        staged.replace(path)
+
+
 def allocate(fd: int, size: int) -> None:
     """Gives a file its size, and its blocks where the file system can reserve them."""
     if hasattr(os, "posix_fallocate") and size:

@@ -10,19 +10,23 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
+from della.checkpoint import disk
 from della.errors import EvaluationError
-from della.evaluate.endpoint import NO_KEY, without_key
+from della.evaluate.endpoint import key_in, public, without_key
 from della.evaluate.problems import Problem
 from della.evaluate.statistics import Interval
 
 ANNOTATOR = "alpaca_eval_gpt4"  # the paper's
-_LOG, _CACHE, _CLIENT = "alpaca_eval.log", "annotations_cache.json", "judge.json"
+_LOG, _CLIENT = "alpaca_eval.log", "judge.json"
 _ALONE = {"PYTHONPATH", "PYTHONHOME"}  # of our environment, and of no use in another
 
 
@@ -58,7 +62,7 @@ def write_outputs(
         {"instruction": problem.instruction, "output": answers[problem.id], "generator": generator}
         for problem in problems
     ]
-    path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    disk.put(path, (json.dumps(rows, indent=1) + "\n").encode())
 
 
 def win_rate(
@@ -74,15 +78,16 @@ def win_rate(
     Hub; otherwise nothing is fetched.  Raises EvaluationError.
     """
     total = _compared(outputs, reference)
-    out.mkdir(parents=True, exist_ok=True)
     place = out if "/" in annotator else out / annotator  # as the package has it
-    (place / "leaderboard.csv").unlink(missing_ok=True)
+    with disk.explained(out):
+        out.mkdir(parents=True, exist_ok=True)
+        (place / "leaderboard.csv").unlink(missing_ok=True)
     options: dict[str, Any] = {
         "model_outputs": str(outputs.resolve()),
         "reference_outputs": str(reference.resolve()),
         "annotators_config": str(Path(annotator).resolve()) if "/" in annotator else annotator,
         "output_path": str(out.resolve()),
-        "caching_path": str(out.resolve() / _CACHE),
+        "caching_path": str(out.resolve() / f"annotations_{_judge(annotator, judge_url)}.json"),
         "annotation_kwargs": {"chunksize": 32},  # so many answers of the judge are kept at a time
         "precomputed_leaderboard": None,
         "leaderboard_mode_to_print": None,
@@ -90,9 +95,41 @@ def win_rate(
         "metric_kwargs": {"save_weights_dir": None} if length_controlled else {},
         "sort_by": "win_rate",
     }
-    _run([command, "evaluate", *(f"--{name}={value!r}" for name, value in options.items())],
-         _environment(out, judge_url, key_env, length_controlled), out / _LOG)  # fmt: skip
+    environment = _environment(out, judge_url, key_env, length_controlled)
+    try:
+        _run([command, "evaluate", *(f"--{name}={value!r}" for name, value in options.items())],
+             environment, out / _LOG)  # fmt: skip
+    finally:
+        (out / _CLIENT).unlink(missing_ok=True)  # its URL may hold a password
     return _result(place, total)
+
+
+def check_judge(command: str, annotator: str) -> None:
+    """EvaluationError where the package's command, or the folder of an annotator, is not there."""
+    if shutil.which(command) is None:
+        raise _not_run(command, "no such command")
+    if "/" in annotator and not (Path(annotator) / "configs.yaml").is_file():
+        raise EvaluationError(f"{annotator}: expected a folder of an annotator, with configs.yaml")
+
+
+def _not_run(command: str, why: str) -> EvaluationError:
+    return EvaluationError(
+        f"{command}: cannot be run ({why}); AlpacaEval needs the package alpaca_eval, in an environment of "
+        "its own: scripts/alpaca-venv makes it, and .venv-alpaca/bin/alpaca_eval is the command to name"
+    )
+
+
+def _judge(annotator: str, judge_url: str | None) -> str:
+    """Tells apart judges of one name: the package itself takes what any of them has said for another's."""
+    told = [annotator, public(judge_url) if judge_url else ""]
+    try:
+        files = sorted(Path(annotator).rglob("*")) if "/" in annotator else []
+        told += [
+            f"{file.name}:{xxhash.xxh3_128_hexdigest(file.read_bytes())}" for file in files if file.is_file()
+        ]
+    except OSError as error:
+        raise EvaluationError(f"{annotator}: cannot be read ({error.strerror or error})") from error
+    return xxhash.xxh3_64_hexdigest(json.dumps(told).encode())
 
 
 def _compared(outputs: Path, reference: Path) -> int:
@@ -125,34 +162,31 @@ def _rows(path: Path) -> list[dict[str, str]]:
 def _environment(out: Path, judge_url: str | None, key_env: str, online: bool) -> dict[str, str]:
     """The key goes by the environment, so that no file holds it."""
     environment = {name: value for name, value in os.environ.items() if name not in _ALONE}
-    environment["OPENAI_API_KEY"] = os.environ.get(key_env) or NO_KEY
+    environment["OPENAI_API_KEY"] = key_in(key_env)
     if not online:
         environment |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     if judge_url is not None:
         client = out.resolve() / _CLIENT
-        client.write_text(
-            json.dumps({"default": [{"base_url": judge_url, "timeout": 120, "max_retries": 5}]}) + "\n",
-            encoding="utf-8",
-        )
+        server = {"default": [{"base_url": judge_url, "timeout": 120, "max_retries": 5}]}
+        disk.put(client, (json.dumps(server) + "\n").encode())
         environment["OPENAI_CLIENT_CONFIG_PATH"] = str(client)
     return environment
 
 
 def _run(command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
-    with log.open("wb") as told:
+    with disk.explained(log):
+        told = log.open("wb")
+    with told:
         try:
             ended = subprocess.run(
                 command, env=environment, stdin=subprocess.DEVNULL, stdout=told, stderr=told, check=False
             )
         except OSError as error:
-            raise EvaluationError(
-                f"{command[0]}: cannot be run ({error.strerror}); AlpacaEval needs the package "
-                "alpaca_eval, in an environment of its own: scripts/alpaca-venv makes it, and "
-                ".venv-alpaca/bin/alpaca_eval is the command to name"
-            ) from error
+            raise _not_run(command[0], error.strerror or str(error)) from error
+    said = without_key(log.read_text(encoding="utf-8", errors="replace"), environment["OPENAI_API_KEY"])
+    disk.put(log, said.encode())
     if ended.returncode:
-        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no word"]
-        last = without_key(lines[-1], environment["OPENAI_API_KEY"])[:300]
+        last = (said.strip().splitlines() or ["no word"])[-1][:300]
         raise EvaluationError(
             f"{command[0]}: failed with exit code {ended.returncode} ({last}); see {log}, then run again: "
             "most of what the judge has said is kept"

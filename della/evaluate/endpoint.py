@@ -48,8 +48,8 @@ class Endpoint:
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise EvaluationError(f"{base_url!r}: expected a base URL such as http://localhost:8000/v1")
         self.base_url, self.model = base_url, model
-        self.name = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}, model {model}"
-        self._key_env, self._key = key_env, os.environ.get(key_env) or NO_KEY
+        self.name = f"{public(base_url)}, model {model}"
+        self._key_env, self._key = key_env, key_in(key_env)
         self._timeout, self._retries = timeout, retries
         self._client = openai.OpenAI(
             base_url=base_url, api_key=self._key, timeout=timeout, max_retries=retries
@@ -119,6 +119,26 @@ class Endpoint:
         if len(what) > MOST_OF_A_MESSAGE:
             what = what[:MOST_OF_A_MESSAGE] + "..."
         return EvaluationError(f"{self.name}: {what}; {advice}")
+
+
+def key_in(key_env: str) -> str:
+    """The key in an environment variable, NO_KEY without one; EvaluationError for what cannot be one.
+
+    A line break would fail only later, in a library whose message holds the whole header.
+    """
+    key = os.environ.get(key_env) or NO_KEY
+    if not all("!" <= c <= "~" for c in key):
+        raise EvaluationError(
+            f"the key in the environment variable {key_env} holds a blank, a line break or a character "
+            "beyond ASCII, which no server takes; set it anew"
+        )
+    return key
+
+
+def public(base_url: str) -> str:
+    """A base URL without user, password and query: what may be shown and stored."""
+    parts = urlsplit(base_url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 def without_key(text: str, key: str) -> str:

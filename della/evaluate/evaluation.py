@@ -77,7 +77,7 @@ def evaluate(
     for model in found if not settings.fresh else ():
         run.missing(model)  # so that no model is refused after others have been worked on for hours
     results = [result for model in found for result in run.model(model)]
-    _write(settings.out / "scores.json", json.dumps(report(results, settings), indent=1) + "\n")
+    disk.put(settings.out / "scores.json", (json.dumps(report(results, settings), indent=1) + "\n").encode())
     return results
 
 
@@ -138,7 +138,7 @@ class _Run:
         self._sandbox = _sandbox() if "mbpp" in settings.tasks else None
         self._judge = _judge(settings) if "gsm8k" in settings.tasks else None
         if "alpaca_eval" in settings.tasks and settings.annotator:
-            self._check_references()
+            self._check_annotator(settings.annotator)
 
     def model(self, model: Model) -> list[Result]:
         """Answer what is missing of all tasks, then score them."""
@@ -153,7 +153,7 @@ class _Run:
                 answers = {problem.id: str(store.records[problem.id]["answer"]) for problem in problems}
                 scored = self._score(task, problems, answers, folder, model)
                 lines = [json.dumps({"id": p.id, **scored.details.get(p.id, {})}) + "\n" for p in problems]
-                _write(folder / f"{task}.items.jsonl", "".join(lines))
+                disk.put(folder / f"{task}.items.jsonl", "".join(lines).encode())
                 results.append(Result(model.name, task, len(problems), len(missing[task]), scored.scores))
         return results
 
@@ -267,7 +267,9 @@ class _Run:
             scores.append(Score("length_controlled_win_rate", _share(interval), {}))
         return Scored(tuple(scores), {key: {"preference": value} for key, value in items.items()})
 
-    def _check_references(self) -> None:
+    def _check_annotator(self, annotator: str) -> None:
+        from della.evaluate import alpaca
+
         asked = self._problems["alpaca_eval"]
         lacking = [problem.id for problem in asked if not problem.reference]
         if lacking:
@@ -275,6 +277,7 @@ class _Run:
                 f"alpaca_eval: {len(lacking)} of {len(asked)} instructions have no reference 'output', "
                 f"such as number {lacking[0]}; take a file that has them, or leave out --annotator"
             )
+        alpaca.check_judge(self._settings.alpaca_command, annotator)
 
 
 @contextmanager
@@ -339,12 +342,3 @@ def _share(percent: Interval) -> Interval:
     """Of a single item alpaca_eval knows no error: nothing is known then but the whole range."""
     low, high = (0.0, 100.0) if math.isnan(percent.low + percent.high) else (percent.low, percent.high)
     return Interval(percent.value / 100, low / 100, high / 100)
-
-
-def _write(path: Path, text: str) -> None:
-    """A whole file, or the old one."""
-    new = path.with_name(path.name + ".new")
-    with disk.explained(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        new.write_text(text, encoding="utf-8")
-        new.replace(path)

@@ -9,6 +9,7 @@ from typing import Any
 
 from della.errors import EvaluationError, nearest
 from della.evaluate.backends import BACKENDS, DTYPES, Model
+from della.evaluate.endpoint import public
 from della.evaluate.problems import TASKS
 from della.evaluate.templates import DEFAULTS, check_template
 
@@ -94,7 +95,7 @@ def depends(model: Model, task: str, settings: Settings) -> dict[str, Any]:
         "hf": {"dtype": settings.dtype, "batch": settings.batch},
         "numpy": {"batch": settings.batch},
         "vllm": {"dtype": settings.dtype, "vllm_arguments": settings.vllm_arguments},
-        "openai": {"base_url": settings.base_url, "model_name": settings.model_name},
+        "openai": {"base_url": public(settings.base_url or ""), "model_name": settings.model_name},
     }
     return {
         "task": task, "model": model.identity, "backend": settings.backend,

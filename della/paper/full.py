@@ -152,7 +152,7 @@ class _Run:
                 "asked": asked,
                 "results": {r.task: {s.metric: _stored(s) for s in r.scores} for r in results},
             }
-            _write(path, json.dumps(stored) + "\n")
+            disk.put(path, (json.dumps(stored) + "\n").encode())
         scores = {task: _reported(task, stored["results"]) for task in tasks}
         return {task: score for task, score in scores.items() if score is not None}
 
@@ -196,7 +196,7 @@ class _Run:
         is_there = place.is_dir()
         if is_there and recipe.is_file() and recipe.read_text(encoding="utf-8") == text:
             return
-        _write(recipe, text)
+        disk.put(recipe, text.encode())
         della.merge(recipe, place, overwrite=is_there, threads=self._options.threads, fsync=False)
 
     def _calibrated(self, role: str) -> str:
@@ -225,7 +225,7 @@ def _check_settings(path: Path, scoring: Settings, found: Mapping[str, str]) -> 
     if changed:
         told = "; ".join(f"{name} {then[name]}, now {now[name]}" for name in changed)
         raise EvaluationError(f"{path.parent}: begun with other settings: {told}; choose another --out")
-    _write(path, json.dumps(then | now, indent=1) + "\n")
+    disk.put(path, (json.dumps(then | now, indent=1) + "\n").encode())
 
 
 def _is_answered(model: Model, settings: Settings) -> bool:
@@ -260,12 +260,3 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _write(path: Path, text: str) -> None:
-    """A whole file, or the old one."""
-    new = path.with_name(path.name + ".new")
-    with disk.explained(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        new.write_text(text, encoding="utf-8")
-        new.replace(path)

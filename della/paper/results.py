@@ -59,13 +59,12 @@ def write(out: Path, results: Mapping[str, Any], report: Report) -> None:
     if missing:
         raise EvaluationError(f"results.json: {', '.join(missing)} missing")
     drawn = {plot.name: draw(plot) for plot in report.plots}
-    out.mkdir(parents=True, exist_ok=True)
     for name, (svg, png) in drawn.items():
-        _put(out / f"{name}.svg", svg.encode())
-        _put(out / f"{name}.png", png)
-    _put(out / "tables.md", text(report).encode())
-    _put(out / "index.html", html(report, {name: svg for name, (svg, _) in drawn.items()}).encode())
-    _put(out / "results.json", (json.dumps(results, indent=1, ensure_ascii=False) + "\n").encode())
+        disk.put(out / f"{name}.svg", svg.encode())
+        disk.put(out / f"{name}.png", png)
+    disk.put(out / "tables.md", text(report).encode())
+    disk.put(out / "index.html", html(report, {name: svg for name, (svg, _) in drawn.items()}).encode())
+    disk.put(out / "results.json", (json.dumps(results, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -77,10 +76,3 @@ def read(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict) or found.get("schema") != SCHEMA:
         raise EvaluationError(f"{path}: expected an object of schema {SCHEMA}")
     return found
-
-
-def _put(path: Path, content: bytes) -> None:
-    with disk.explained(path):
-        staged = path.with_name(path.name + ".new")
-        staged.write_bytes(content)
-        staged.replace(path)
