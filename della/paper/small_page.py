@@ -33,7 +33,7 @@ def report(found: Found) -> Report:
         "Three experts of one small real base, merged by every method and scored by loss per response token "
         f"on held-out items ({counts}). Seeds of the methods that draw: {found['seeds']}.",
         KEPT,
-        f"Made by `{found['command']}`; merging and scoring took {found['time']['seconds'] / 60:.0f} minutes.",
+        f"Made by `{found['command']}`; merges and scores took {found['time']['seconds'] / 60:.0f} minutes.",
     )
     sections = (_alone(found), _tuned(found), _equal(found), _over_lambda(found))
     return Report("DELLA on a real model of 135 M", text, sections)
