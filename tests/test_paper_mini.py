@@ -21,7 +21,7 @@ from della.errors import EvaluationError
 from della.evaluate.generations import Store
 from della.paper import mini_bench, mini_grid, mini_numbers, mini_rows, mini_trio
 from della.paper.mini import MiniOptions, run_mini
-from della.paper.mini_bench import Bench, Choice
+from della.paper.mini_bench import Bench
 from della.paper.mini_grid import DELLA, Cell, Grid, Kind
 from della.paper.mini_numbers import Measured
 from della.paper.mini_report import report
@@ -32,7 +32,7 @@ TINY = Grid(
     drops=(0.5,), lambdas=(1.0,), epsilons=(0.15,), pruned=(0.5,), pruned_more=(),
     merges=("Math+Code", "all three"),
 )  # fmt: skip
-ITEMS = {"validation": 4, "test": 4}
+ITEMS = {"validation": 4, "final": 5, "test": 4}
 KINDS = (
     *(*mini_grid.TABLE1, *mini_grid.TABLE2, *mini_grid.TABLE4, *mini_grid.TABLE5, *mini_grid.ADAPTIVE),
     *mini_grid.BESIDE,
@@ -41,7 +41,7 @@ KINDS = (
 
 
 def options(out: Path, **changes: Any) -> MiniOptions:
-    given = MiniOptions(out, seeds=2, items=4, validation_items=4, threads=2, grid=TINY)
+    given = MiniOptions(out, seeds=2, items=4, validation_items=4, final_items=5, threads=2, grid=TINY)
     return replace(given, **changes)
 
 
@@ -154,13 +154,12 @@ def test_what_is_stored_is_not_scored_again(bench: Bench, monkeypatch: pytest.Mo
 # ---- choices ----------------------------------------------------------------------------------------------
 
 
-def chooser(bench: Bench, monkeypatch: pytest.MonkeyPatch, kept: Any) -> list[Cell]:
-    asked: list[Cell] = []
+def chooser(bench: Bench, monkeypatch: pytest.MonkeyPatch, kept: Any) -> list[tuple[str, Cell]]:
+    asked: list[tuple[str, Cell]] = []
 
     def score(cell: Cell, split: str) -> float:
-        assert split == "validation"
-        asked.append(cell)
-        return float(kept(cell))
+        asked.append((split, cell))
+        return float(kept(cell, split))
 
     monkeypatch.setattr(bench, "kept", score)
     monkeypatch.setattr(bench, "grid", Grid())
@@ -168,29 +167,39 @@ def chooser(bench: Bench, monkeypatch: pytest.MonkeyPatch, kept: Any) -> list[Ce
 
 
 def test_lambda_then_epsilon_are_chosen(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = chooser(bench, monkeypatch, lambda c: -abs(c.lambda_ - 1.5) - abs(c.epsilon - 0.3))
-    found = bench.choose(DELLA, EXPERTS, 0.3, None)
-    assert (found.cell.lambda_, found.cell.epsilon, found.cell.seed) == (1.5, 0.3, 1)
-    assert found.kept == 0
-    assert {cell.lambda_ for cell in asked} == {0.8, 1.0, 1.25, 1.5, 2.0}, (
-        "uphill from 1, both neighbours seen"
-    )
-    assert {cell.epsilon for cell in asked} == {0.07, 0.15, 0.3}, "p = .3 has no room for .5"
-    assert {cell.seed for cell in asked} == {1 + mini_bench.APART}, "no draw that is reported"
+    asked = chooser(bench, monkeypatch, lambda c, _: -abs(c.lambda_ - 1.5) - abs(c.epsilon - 0.3))
+    best = bench.choose(DELLA, EXPERTS, 0.3, None)[0]
+    assert (best.cell.lambda_, best.cell.epsilon, best.cell.seed, best.kept) == (1.5, 0.3, 1, 0)
+    cells = [cell for _, cell in asked]
+    assert len(set(cells)) == len(cells), "none twice"
+    assert {cell.lambda_ for cell in cells} == {0.8, 1.0, 1.25, 1.5, 2.0}, "uphill from 1 past the top"
+    assert {cell.epsilon for cell in cells} == {0.07, 0.15, 0.3}, "p = .3 has no room for .5"
+    assert {cell.seed for cell in cells} == {1 + mini_bench.APART}, "no draw that is reported"
+    assert {split for split, _ in asked} == {"validation"}
 
 
 def test_a_given_epsilon_is_kept(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = chooser(bench, monkeypatch, lambda c: -c.lambda_)
-    found = bench.choose(DELLA, EXPERTS, 0.5, 0.07)
-    assert found.cell.lambda_ == 0.4
-    assert {cell.epsilon for cell in asked} == {0.07}
+    asked = chooser(bench, monkeypatch, lambda c, _: -c.lambda_)
+    assert bench.choose(DELLA, EXPERTS, 0.5, 0.07)[0].cell.lambda_ == 0.4
+    assert {cell.epsilon for _, cell in asked} == {0.07}
 
 
-def test_the_best_p_is_the_smaller_of_equals() -> None:
-    cells: dict[float | None, Choice] = {
-        p: Choice(DELLA.cell(EXPERTS, p, 1.0, 0.1), kept) for p, kept in ((0.9, 0.5), (0.3, 0.5), (0.1, 0.4))
-    }
-    assert mini_bench.best(cells).cell.p == 0.3
+def test_the_three_best_of_all_p_are_compared_on_more_problems(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = {0.1: 0.5, 0.3: 0.9, 0.5: 0.8, 0.7: 0.8, 0.9: 0.1}
+    final = {0.3: 0.7, 0.5: 0.8, 0.7: 0.8}
+
+    def kept(cell: Cell, split: str) -> float:
+        assert cell.p is not None
+        return (first if split == "validation" else final)[cell.p] - abs(cell.lambda_ - 1)
+
+    asked = chooser(bench, monkeypatch, kept)
+    picked = bench.choices("t", [("1", Kind("DARE", "paper_dare"), "LM+Math")])["1"]["DARE", "LM+Math"]
+    assert [cell.p for split, cell in asked if split == "final"] == [0.3, 0.5, 0.7]
+    assert picked.best.cell.p == 0.5, "of equals the smaller p"
+    assert {p: choice.kept for p, choice in picked.by_p.items()} == first
+    assert {choice.cell.seed for choice in (picked.best, *picked.by_p.values())} == {1}
 
 
 def test_an_expert_that_gains_nothing_is_told(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

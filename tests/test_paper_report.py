@@ -35,7 +35,7 @@ def a_report(title: str = "A report") -> page.Report:
         plots.dots("by-row", "By row & more", "Rows.", marks(1, 1), "score"),
     )
     section = page.Section("First", ("One.", "- a point\n- another"), (table,), drawn)
-    return page.Report(title, ("Text with <b>tags</b> & more.",), (section, page.Section("Second")))
+    return page.Report(title, ("Text with <b>tags</b> & `code`.",), (section, page.Section("Second")))
 
 
 # ---- the paper's numbers, typed here a second time ---------------------------------------------------------
@@ -182,6 +182,14 @@ def test_series_at_one_place_stand_side_by_side() -> None:
     assert all(abs(at - 0.1) < 0.05 for at in first)
 
 
+def test_places_may_stand_evenly_and_keep_their_names() -> None:
+    pytest.importorskip("vl_convert")
+    close = [Mark("s", p, p, p, x=p) for p in (0.3, 0.92, 0.93)]
+    plot = plots.lines("n", "t", "", close, "p", "y", even=True)
+    assert [row["at"] for row in plot.spec["data"]["values"]] == [0, 1, 2]
+    assert texts(plots.draw(plot)[0]) >= {"0.3", "0.92", "0.93"}
+
+
 def test_colours_are_as_many_as_shapes_and_all_differ() -> None:
     assert len(set(plots.COLOURS)) == len(set(plots.SHAPES)) == 8
 
@@ -196,7 +204,7 @@ def test_the_page_needs_nothing_else() -> None:
     assert set(re.findall(r"https?://[^\"' <]+", made)) <= {
         "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink",
     }  # fmt: skip
-    assert "Text with &lt;b&gt;tags&lt;/b&gt; &amp; more." in made
+    assert "Text with &lt;b&gt;tags&lt;/b&gt; &amp; <code>code</code>." in made
     assert "<ul><li>a point</li><li>another</li></ul>" in made
     assert '<td class="label">TA | sum</td><td>1.0</td>' in made
     assert made.count("<svg ") == 2
@@ -206,7 +214,7 @@ def test_the_page_needs_nothing_else() -> None:
 
 def test_the_report_as_markdown() -> None:
     assert page.text(a_report()) == (
-        "# A report\n\nText with <b>tags</b> & more.\n\n## First\n\nOne.\n\n- a point\n- another\n\n"
+        "# A report\n\nText with <b>tags</b> & `code`.\n\n## First\n\nOne.\n\n- a point\n- another\n\n"
         "### Scores <1>\n\n| method | score |\n|---|---:|\n| TA \\| sum | 1.0 |\n| DELLA | 2.5 |\n\n"
         "A note.\n\n"
         "![Over p](over-p.svg)\n\nWhat it shows.\n\n![By row & more](by-row.svg)\n\nRows.\n\n## Second\n"

@@ -246,7 +246,8 @@ class Llama:
         up = self._linear(normed, f"{name}.mlp.up_proj.weight")
         up *= gate
         np.negative(gate, out=gate)  # in place: what is allocated anew costs more than it takes to compute
-        np.exp(gate, out=gate)
+        with np.errstate(over="ignore"):  # infinity is right there: the gate is shut
+            np.exp(gate, out=gate)
         gate += 1
         up /= gate
         return self._linear(up, f"{name}.mlp.down_proj.weight")

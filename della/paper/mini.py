@@ -31,9 +31,10 @@ IMPORTANCES = ("wanda", "magnitude")
 class MiniOptions:
     """What the command is told.
 
-    seed: the first of ``seeds``, with which each chosen merge is made; points of curves get half as many.
-    importance: wanda, or magnitude to leave out table 5.  items and validation_items: problems a task.
-    threads work at the same time; scores do not depend on them.  command: what makes the results again.
+    seed: the first of ``seeds``, with which each chosen merge is made; figures and pruning get half as many.
+    importance: wanda, or magnitude to leave out table 5.  Problems a task: ``items`` on test,
+    ``validation_items`` for the first choice, ``final_items`` for the last one, among the best.  threads work
+    at the same time; scores do not depend on them.  command: what makes the results again.
     """
 
     out: Path
@@ -41,7 +42,8 @@ class MiniOptions:
     seeds: int = 10
     importance: str = "wanda"
     items: int = 120
-    validation_items: int = 60
+    validation_items: int = 48
+    final_items: int = 120
     threads: int = field(default_factory=default_threads)
     grid: Grid = field(default_factory=Grid)
     command: str = "della paper --scale mini"
@@ -63,7 +65,8 @@ def run_mini(options: MiniOptions, tell: Callable[[str], None]) -> dict[str, Any
     programs = Programs.open()
     if programs.why:
         tell(f"note: {programs.why}; Code answers are read as arithmetic instead, and nothing is executed")
-    trio = Trio({"validation": options.validation_items, "test": options.items}, programs)
+    items = {"validation": options.validation_items, "final": options.final_items, "test": options.items}
+    trio = Trio(items, programs)
     trio.collect_norms()
     settings = {"della": __version__, "trio": trio.digest, "scorer": programs.kind}
     with Store(options.out / "scores.jsonl", settings) as store:
@@ -81,7 +84,7 @@ def run_mini(options: MiniOptions, tell: Callable[[str], None]) -> dict[str, Any
     grid = {name: list(values) for name, values in asdict(options.grid).items()}
     results |= {
         "seeds": options.seeds, "sweep_seeds": options.sweep, "importance": options.importance,
-        "items": {"validation": options.validation_items, "test": options.items},
+        "items": items,
         "calibration_items": CALIBRATION, "grid": grid, "trio": trio.digest,
         "code": {"scored_by": programs.kind, "why": programs.why}, **found,
     }  # fmt: skip
@@ -98,5 +101,5 @@ def _check(options: MiniOptions) -> None:
     if options.importance not in IMPORTANCES:
         hint = nearest(options.importance, IMPORTANCES)
         raise EvaluationError(f"--importance {options.importance}: expected wanda or magnitude{hint}")
-    if min(options.seeds, options.items, options.validation_items, options.threads) < 1:
+    if min(options.seeds, options.items, options.validation_items, options.final_items, options.threads) < 1:
         raise EvaluationError("seeds, items and threads must be 1 or more")

@@ -16,7 +16,7 @@ from della.demo import EXPERTS
 from della.errors import EvaluationError
 from della.evaluate.generations import Store
 from della.paper.mini_grid import DELLA, FIRST, MERGES, Cell, Grid, Kind, fitting
-from della.paper.mini_trio import Scored, Trio
+from della.paper.mini_trio import SPLITS, Scored, Trio
 from della.paper.small_grid import climb
 
 T = TypeVar("T")
@@ -26,16 +26,28 @@ Floats = NDArray[np.float64]
 APART = 1_000_000
 
 
+FINALISTS = 3  # that are compared on more problems
+
+
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What was best for a kind at one p, and its kept gain on validation."""
+    """A cell, and its kept gain on validation."""
 
     cell: Cell
     kept: float
 
 
-# By (label of the kind, name of the merge) the choice for each p.
-Chosen = dict[tuple[str, str], dict[float | None, Choice]]
+@dataclass(frozen=True, slots=True)
+class Picked:
+    """What validation chose for a kind and a merge: the best of every p, and of all that was tried the one to
+    report, with its kept gain on the larger split.
+    """
+
+    by_p: dict[float | None, Choice]
+    best: Choice
+
+
+Chosen = dict[tuple[str, str], Picked]  # by label of the kind, and name of the merge
 
 
 class Bench:
@@ -45,7 +57,6 @@ class Bench:
         self, trio: Trio, store: Store, grid: Grid, threads: int, seed: int, tell: Callable[[str], None]
     ) -> None:
         self.trio, self.grid = trio, grid
-        self.scored_before = len(store.records)
         self._store, self._seed, self._tell = store, seed, tell
         self._pool = ThreadPoolExecutor(threads)
 
@@ -118,64 +129,90 @@ class Bench:
 
     # ---- choices on validation -----------------------------------------------------------------------------
 
-    def choose(self, kind: Kind, experts: tuple[str, ...], p: float | None, epsilon: float | None) -> Choice:
-        """The best lambda of a kind at one p; without a given epsilon DELLA's too, once lambda is found."""
-        first = FIRST if epsilon is None else epsilon
+    def choose(
+        self, kind: Kind, experts: tuple[str, ...], p: float | None, epsilon: float | None
+    ) -> list[Choice]:
+        """What is tried for a kind at one p, the best first: lambda, and without a given epsilon DELLA's too,
+        once lambda is found.
+        """
+        tried: dict[Cell, float] = {}
 
-        def kept(lambda_: float, half: float = first) -> float:
-            return self.kept(kind.cell(experts, p, lambda_, half, self._seed + APART), "validation")
+        def kept(lambda_: float, half: float = FIRST if epsilon is None else epsilon) -> float:
+            cell = kind.cell(experts, p, lambda_, half, self._seed)
+            if cell not in tried:
+                tried[cell] = self.kept(_apart(cell), "validation")
+            return tried[cell]
 
         ladder = kind.ladder(self.grid, p, len(experts))
-        lambda_ = climb(kept, ladder) if len(ladder) > 1 else ladder[0]
-        best = Choice(kind.cell(experts, p, lambda_, first, self._seed), kept(lambda_))
+        start = self.grid.lambdas.index(1.0) if kind.is_free else 0
+        lambda_ = climb(kept, ladder, start)
         if epsilon is None and kind.has_range and p is not None:
-            widths = dict.fromkeys(fitting(half, p) for half in self.grid.epsilons)
-            tried = {half: kept(lambda_, half) for half in widths}
-            half = max(tried, key=lambda half: (tried[half], half == best.cell.epsilon))
-            best = Choice(replace(best.cell, epsilon=half), tried[half])
-        return best
+            for half in dict.fromkeys(fitting(half, p) for half in self.grid.epsilons):
+                kept(lambda_, half)
+        return _ordered(Choice(cell, value) for cell, value in tried.items())
 
     def choices(
         self, doing: str, wanted: Sequence[tuple[str, Kind, str]],
         epsilons: Mapping[tuple[str, float | None], float] | None = None,
     ) -> dict[str, Chosen]:  # fmt: skip
-        """For each (table, kind, name of the merge) the best of every p; by table.
+        """What is chosen for each (table, kind, name of the merge), by table.
 
         epsilons: those to take, by (name of the merge, p); without them they are chosen too.
         """
         units = [(*one, p) for one in wanted for p in one[1].places(self.grid)]
         long_first = sorted(units, key=lambda unit: -len(MERGES[unit[2]]))
 
-        def work(unit: tuple[str, Kind, str, float | None]) -> Choice:
+        def work(unit: tuple[str, Kind, str, float | None]) -> list[Choice]:
             _, kind, merge, p = unit
             epsilon = None if epsilons is None else epsilons.get((merge, p), FIRST)
             return self.choose(kind, MERGES[merge], p, epsilon)
 
-        made = dict(zip(long_first, self.each(doing, work, long_first), strict=True))
-        found: dict[str, Chosen] = {}
+        tried = dict(zip(long_first, self.each(f"{doing}, on validation", work, long_first), strict=True))
+        by_p: dict[tuple[str, Kind, str], dict[float | None, list[Choice]]] = {one: {} for one in wanted}
         for table, kind, merge, p in units:
-            by_p = found.setdefault(table, {}).setdefault((kind.label, merge), {})
-            by_p[p] = made[table, kind, merge, p]
+            by_p[table, kind, merge][p] = tried[table, kind, merge, p]
+        lasts = self._lasts(doing, [
+            _ordered(choice for choices in by_p[one].values() for choice in choices)[:FINALISTS]
+            for one in wanted
+        ])  # fmt: skip
+        found: dict[str, Chosen] = {}
+        for one, best in zip(wanted, lasts, strict=True):
+            table, kind, merge = one
+            firsts = {p: choices[0] for p, choices in by_p[one].items()}
+            found.setdefault(table, {})[kind.label, merge] = Picked(firsts, best)
         return found
 
+    def _lasts(self, doing: str, finalists: Sequence[Sequence[Choice]]) -> list[Choice]:
+        """Of each group the best on the split "final"."""
+        flat = [choice.cell for group in finalists for choice in group]
+        kept = self.each(f"{doing}, finalists", lambda cell: self.kept(_apart(cell), "final"), flat)
+        known = dict(zip(flat, kept, strict=True))
+        return [
+            _ordered(Choice(choice.cell, known[choice.cell]) for choice in group)[0] for group in finalists
+        ]
+
     def singles(self) -> None:
-        """The models of the trio as they are, on both splits; first, as all kept gains need them."""
+        """The models of the trio as they are, on all splits; first, as all kept gains need them."""
         models = [Cell((name,)) for name in ("base", *EXPERTS)]
-        pairs = [(cell, split) for split in ("validation", "test") for cell in models]
+        pairs = [(cell, split) for split in SPLITS for cell in models]
         self.each("base and experts", lambda pair: self.score(*pair), pairs)
-
-
-def best(by_p: Mapping[float | None, Choice]) -> Choice:
-    """The choice of the p that kept most on validation; of equals the smaller p."""
-    return max(by_p.values(), key=lambda choice: (choice.kept, -(choice.cell.p or 0.0)))
 
 
 def epsilons(chosen: Chosen) -> dict[tuple[str, float | None], float]:
     """DELLA's epsilon by merge and p, for the rows that share it."""
     return {
         (merge, p): choice.cell.epsilon
-        for (label, merge), by_p in chosen.items()
+        for (label, merge), picked in chosen.items()
         if label == DELLA.label
-        for p, choice in by_p.items()
+        for p, choice in picked.by_p.items()
         if choice.cell.epsilon is not None
     }
+
+
+def _ordered(choices: Iterable[Choice]) -> list[Choice]:
+    """The best first; of equals the smaller p, then the earlier one."""
+    return sorted(choices, key=lambda choice: (-choice.kept, choice.cell.p or 0.0))
+
+
+def _apart(cell: Cell) -> Cell:
+    return replace(cell, seed=cell.seed + APART)

@@ -42,7 +42,7 @@ def figure3(found: Found) -> Plot:
     }  # fmt: skip
     title = "Figure 3: pruning the Math expert"
     text = f"MAGPRUNE, DARE and top-K without rescale (as in TIES), lambda 1. {BARS}"
-    return lines("figure3", title, text, _pruned(found, series), "drop rate p", "Math, % right")
+    return lines("figure3", title, text, _pruned(found, series), "drop rate p", "Math, % right", even=True)
 
 
 def figure4(found: Found) -> Plot:
@@ -53,7 +53,7 @@ def figure4(found: Found) -> Plot:
     }  # fmt: skip
     title = "Figure 4: ranks within the row and within the layer"
     text = f"The Math expert alone, lambda 1. {BARS}"
-    return lines("figure4", title, text, _pruned(found, series), "drop rate p", "Math, % right")
+    return lines("figure4", title, text, _pruned(found, series), "drop rate p", "Math, % right", even=True)
 
 
 def figure5(rows: Sequence[Found]) -> Plot:

@@ -81,19 +81,16 @@ def _singles(bench: Bench) -> dict[str, Number]:
 
 
 def _chosen(experiment: Experiment) -> list[Number]:
-    """What was best on validation for each p, with its kept gain there in percent."""
+    """What was best on validation for each p, and of all, with kept gains there in percent."""
     return [
         {
-            "table": table,
-            "group": merge,
-            "label": label,
-            **stated(choice.cell),
+            "table": table, "group": merge, "label": label, "of": of, **stated(choice.cell),
             "kept": round(100 * choice.kept, 3),
         }
         for table, chosen in experiment.chosen.items()
-        for (label, merge), by_p in chosen.items()
-        for choice in by_p.values()
-    ]
+        for (label, merge), picked in chosen.items()
+        for of, choice in (*(("p", each) for each in picked.by_p.values()), ("all", picked.best))
+    ]  # fmt: skip
 
 
 def _row(bench: Bench, row: Row, own: Measured) -> Number:

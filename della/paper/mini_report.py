@@ -32,7 +32,8 @@ INTERVALS = (
     "Intervals are 95 %: over problems by the bootstrap (of means over seeds, the ends of the scale held "
     "fixed), over seeds by Student, which is how far the random draws alone move a score. A difference "
     "counts only where both its paired intervals, over problems and over seeds, leave zero out; else it is "
-    "within noise. Of twenty true ties one would count by chance."
+    "within noise. Of twenty true ties one would count by chance; and that another validation split might "
+    "have chosen another p or lambda is in no interval."
 )
 
 
@@ -122,7 +123,8 @@ def _how(found: Found) -> Section:
         code = f"Code was read as arithmetic and not executed: {found['code']['why']}."
     text = (
         "Problems of three splits are held apart by a hash of what is asked. Chosen on "
-        f"{items['validation']} validation problems a task, by kept gain with one draw of a seed apart; "
+        f"{items['validation']} validation problems a task, by kept gain with one draw of a seed apart, "
+        f"and at last among the three best of all p on {items['final']}; "
         f"reported on {items['test']} test problems a task. LM is the perplexity of stories, Math the exact "
         "match of worked word problems.",
         code,
@@ -131,7 +133,7 @@ def _how(found: Found) -> Section:
         "that it takes out); epsilon of DELLA, the half-width of its range, is one of "
         f"{_numbers(grid['epsilons'])} as far as p has room, chosen for each p after lambda. Variants of "
         "DELLA keep its epsilon and choose p and lambda anew.",
-        f"Methods that draw are merged with {found['seeds']} seeds, points of curves and of pruning with "
+        f"Methods that draw are merged with {found['seeds']} seeds, figures and pruning with "
         f"{found['sweep_seeds']}. Weights are rounded to bfloat16, as a merge on disk would be.",
         KEPT,
         INTERVALS,
@@ -165,13 +167,12 @@ def merges_table(title: str, rows: Rows, note: str = "", label: str = "method") 
     cells = []
     for row in rows:
         model, tasks = row["model"], row["tasks"]
-        seeds = "" if row["over_seeds"] is None else with_interval(interval(row["over_seeds"]))
         paper = (_paper(row), number(row["paper"].get("average"))) if has_paper else ()
         cells.append((
-            row["group"], row["label"], _given(model["p"]), _given(model["lambda"]),
+            row["group"], row["label"], _given(model["p"]), _given(_lambda(model)),
             _given(model["epsilon"] or None),
             *(_score(tasks[task], task) if task in tasks else "" for task in EXPERTS),
-            with_interval(interval(row["value"])), seeds,
+            with_interval(interval(row["value"])), _spread(row["over_seeds"]),
             *(number(tasks[task]["loss"], 3) if task in tasks else "" for task in EXPERTS), *paper,
         ))  # fmt: skip
     return Table(title, columns, tuple(cells), labels=2, note=note)
@@ -307,6 +308,16 @@ def _difference(one: Found) -> tuple[str, ...]:
 
 def _signed(found: Mapping[str, float] | None) -> str:
     return "" if found is None else with_interval(interval(found), sign=True)
+
+
+def _lambda(model: Found) -> float | None:
+    """Lambda, where it has a part."""
+    return None if "lambda_scaling" in model or model["method"] == "linear" else model["lambda"]
+
+
+def _spread(found: Mapping[str, float] | None) -> str:
+    """Half of the interval of the mean over seeds."""
+    return "" if found is None else f"± {number((found['high'] - found['low']) / 2)}"
 
 
 def _given(value: float | None) -> str:

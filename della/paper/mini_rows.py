@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from della.paper import mini_grid as grid
-from della.paper.mini_bench import Bench, Chosen, best, epsilons
+from della.paper.mini_bench import Bench, Chosen, epsilons
 from della.paper.mini_grid import Cell, Grid, Kind
 from della.paper.published import published
 
@@ -88,8 +88,8 @@ class Experiment:
 def choose(bench: Bench, tables: Sequence[str], seeds: int, sweep: int, seed: int) -> Experiment:
     """Choose p, lambda and epsilon of all kinds, and lay out rows and claims.
 
-    tables: which of `TABLES`; table 1 is always among them.  seeds: of each chosen merge, ``sweep`` of each
-    point of a curve; ``seed`` is the first.
+    tables: which of `TABLES`; table 1 is always among them.  seeds: of each merge of a table, ``sweep`` of
+    each point of a figure, and where one expert is pruned; ``seed`` is the first.
     """
     made = Experiment()
     merges = {table: merges or bench.grid.merges for table, (_, merges) in TABLES.items()}
@@ -97,15 +97,17 @@ def choose(bench: Bench, tables: Sequence[str], seeds: int, sweep: int, seed: in
     def wanted(names: Sequence[str]) -> list[tuple[str, Kind, str]]:
         return [(name, kind, merge) for name in names for merge in merges[name] for kind in TABLES[name][0]]
 
-    table1 = bench.choices("table 1 on validation", wanted(["1"]))["1"]
+    table1 = bench.choices("table 1", wanted(["1"]))["1"]
     others = wanted([name for name in tables if name != "1"])
-    made.chosen = {"1": table1} | bench.choices("the others on validation", others, epsilons(table1))
-    rows = {
-        table: {key: Row(table, key[1], key[0], best(by_p).cell, seeds) for key, by_p in chosen.items()}
-        for table, chosen in made.chosen.items()
-    }
-    for table in rows.values():
-        made.add(*table.values())
+    made.chosen = {"1": table1} | bench.choices("the other tables", others, epsilons(table1))
+    rows: dict[str, dict[tuple[str, str], Row]] = {}
+    for table, chosen in made.chosen.items():
+        count = sweep if table.startswith("figure") else seeds
+        rows[table] = {
+            key: Row(table, key[1], key[0], picked.best.cell, count) for key, picked in chosen.items()
+        }
+    for found in rows.values():
+        made.add(*found.values())
     _claims(made, rows)
     _curves(made, table1, sweep)
     _pruned(made, bench.grid, sweep, seed)
@@ -139,12 +141,12 @@ def _curves(made: Experiment, table1: Chosen, sweep: int) -> None:
     for merge in dict.fromkeys(merge for _, merge in table1):
         rows: dict[tuple[str, float], Row] = {}
         for label in ("DELLA", "DARE", "TIES"):
-            for p, choice in table1[label, merge].items():
+            for p, choice in table1[label, merge].by_p.items():
                 assert p is not None
                 table, name = ("7", f"p={p:g}") if label == "DELLA" else ("figure 6", f"{label} p={p:g}")
                 rows[label, p] = Row(table, merge, name, choice.cell, sweep)
         made.add(*rows.values())
-        for p in table1["DELLA", merge]:
+        for p in table1["DELLA", merge].by_p:
             assert p is not None
             for other, name in (("TIES", "top-K"), ("DARE", "DARE")):
                 about = f"Figure 6: MAGPRUNE over {name} in merging"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -19,6 +20,7 @@ h3 { font-size: 1.02rem; margin: 1.6rem 0 .5rem; }
 p, li { max-width: 46rem; }
 nav { margin: 1.2rem 0; padding: .7rem 1rem; background: #f5f7f9; border-radius: .4rem; font-size: .93rem; }
 nav ul { margin: 0; padding: 0; list-style: none; columns: 18rem; column-gap: 2rem; }
+code { background: #f2f4f6; padding: .1em .3em; border-radius: .2rem; font-size: .9em; }
 a { color: #0b5a94; }
 .wide { overflow-x: auto; -webkit-overflow-scrolling: touch; margin: .5rem 0; }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; min-width: 60%; }
@@ -49,7 +51,7 @@ class Section:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """A whole report.  Text is plain: what looks like HTML is shown as it is."""
+    """A whole report.  Text is plain but for `code`: what looks like HTML is shown as it is."""
 
     title: str
     text: tuple[str, ...]
@@ -100,11 +102,16 @@ def _paragraphs(paragraphs: Sequence[str]) -> list[str]:
     made: list[str] = []
     for paragraph in paragraphs:
         if paragraph.startswith("- "):
-            points = "".join(f"<li>{escape(point[2:])}</li>" for point in paragraph.split("\n"))
+            points = "".join(f"<li>{_inline(point[2:])}</li>" for point in paragraph.split("\n"))
             made.append(f"<ul>{points}</ul>")
         else:
-            made.append(f"<p>{escape(paragraph)}</p>")
+            made.append(f"<p>{_inline(paragraph)}</p>")
     return made
+
+
+def _inline(text: str) -> str:
+    """Plain text, in which backticks mean code, as in Markdown."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
 
 
 def _table(table: Table) -> str:
@@ -114,11 +121,11 @@ def _table(table: Table) -> str:
 
     title = f"<h3>{escape(table.title)}</h3>" if table.title else ""
     rows = "".join(f"<tr>{cells('td', row)}</tr>" for row in table.rows)
-    note = f'<p class="note">{escape(table.note)}</p>' if table.note else ""
+    note = f'<p class="note">{_inline(table.note)}</p>' if table.note else ""
     head = f"<thead><tr>{cells('th', table.columns)}</tr></thead>"
     return f'{title}<div class="wide" tabindex="0"><table>{head}<tbody>{rows}</tbody></table></div>{note}'
 
 
 def _figure(plot: Plot, svg: str) -> str:
     labelled = svg.replace("<svg ", f'<svg role="img" aria-label="{escape(plot.title)}" ', 1)
-    return f'<figure><div class="wide">{labelled}</div><figcaption>{escape(plot.text)}</figcaption></figure>'
+    return f'<figure><div class="wide">{labelled}</div><figcaption>{_inline(plot.text)}</figcaption></figure>'

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -56,15 +57,23 @@ class Plot:
 
 
 def lines(
-    name: str, title: str, text: str, marks: Sequence[Mark], x_title: str, y_title: str, columns: int = 2
-) -> Plot:
-    """Values over a number: a line a series, intervals as bars, a small plot a panel."""
-    shift = _shifts(marks)
-    data = [asdict(mark) | {"at": mark.x + shift[mark.series]} for mark in marks]
+    name: str, title: str, text: str, marks: Sequence[Mark], x_title: str, y_title: str, columns: int = 2,
+    *, even: bool = False,
+) -> Plot:  # fmt: skip
+    """Values over a number: a line a series, intervals as bars, a small plot a panel.
+
+    even: the places on the axis are equally far apart, whatever their numbers.
+    """
+    places = sorted({mark.x for mark in marks})
+    at = {place: float(i) if even else place for i, place in enumerate(places)}
+    shift = _shifts(marks, list(at.values()))
+    data = [asdict(mark) | {"at": at[mark.x] + shift[mark.series]} for mark in marks]
     y = {"field": "value", "type": "quantitative", "title": y_title, "scale": {"zero": False, "nice": True}}
-    axis = {"values": sorted({mark.x for mark in marks}), "labelOverlap": True, "format": "~g"}
+    named = json.dumps({f"{position:g}": f"{place:g}" for place, position in at.items()})
+    axis = {"values": list(at.values()), "labelOverlap": True, "grid": True,
+            "labelExpr": f"{named}[format(datum.value, '.6~g')]"}  # fmt: skip
     x = {"field": "at", "type": "quantitative", "title": x_title, "axis": axis,
-         "scale": {"zero": False, "padding": 14}}  # fmt: skip
+         "scale": {"zero": False, "nice": False, "padding": 14}}  # fmt: skip
     layer = [
         {"mark": {"type": "rule", "strokeWidth": 1.5, "opacity": 0.7},
          "encoding": {"y": y | {"field": "low"}, "y2": {"field": "high"}}},
@@ -135,9 +144,9 @@ def _series(marks: Sequence[Mark]) -> list[str]:
     return list(dict.fromkeys(mark.series for mark in marks))
 
 
-def _shifts(marks: Sequence[Mark]) -> dict[str, float]:
+def _shifts(marks: Sequence[Mark], places: Sequence[float]) -> dict[str, float]:
     """Small steps aside, so that the intervals of several series at one place can be told apart."""
-    places, names = sorted({mark.x for mark in marks}), _series(marks)
+    names = _series(marks)
     gap = min((b - a for a, b in itertools.pairwise(places)), default=0.0)
     width = min(gap * 0.5, (places[-1] - places[0]) * 0.012 * len(names)) if gap else 0.0
     return {name: width * ((i + 0.5) / len(names) - 0.5) for i, name in enumerate(names)}

@@ -115,10 +115,10 @@ def recipe(cell: Cell) -> str:
     return "\n".join(lines) + "\n"
 
 
-def climb(score: Callable[[float], float], ladder: list[float]) -> float:
-    """The best lambda of a ladder by hill climbing from its middle; ``score`` is asked once a value."""
+def climb(score: Callable[[float], float], ladder: list[float], start: int = START) -> float:
+    """The best lambda of a ladder by hill climbing from place ``start``; ``score`` is asked once a value."""
     known: dict[int, float] = {}
-    at = START
+    at = start
     while True:
         for i in (at, at - 1, at + 1):
             if 0 <= i < len(ladder) and i not in known:

@@ -20,6 +20,8 @@ KEPT = (
     "is the base, 1 every expert on its own task. Intervals are 95 %: over items by the paired bootstrap (of "
     "the mean over seeds, with the two ends of the scale held fixed), and over seeds by Student."
 )
+DIFFERENCES = "Bars are 95 % intervals of the paired difference over items, of means over seeds."
+COLUMNS = ("method", "p", "lambda", *LOSSES, "kept gain, over items", "over seeds")
 OVER_LAMBDA = ("ta", "ties", "dare", "della", "della-wide")
 
 
@@ -29,9 +31,9 @@ def report(found: Found) -> Report:
     counts = ", ".join(f"{test[t]['items']} {NAMES[t].split()[0]}" for t in TASKS)
     text = (
         "Three experts of one small real base, merged by every method and scored by loss per response token "
-        f"on held-out items ({counts}), {found['seeds']} seeds for the methods that draw.",
+        f"on held-out items ({counts}). Seeds of the methods that draw: {found['seeds']}.",
         KEPT,
-        f"Made by `{found['command']}`.",
+        f"Made by `{found['command']}`; merges and scores took {found['time']['seconds'] / 60:.0f} minutes.",
     )
     sections = (_alone(found), _tuned(found), _equal(found), _over_lambda(found))
     return Report("DELLA on a real model of 135 M", text, sections)
@@ -56,36 +58,29 @@ def _alone(found: Found) -> Section:
 
 def _tuned(found: Found) -> Section:
     rows = sorted(found["tuned"], key=lambda row: -float(row["kept"]["value"]))
-    columns = ("method", "p", "lambda", *LOSSES, "kept gain, over items", "over seeds",
-               "less DELLA wide", "which is")  # fmt: skip
+    scores = Table("Lambda and p chosen on validation, scored on test", COLUMNS, tuple(map(_row, rows)))
+    columns = ("method", "less TA, over items", "over seeds", "which is",
+               "less DELLA wide, over items", "over seeds", "which is")  # fmt: skip
     cells = [
-        (*_row(row), _signed(row["less_della_wide"]["items"]), row["less_della_wide"]["verdict"])
-        if row["method"] != "della-wide" else (*_row(row), "", "")
+        (row["title"], *_difference(row["less_ta"], row["method"] == "ta"),
+         *_difference(row["less_della_wide"], row["method"] == "della-wide"))
         for row in rows
     ]  # fmt: skip
     note = "Better or worse only where the intervals of the difference over items and seeds both exclude 0."
-    table = Table("Lambda and p chosen on validation, scored on test", columns, tuple(cells), note=note)
-    marks = [_mark("", row, row["title"], "") for row in rows]
-    plot = dots(
-        "tuned",
-        "Kept gain, lambda and p chosen on validation",
-        "Bars are intervals over items.",
-        marks,
-        "kept gain",
-    )
+    differences = Table("Kept gain against TA and against DELLA wide", columns, tuple(cells), note=note)
+    marks = [_mark(row["less_ta"]["items"], row["title"]) for row in rows if row["method"] != "ta"]
+    title = "Kept gain less that of TA, each at the p and lambda chosen on validation"
+    plot = dots("tuned", title, DIFFERENCES, marks, "difference of kept gain")
     claims = _claims(found, "tuned", "Is one step better than the one before, each at its own choice?")
-    return Section("Each method at its best", (), (table, claims), (plot,))
+    return Section("Each method at its best", (), (scores, differences, claims), (plot,))
 
 
 def _equal(found: Found) -> Section:
     rows = sorted(found["equal"], key=lambda row: (row["p"] or 0, float(row["kept"]["value"])))
-    columns = ("method", "p", "lambda", *LOSSES, "kept gain, over items", "over seeds")
-    table = Table("At lambda 1 and equal p", columns, tuple(_row(row) for row in rows))
-    drops = sorted({row["p"] for row in rows if row["p"]})
-    marks = [
-        _mark("", row, row["title"], f"p = {p:g}") for p in drops for row in rows if row["p"] in (None, p)
-    ]
-    plot = dots("equal", "Kept gain at lambda 1", "Bars are intervals over items.", marks, "kept gain")
+    table = Table("At lambda 1 and equal p", COLUMNS, tuple(map(_row, rows)))
+    marks = [_mark(row["less_ta"]["items"], row["title"], f"p = {row['p']:g}") for row in rows if row["p"]]
+    title = "Kept gain less that of TA, all at lambda 1"
+    plot = dots("equal", title, DIFFERENCES, marks, "difference of kept gain")
     claims = _claims(found, "equal", "The order of the first look, step by step")
     return Section("At equal p and lambda", (), (table, claims), (plot,))
 
@@ -137,9 +132,12 @@ def _row(row: Found) -> tuple[str, ...]:
     return (row["title"], _p(row), f"{row['lambda']:g}", *_losses(row["loss"]), kept, seeds)
 
 
-def _mark(series: str, row: Found, label: str, panel: str) -> Mark:
-    kept = row["kept"]
-    return Mark(series, kept["value"], kept["low"], kept["high"], label=label, panel=panel)
+def _difference(found: Found, itself: bool) -> tuple[str, ...]:
+    return ("", "", "") if itself else (_signed(found["items"]), _signed(found["seeds"]), found["verdict"])
+
+
+def _mark(found: Mapping[str, float], label: str, panel: str = "") -> Mark:
+    return Mark("", found["value"], found["low"], found["high"], label=label, panel=panel)
 
 
 def _signed(found: Mapping[str, float]) -> str:

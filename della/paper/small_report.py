@@ -129,7 +129,8 @@ def grouped(cells: Mapping[Cell, Losses]) -> dict[tuple[str, float, float], list
 def results(report: Findings, command: str, training: Mapping[str, Any], seconds: float) -> dict[str, Any]:
     """Everything as JSON; ``seconds`` is what merging and scoring took."""
     equal, tuned = grouped(report.equal), grouped(report.tuned)
-    wide = next(runs for key, runs in tuned.items() if key[0] == "della-wide")
+    ta, wide = (next(runs for key, runs in tuned.items() if key[0] == name) for name in ("ta", "della-wide"))
+    plain = next(runs for key, runs in equal.items() if key[0] == "ta")
     singles = {
         name: {task: report.per_token(report.singles[name, "test"], task) for task in TASKS}
         for name in ("base", *TASKS)
@@ -152,9 +153,11 @@ def results(report: Findings, command: str, training: Mapping[str, Any], seconds
         "singles": singles,
         "validation": [_entry(cell.method, cell.p, cell.lambda_) | {"kept": kept}
                        for cell, kept in report.validation.items()],
-        "tuned": [_entry(*key) | report.row(runs) | {"less_della_wide": report.difference(runs, wide)}
+        "tuned": [_entry(*key) | report.row(runs)
+                  | {"less_ta": report.difference(runs, ta), "less_della_wide": report.difference(runs, wide)}
                   for key, runs in tuned.items()],
-        "equal": [_entry(*key) | report.row(runs) for key, runs in equal.items()],
+        "equal": [_entry(*key) | report.row(runs) | {"less_ta": report.difference(runs, plain)}
+                  for key, runs in equal.items()],
         "claims": claims(report, equal, tuned),
     }  # fmt: skip
 
