@@ -41,7 +41,7 @@ Template = Annotated[
 PromptForm = Annotated[str, _option("gsm8k: fixed, or published with its slip.", metavar="NAME")]
 MaxTokens = Annotated[int, _option("Most new tokens of an answer.", min=1)]
 Limit = Annotated[_Count, _option("Only the first N problems of each task.", min=1, metavar="N")]
-Seed = Annotated[int, _option("Seed of the server and of the bootstrap.")]
+Seed = Annotated[int, _option("Seed of the server and of the bootstrap.", min=0)]
 Dtype = Annotated[str, _option("hf, vllm: bfloat16, float16, float32.", metavar="NAME")]
 Batch = Annotated[int, _option("hf, numpy: prompts at a time.", min=1)]
 BaseUrl = Annotated[_Text, _option("openai: the server's address, mostly with /v1.", metavar="URL")]
@@ -86,14 +86,17 @@ def evaluate(
     from della.evaluate.settings import Settings
 
     chosen = tuple(dict.fromkeys(name.strip() for name in tasks.split(",") if name.strip()))
+    for option, given, task in (("--judge", judge, "gsm8k"), ("--annotator", annotator, "alpaca_eval")):
+        if given and task not in chosen:
+            raise EvaluationError(f"{option} {given}: is of {task}, which is not among --tasks {tasks}")
     settings = Settings(
         tasks=chosen, out=out,
         data={task: Path(file) for task, file in _by_task("--data", data or (), chosen, False).items()},
         backend=backend, templates=_by_task("--template", template or (), chosen, True), prompt=prompt,
         max_tokens=max_tokens, limit=limit, seed=seed, dtype=dtype, batch=batch, base_url=base_url,
         model_name=model_name, key_env=key_env, concurrency=concurrency,
-        vllm_command=_words("--vllm-command", vllm_command),
-        vllm_arguments=_words("--vllm-args", vllm_args), judge=judge, annotator=annotator,
+        vllm_command=words("--vllm-command", vllm_command),
+        vllm_arguments=words("--vllm-args", vllm_args), judge=judge, annotator=annotator,
         alpaca_command=alpaca_command, length_controlled=length_controlled, judge_url=judge_url,
         judge_key_env=judge_key_env, fresh=fresh, score_only=score_only,
     )  # fmt: skip
@@ -137,27 +140,33 @@ def table(results: Sequence[Result]) -> str:
 
 def _by_task(option: str, values: Sequence[str], tasks: Sequence[str], for_all: bool) -> dict[str, str]:
     """TASK=VALUE, or a VALUE for the only task, or (``for_all``) for every task that has no own."""
+    from della.evaluate.problems import TASKS
+
     found: dict[str, str] = {}
-    plain = ""
     for text in values:
         task, equals, value = text.partition("=")
-        if equals and task in tasks:
-            found[task] = value
-        elif len(tasks) == 1 or for_all:
-            plain = text
-        else:
-            raise EvaluationError(f"{option} {text}: which task is it of? {option} TASK={text}")
-    return {task: plain for task in tasks if plain} | found
+        if not (equals and task in tasks):
+            if equals and task in TASKS:
+                raise EvaluationError(f"{option} {text}: {task} is not among --tasks {','.join(tasks)}")
+            if len(tasks) > 1 and not for_all:
+                raise EvaluationError(f"{option} {text}: which task is it of? {option} TASK=FILE")
+            task, value = "", text
+        if task in found:
+            raise EvaluationError(f"{option} {text}: one was given before: {found[task]}")
+        found[task] = value
+    plain = found.pop("", None)
+    return ({} if plain is None else dict.fromkeys(tasks, plain)) | found
 
 
-def _words(option: str, text: str) -> tuple[str, ...]:
+def words(option: str, text: str) -> tuple[str, ...]:
+    """The words of ``text``, as a shell takes them; EvaluationError where a quote stays open."""
     try:
-        words = tuple(shlex.split(text))
+        found = tuple(shlex.split(text))
     except ValueError as error:
         raise EvaluationError(f"{option} {text}: {error}") from None
-    if not words and option == "--vllm-command":
+    if not found and option == "--vllm-command":
         raise EvaluationError(f"{option}: expected vLLM's program")
-    return words
+    return found
 
 
 def _progress(quiet: bool, as_json: bool) -> Callable[[Progress], None] | None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
+from della.cli_evaluate import words
 from della.errors import EvaluationError, nearest
 from della.speaker import print_json, tell
 
@@ -199,8 +200,8 @@ def _full(given: dict[str, Any]) -> FullOptions:
     if given["importance"] == "magnitude" and not given["tables"]:
         given["tables"] = "1,2,3,4,6,7"
     scoring = Settings(
-        tasks=(), vllm_command=tuple(shlex.split(given["vllm_command"])),
-        vllm_arguments=tuple(shlex.split(given["vllm_args"])), **{name: given[name] for name in _SCORING},
+        tasks=(), vllm_command=words("--vllm-command", given["vllm_command"]),
+        vllm_arguments=words("--vllm-args", given["vllm_args"]), **{name: given[name] for name in _SCORING},
     )  # fmt: skip
     options = full_options(
         scoring, models=given["models"] or (), data=given["data"] or (),

@@ -119,12 +119,40 @@ def test_numpy_says_what_it_lacks(tmp_path: Path) -> None:
     ):
         NumpyModel(str(tmp_path / "m"), batch=2, max_tokens=4)
     (tmp_path / "m/generation_config.json").unlink()
+    for changes, message in (
+        ({"eos_token_id": None}, r"m: no eos_token_id in its config\.json, so no answer would end; add it$"),
+        ({"tie_word_embeddings": False, "num_hidden_layers": None}, r"m: .*; try --backend hf$"),
+    ):
+        (tmp_path / "m/config.json").write_text(json.dumps(config | changes))
+        with pytest.raises(EvaluationError, match=message):
+            NumpyModel(str(tmp_path / "m"), batch=2, max_tokens=4)
     (tmp_path / "m/config.json").write_text("{}")
-    with pytest.raises(EvaluationError, match=r"m: no eos_token_id in its config\.json"):
+    with pytest.raises(
+        EvaluationError, match=r"m: its config\.json or its weights lack 'num_attention_heads'$"
+    ):
+        NumpyModel(str(tmp_path / "m"), batch=2, max_tokens=4)
+    (tmp_path / "m/config.json").unlink()
+    with pytest.raises(
+        EvaluationError, match=r"m/config\.json: cannot be read \(No such file or directory\)$"
+    ):
         NumpyModel(str(tmp_path / "m"), batch=2, max_tokens=4)
     (tmp_path / "m/tokenizer.json").write_text("{")
     with pytest.raises(EvaluationError, match=r"tokenizer\.json: cannot be read \("):
         NumpyModel(str(tmp_path / "m"), batch=2, max_tokens=4)
+
+
+def test_a_chat_template_that_fails_is_told(tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="needs torch and transformers")
+    from della.evaluate.hf import HfModel
+
+    shutil.copytree(TRIO / "base", tmp_path / "m")
+    (tmp_path / "m/chat_template.jinja").write_text("{{ raise_exception('roles must alternate') }}")
+    model = HfModel(Model("m", str(tmp_path / "m")), dtype="float32", batch=2, max_tokens=4)
+    with pytest.raises(
+        EvaluationError,
+        match=r"m: its chat template fails: .*roles must alternate; choose another --template$",
+    ):
+        model.answer([Prompt("0", "", True)], Kept().keep)
 
 
 def test_hf_answers_as_numpy_does() -> None:

@@ -190,10 +190,29 @@ def test_a_model_that_transformers_cannot_load(tmp_path: Path, data: Path) -> No
         calibrate(str(tmp_path / "m"), data, tmp_path / "n.safetensors")
 
 
+def test_a_model_without_a_linear_layer_is_told(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As GPT-2, whose layers are Conv1D and whose head is tied: a file of no norms would rank nothing."""
+    transformers = pytest.importorskip("transformers", reason="needs torch and transformers")
+    from della.evaluate import hf
+
+    config = transformers.GPT2Config(
+        vocab_size=512, n_embd=8, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0
+    )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(TRIO / "base")
+    model = transformers.GPT2LMHeadModel(config)
+    monkeypatch.setattr(hf, "load", lambda *_: (tokenizer, model, "cpu"))
+    with pytest.raises(
+        EvaluationError, match=r"^gpt: has no linear layer \(torch\.nn\.Linear\) whose inputs"
+    ):
+        calibrate("gpt", data, tmp_path / "n.safetensors", limit=1)
+
+
 def test_nothing_is_left_where_it_fails(tmp_path: Path, data: Path) -> None:
     pytest.importorskip("tokenizers", reason="needs tokenizers")
-    with pytest.raises(OutputError, match=r"n\.safetensors: cannot be written"):
-        calibrate(str(TRIO / "base"), data, tmp_path / "no/n.safetensors", backend="numpy", limit=1)
+    with pytest.raises(OutputError, match=r"n\.safetensors: cannot be written, there is no folder "):
+        calibrate("none", data, tmp_path / "no/n.safetensors", backend="numpy")  # before the model is run
     original = load_file(TRIO / "base/model.safetensors")
     names = ("config.json", "tokenizer.json")
     sides = {name: (TRIO / "base" / name).read_bytes() for name in names}

@@ -31,6 +31,7 @@ run = CliRunner().invoke
             "--models of --scale 135m: expected base=FOLDER_OR_ID; experts: --experts FOLDER",
         ),
         ("--scale 13b --plan --tables 8", "tables (8,): expected some of 1 to 7"),
+        ("--scale 13b --plan --vllm-args '", "--vllm-args ': No closing quotation"),
         ("--scale 13b --plan --importance size", "--importance size: expected wanda or magnitude"),
     ],
 )

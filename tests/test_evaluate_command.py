@@ -88,7 +88,7 @@ def test_what_is_wrong_is_one_sentence_and_exit_code_6(place: Path) -> None:
     both = ("m", "--tasks", "gsm8k,alpaca_eval", "--backend", "numpy")
     ended = run(*both, "--data", "gsm8k.jsonl", cwd=place)
     assert (ended.returncode, ended.stderr) == (
-        6, "della: --data gsm8k.jsonl: which task is it of? --data TASK=gsm8k.jsonl\n",
+        6, "della: --data gsm8k.jsonl: which task is it of? --data TASK=FILE\n",
     )  # fmt: skip
     ended = run("owner/m", "--tasks", "gsm8k", "--data", "none", "--json", cwd=place)
     assert (ended.returncode, ended.stdout) == (
@@ -97,6 +97,25 @@ def test_what_is_wrong_is_one_sentence_and_exit_code_6(place: Path) -> None:
     ended = run("owner/m", "--tasks", "gsm8k", "--data", "gsm8k.jsonl", "--vllm-args", "'", cwd=place)
     assert (ended.returncode, ended.stderr) == (6, "della: --vllm-args ': No closing quotation\n")
     assert [path.name for path in place.iterdir() if path.is_dir()] == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--data", "mbpp=x"), "--data mbpp=x: mbpp is not among --tasks gsm8k"),
+        (("--data", "x", "--data", "gsm8k.jsonl"), "--data gsm8k.jsonl: one was given before: x"),
+        (
+            ("--template", "chat", "--template", "alpaca"),
+            "--template alpaca: one was given before: chat",
+        ),
+        (("--annotator", "x"), "--annotator x: is of alpaca_eval, which is not among --tasks gsm8k"),
+    ],
+)
+def test_an_option_that_would_not_count_is_refused(
+    place: Path, options: tuple[str, ...], message: str
+) -> None:
+    ended = run("m", "--tasks", "gsm8k", "--backend", "numpy", *options, cwd=place)
+    assert (ended.returncode, ended.stderr) == (6, f"della: {message}\n")
 
 
 def test_ctrl_c_says_that_the_same_command_goes_on(place: Path) -> None:

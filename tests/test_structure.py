@@ -68,7 +68,7 @@ FENCES = {
     "openai": ["evaluate.endpoint"],
     "tokenizers": ["demo.score"],
     "torch": ["checkpoint.pickles", "evaluate.calibration", "evaluate.hf", "paper.small_model"],
-    "transformers": ["evaluate.calibration", "evaluate.hf", "paper.small_model"],
+    "transformers": ["evaluate.hf", "paper.small_model"],
     "datasets": ["evaluate.problems"],
     "peft": ["paper.small_train"],
     "safetensors": [],

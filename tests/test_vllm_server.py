@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from della.demo import TRIO
-from della.errors import EvaluationError
+from della.errors import EvaluationError, OutputError
 from della.evaluate.backends import Model
 from della.evaluate.vllm_server import vllm_server
 
@@ -150,5 +150,12 @@ def test_what_goes_wrong_is_told_with_the_end_of_its_log(tmp_path: Path, vllm: t
             EvaluationError, match=r"^none/vllm: no such command; install vLLM, in an environment of"
         ),
         vllm_server(MODEL, log, command=("none/vllm",), dtype="float32", seed=1),
+    ):
+        pass
+    log = tmp_path / "folder"
+    log.mkdir()
+    with (
+        pytest.raises(OutputError, match=f"^{log}: cannot be written "),
+        vllm_server(MODEL, log, command=vllm, dtype="float32", seed=1),
     ):
         pass

@@ -19,9 +19,10 @@ from della.checkpoint.disk import explained
 from della.checkpoint.header import build_header
 from della.checkpoint.strict import json_object
 from della.demo.llama import Llama
-from della.demo.score import load_tokenizer
 from della.dtypes import DTYPES, Array
-from della.errors import CheckpointError, DellaError, EvaluationError, nearest
+from della.errors import CheckpointError, EvaluationError, OutputError, nearest
+from della.evaluate import hf, numpy_backend
+from della.evaluate.backends import Model
 from della.norms import checked
 
 MOST_TOKENS = 2048  # of one text, as in the paper; a model that knows fewer positions gets fewer
@@ -57,6 +58,8 @@ def calibrate(
         raise EvaluationError(f"{out}: expected a name that ends in .safetensors")
     if os.path.lexists(out):
         raise EvaluationError(f"{out}: exists already; remove it, or choose another name")
+    if not os.access(out.parent, os.W_OK):  # told now, not when all is computed
+        raise OutputError(f"{out}: cannot be written, there is no folder {out.parent} that may be written to")
     texts = read_texts(data, limit)
     encode, collect = BACKENDS[backend](model)
     ids = [encoded for text in texts if (encoded := encode(text)[:MOST_TOKENS])]
@@ -70,6 +73,8 @@ def calibrate(
                 progress(done, len(ids))
 
     norms = collect(told())
+    if not norms:
+        raise EvaluationError(f"{model}: has no linear layer (torch.nn.Linear) whose inputs could be seen")
     for name, vector in norms.items():
         checked(vector, f"{model}: inputs of {name}")
     _write(out, norms)
@@ -167,48 +172,13 @@ Collect = Callable[[Texts], Norms]
 
 
 def _numpy(model: str) -> tuple[Encode, Collect]:
-    if not Path(model).is_dir():
-        raise EvaluationError(f"{model}: no such folder; the numpy backend reads local models only")
-    try:
-        tokenizer = load_tokenizer(model)
-    except DellaError as error:
-        raise EvaluationError(
-            "the numpy backend needs the package tokenizers; pip install 'della[demo]'"
-        ) from error
-    except Exception as error:  # the package raises plain ones
-        raise EvaluationError(f"{model}/tokenizer.json: cannot be read ({error})") from error
-    try:
-        llama = Llama.from_folder(model)
-    except (ValueError, KeyError, OSError) as error:
-        raise EvaluationError(f"{model}: {error}; try --backend hf") from error
+    tokenizer, llama = numpy_backend.load(model)
     return lambda text: tokenizer.encode(text).ids, lambda texts: llama_norms(llama, texts)
 
 
 def _hf(model: str) -> tuple[Encode, Collect]:
-    """In float32 on a CPU, in the model's own type on a GPU.  Code that a model brings is never run."""
-    try:
-        import torch
-        import transformers
-    except ModuleNotFoundError as error:
-        raise EvaluationError(
-            "the hf backend needs the packages torch and transformers; pip install 'della[hf]'"
-        ) from error
-    talk: Any = transformers.utils.logging
-    talk.set_verbosity_error()
-    talk.disable_progress_bar()
-    on_gpu = torch.cuda.is_available()
-    try:
-        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            model,
-            dtype="auto" if on_gpu else torch.float32,
-            use_safetensors=True,
-            trust_remote_code=False,
-        )
-    except Exception as error:  # whatever its many parts raise
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise EvaluationError(f"{model}: transformers cannot load it: {said[:300]}") from error
-    loaded = loaded.to("cuda" if on_gpu else "cpu")  # in evaluation mode, as it was loaded
+    """In float32 on a CPU, in the model's own type on a GPU."""
+    tokenizer, loaded, _ = hf.load(Model(model, model), "auto")
     most = getattr(loaded.config, "max_position_embeddings", None) or MOST_TOKENS
     return lambda text: tokenizer(text)["input_ids"][:most], lambda texts: hf_norms(loaded, texts)
 

@@ -10,42 +10,53 @@ from della.evaluate.backends import Keep, Model, batches
 from della.evaluate.templates import Prompt
 
 
+def load(model: Model, dtype: str) -> tuple[Any, Any, str]:
+    """A tokenizer and a model in evaluation mode, and the device it is on; code that a model brings is never
+    run.
+
+    dtype: that of the tensors, or "auto": on a GPU the model's own, on a CPU float32.
+    """
+    try:
+        import torch
+        import transformers
+    except ModuleNotFoundError as error:
+        raise EvaluationError(
+            "the hf backend needs the packages torch and transformers; pip install 'della[hf]'"
+        ) from error
+    place, revision = model.local_or_hub
+    talk: Any = transformers.utils.logging
+    talk.set_verbosity_error()
+    talk.disable_progress_bar()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype == "auto" and device == "cpu":
+        dtype = "float32"
+    plain = {"revision": revision or "main", "trust_remote_code": False}
+    try:
+        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(place, **plain)
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            place, dtype=dtype if dtype == "auto" else getattr(torch, dtype), use_safetensors=True, **plain
+        )
+    except Exception as error:  # whatever its many parts raise
+        raise EvaluationError(
+            f"{model.reference}: transformers cannot load it: {_first_line(error)}"
+        ) from error
+    return tokenizer, loaded.to(device), device
+
+
 class HfModel:
-    """A model and its tokenizer, loaded; code that a model brings is never run.
+    """A model and its tokenizer, loaded.
 
     dtype: bfloat16, float16 or float32: what is computed in.
     """
 
     def __init__(self, model: Model, *, dtype: str, batch: int, max_tokens: int) -> None:
-        try:
-            import torch
-            import transformers
-        except ModuleNotFoundError as error:
-            raise EvaluationError(
-                "the hf backend needs the packages torch and transformers; pip install 'della[hf]'"
-            ) from error
-        place, revision = model.local_or_hub
-        talk: Any = transformers.utils.logging
-        talk.set_verbosity_error()
-        talk.disable_progress_bar()
         self._batch, self._name = batch, model.reference
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        plain = {"revision": revision or "main", "trust_remote_code": False}
-        try:
-            self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(place, **plain)
-            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-                place, dtype=getattr(torch, dtype), use_safetensors=True, **plain
-            )
-        except Exception as error:  # whatever its many parts raise
-            raise EvaluationError(
-                f"{self._name}: transformers cannot load it: {_first_line(error)}"
-            ) from error
-        self._model: Any = loaded.to(self._device)  # in evaluation mode, as it was loaded
+        self._tokenizer, self._model, self._device = load(model, dtype)
         # The model's own settings for sampling must not take part.
         ends = self._model.generation_config.eos_token_id
         ends = self._tokenizer.eos_token_id if ends is None else ends
         self._pad = next(iter(ends), 0) if isinstance(ends, list) else ends or 0
-        configuration: Any = transformers.GenerationConfig
+        configuration: Any = type(self._model.generation_config)
         self._model.generation_config = configuration(
             do_sample=False, max_new_tokens=max_tokens, eos_token_id=ends, pad_token_id=self._pad
         )
@@ -72,7 +83,12 @@ class HfModel:
                     f"{self._name}: its tokenizer has no chat template; choose another --template"
                 )
             said = [{"role": "user", "content": text}]
-            text = self._tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+            try:
+                text = self._tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+            except Exception as error:  # a template may raise what it likes, or be none at all
+                raise EvaluationError(
+                    f"{self._name}: its chat template fails: {_first_line(error)}; choose another --template"
+                ) from error
         ids = self._tokenizer(text, add_special_tokens=not prompt.is_chat)["input_ids"]
         return [int(token) for token in ids]
 

@@ -6,11 +6,36 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from della.demo.llama import Llama
-from della.demo.score import load_tokenizer
-from della.errors import CheckpointError, DellaError, EvaluationError
+from della.demo.score import Tokenizer, load_tokenizer
+from della.errors import DellaError, EvaluationError
 from della.evaluate.backends import Keep, batches
 from della.evaluate.problems import parsed, read_limited
 from della.evaluate.templates import Prompt
+
+
+def load(folder: str) -> tuple[Tokenizer, Llama]:
+    """The tokenizer and the model of a folder; CheckpointError for damaged files."""
+    path = Path(folder)
+    if not path.is_dir():
+        raise EvaluationError(f"{folder}: no such folder; the numpy backend reads local models only")
+    try:
+        tokenizer = load_tokenizer(path)
+    except DellaError as error:
+        raise EvaluationError(
+            "the numpy backend needs the package tokenizers; pip install 'della[eval]'"
+        ) from error
+    except Exception as error:  # the package raises plain ones
+        raise EvaluationError(
+            f"{path / 'tokenizer.json'}: cannot be read ({error}); the numpy backend needs it"
+        ) from error
+    try:
+        return tokenizer, Llama.from_folder(path)
+    except KeyError as error:
+        raise EvaluationError(f"{folder}: its config.json or its weights lack {error}") from error
+    except OSError as error:
+        raise EvaluationError(f"{error.filename}: cannot be read ({error.strerror})") from error
+    except (ValueError, TypeError) as error:
+        raise EvaluationError(f"{folder}: {error}; try --backend hf") from error
 
 
 class NumpyModel:
@@ -18,24 +43,8 @@ class NumpyModel:
 
     def __init__(self, folder: str, *, batch: int, max_tokens: int) -> None:
         self._batch, self._most = batch, max_tokens
-        path = Path(folder)
-        if not path.is_dir():
-            raise EvaluationError(f"{folder}: no such folder; the numpy backend reads local models only")
-        try:
-            self._tokenizer = load_tokenizer(path)
-        except DellaError as error:
-            raise EvaluationError(
-                "the numpy backend needs the package tokenizers; pip install 'della[eval]'"
-            ) from error
-        except Exception as error:  # the package raises plain ones
-            raise EvaluationError(
-                f"{path / 'tokenizer.json'}: cannot be read ({error}); the numpy backend needs it"
-            ) from error
-        self._ends = _ends(path)
-        try:
-            self._model = Llama.from_folder(path)
-        except (ValueError, KeyError, CheckpointError) as error:
-            raise EvaluationError(f"{folder}: {error}; try --backend hf") from error
+        self._tokenizer, self._model = load(folder)
+        self._ends = _ends(Path(folder))
 
     def answer(self, prompts: Sequence[Prompt], keep: Keep) -> None:
         """Greedy answers, a batch at a time."""

@@ -78,6 +78,8 @@ def check(models: Sequence[Model], settings: Settings) -> None:
     for name in ("max_tokens", "batch", "limit", "concurrency"):
         if (getattr(settings, name) or 1) < 1 or getattr(settings, name) == 0:
             raise EvaluationError(f"{name.replace('_', ' ')} {getattr(settings, name)}: expected at least 1")
+    if settings.seed < 0:
+        raise EvaluationError(f"seed {settings.seed}: expected at least 0")
     if settings.backend == "openai" and not settings.base_url and not settings.score_only:
         raise EvaluationError("the backend openai needs the server's address: --base-url http://HOST/v1")
     if settings.model_name and len(models) > 1:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from della.checkpoint import disk
 from della.errors import EvaluationError
 from della.evaluate.backends import Model
 
@@ -51,8 +52,10 @@ def vllm_server(
         model.name, "--dtype", dtype, "--seed", str(seed), "--generation-config", "vllm",
         *(("--revision", revision) if revision else ()), *arguments,
     ]  # fmt: skip
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("wb") as output:
+    with disk.explained(log):
+        log.parent.mkdir(parents=True, exist_ok=True)
+        output = log.open("wb")
+    with output:
         child = subprocess.Popen(
             line, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
             preexec_fn=_end_with_parent(),  # noqa: PLW1509  (nothing else runs yet)
