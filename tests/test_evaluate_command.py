@@ -61,7 +61,8 @@ def test_the_table_and_the_differences(place: Path) -> None:
         "gsm8k, flexible: a and b differ by 10.0 points, which is within noise (95 % interval +0.0 to +30.0, "
         "10 items, 1 differ)\n"
     )
-    assert ended.stderr == "a, gsm8k: 10 of 10 answers\nb, gsm8k: 10 of 10 answers\n"
+    ends = [line for line in ended.stderr.splitlines() if ": 10 of" in line]  # slow machines tell more
+    assert ends == ["a, gsm8k: 10 of 10 answers", "b, gsm8k: 10 of 10 answers"]
 
 
 def test_json_lines_and_several_tasks(place: Path) -> None:
