@@ -126,8 +126,8 @@ def _precision(found: Found) -> Section:
     ]  # fmt: skip
     text = (
         "A merge is stored in float32 and rounded to bfloat16 to be scored. A small change of a weight that "
-        "is itself one of bfloat16 is then lost, a large one is not: this takes from methods that change many "
-        "weights a little, more than from those that drop most changes and enlarge the others."
+        "is itself one of bfloat16 is then lost, a large one is not: this takes from methods that change "
+        "many weights a little, more than from those that drop most changes and enlarge the others."
     )
     items = found["items"]["exact"]
     counts = ", ".join(f"{items[t]['items']} {NAMES[t].split()[0]}" for t in TASKS)
