@@ -194,6 +194,23 @@ def test_the_whole_experiment_and_its_resumption(
     assert claim["items"]["value"] == pytest.approx(expected, abs=1e-6)
     assert claim["seeds"]["value"] == pytest.approx(expected, abs=1e-6)
 
+    # The first seed again in float32, on the same few items.
+    exact = {row["model"]: row["losses"] for row in rows if row["split"] == "exact"}
+    once = {(row["method"], row["p"], row["lambda"]) for row in [*found["equal"], *found["tuned"]]}
+    assert {(row["method"], row["p"], row["lambda"]) for row in found["precision"]} == once
+    check = next(row for row in found["precision"] if (row["method"], row["lambda"]) == ("ta", 1.0))
+    assert check["bfloat16"] == pytest.approx(kept("ta-lambda1"), abs=1e-6)
+    bfloat16, test = test, exact
+    assert check["float32"] == pytest.approx(kept("ta-lambda1"), abs=1e-6)
+    assert 0 < abs(check["float32"] - check["bfloat16"]) < 0.05
+    for task in TASKS:
+        pairs = examples(
+            small_model.tokenizer_of(work / "tiny"), work / "data" / f"{task}.test.jsonl", 192, 8
+        )
+        again = small_model.item_losses(work / "experts" / "base", pairs, "float32")
+        assert exact["base"][task] == pytest.approx(again, rel=1e-5)
+    test = bfloat16
+
     # Lambda is the best of those tried on validation.
     assert [row["method"] for row in found["tuned"]] == ["sum", "ta", "dare", "della", "della-wide"]
     for row in found["tuned"]:

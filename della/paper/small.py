@@ -2,8 +2,9 @@
 
 Three LoRA experts of SmolLM2-135M-Instruct (or any small Llama) are trained or taken over, merged by
 `della.merge`, and scored on held-out responses.  First TA, DARE and DELLA run at lambda 1 and equal p; then
-lambda and p are chosen for every method on validation, and the choice is scored on test.  Every score is kept
-in OUT/scores.jsonl, so a run that was cut short is gone on with.
+lambda and p are chosen for every method on validation, and the choice is scored on test.  All this is in
+bfloat16; the merges of the first seed are then scored in float32 too, on fewer items.  Every score is kept in
+OUT/scores.jsonl, so a run that was cut short is gone on with.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from della.paper.small_items import TASKS, Example, check_data, data_file, examp
 from della.paper.small_model import set_threads, tokenizer_of
 from della.paper.small_page import report
 from della.paper.small_report import Findings, results
-from della.paper.small_scores import Scores
+from della.paper.small_scores import EXACT, Scores
 from della.paper.small_train import train_experts
 
 Tell = Callable[[str], None]
@@ -83,6 +84,12 @@ def run_small(options: SmallOptions, tell: Tell) -> Path:
             chosen[name] = _choose(name, scores, findings, chosen.get("della-wide"))
         for cell in _by_seed([chosen[name] for name in names], options.seeds):
             findings.tuned[cell] = scores.cell(cell, "test")
+    findings.items = scores.items
+    for name in ("base", *TASKS):
+        findings.singles[name, EXACT] = scores.expert(name, EXACT)
+    for cell in [*findings.equal, *findings.tuned]:
+        if cell.seed == 0:
+            findings.exact[cell] = scores.cell(cell, EXACT)
     record = experts / "training.json"
     training = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
     found = results(findings, _command(options), training, scores.seconds)

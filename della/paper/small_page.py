@@ -35,7 +35,7 @@ def report(found: Found) -> Report:
         KEPT,
         f"Made by `{found['command']}`; merges and scores took {found['time']['seconds'] / 60:.0f} minutes.",
     )
-    sections = (_alone(found), _tuned(found), _equal(found), _over_lambda(found))
+    sections = (_alone(found), _tuned(found), _equal(found), _precision(found), _over_lambda(found))
     return Report("DELLA on a real model of 135 M", text, sections)
 
 
@@ -116,6 +116,24 @@ def _over_lambda(found: Found) -> Section:
     cells = [(row["title"], _p(row), f"{row['lambda']:g}", number(row["kept"], 4)) for row in ordered]
     table = Table("All that was tried on validation", ("method", "p", "lambda", "kept gain"), tuple(cells))
     return Section("The choice of lambda", (), (table,), (plot,))
+
+
+def _precision(found: Found) -> Section:
+    rows = [
+        (row["title"], _p(row), f"{row['lambda']:g}", number(row["bfloat16"], 4), number(row["float32"], 4),
+         number(row["float32"] - row["bfloat16"], 4, sign=True))
+        for row in sorted(found["precision"], key=lambda row: -float(row["float32"]))
+    ]  # fmt: skip
+    text = (
+        "A merge is stored in float32 and rounded to bfloat16 to be scored. A small change of a weight that "
+        "is itself one of bfloat16 is then lost, a large one is not: this takes from methods that change "
+        "many weights a little, more than from those that drop most changes and enlarge the others."
+    )
+    items = found["items"]["exact"]
+    counts = ", ".join(f"{items[t]['items']} {NAMES[t].split()[0]}" for t in TASKS)
+    columns = ("method", "p", "lambda", "kept gain in bfloat16", "in float32", "difference")
+    table = Table(f"The first seed on fewer items ({counts})", columns, tuple(rows))
+    return Section("What bfloat16 does to the scores", (text,), (table,))
 
 
 def _p(row: Found) -> str:

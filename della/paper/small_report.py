@@ -35,6 +35,7 @@ class Findings:
     equal: dict[Cell, Losses] = field(default_factory=dict)
     tuned: dict[Cell, Losses] = field(default_factory=dict)
     validation: dict[Cell, float] = field(default_factory=dict)
+    exact: dict[Cell, Losses] = field(default_factory=dict)  # float32, on the first test items
 
     def tokens(self, task: str, split: str) -> Array:
         """Response tokens by item."""
@@ -159,6 +160,7 @@ def results(report: Findings, command: str, training: Mapping[str, Any], seconds
         "equal": [_entry(*key) | report.row(runs) | {"less_ta": report.difference(runs, plain)}
                   for key, runs in equal.items()],
         "claims": claims(report, equal, tuned),
+        "precision": precision(report),
     }  # fmt: skip
 
 
@@ -177,6 +179,25 @@ def claims(report: Findings, equal: Runs, tuned: Runs) -> list[dict[str, Any]]:
         {"setting": setting, "p": p, "better": high, "than": low, **report.difference(runs[high], runs[low])}
         for setting, p, runs in settings
         for low, high in itertools.pairwise(STEPS)
+    ]
+
+
+def precision(report: Findings) -> list[dict[str, Any]]:
+    """Kept gain of the first seed's merges on the same items, in bfloat16 and in float32."""
+    few = {"test": report.items["exact"]}
+    rounded, whole = Findings(few, 1), Findings(few, 1)
+
+    def cut(losses: Losses) -> Losses:
+        return {task: losses[task][: len(few["test"][task])] for task in TASKS}
+
+    for name in ("base", *TASKS):
+        rounded.singles[name, "test"] = cut(report.singles[name, "test"])
+        whole.singles[name, "test"] = report.singles[name, "exact"]
+    scored = {**report.equal, **report.tuned}
+    return [
+        _entry(cell.method, cell.p, cell.lambda_)
+        | {"bfloat16": rounded.kept(cut(scored[cell])), "float32": whole.kept(losses)}
+        for cell, losses in report.exact.items()
     ]
 
 

@@ -19,6 +19,7 @@ from della.paper.small_model import item_losses
 Losses = dict[str, list[float]]  # by task, one sum of nats an item
 Tell = Callable[[str], None]
 BATCH = 16
+EXACT, EXACT_ITEMS = "exact", 100  # the first test items of each task again, in float32 throughout
 
 
 def fingerprint(experts: Path, items: Mapping[str, Mapping[str, Sequence[Example]]]) -> str:
@@ -44,8 +45,10 @@ class Scores:
         self, out: Path, experts: Path, items: Mapping[str, Mapping[str, Sequence[Example]]],
         threads: int, tell: Tell,
     ) -> None:  # fmt: skip
-        self.out, self.experts, self.items, self.threads, self.tell = out, experts, items, threads, tell
+        self.out, self.experts, self.threads, self.tell = out, experts, threads, tell
         self.key = fingerprint(experts, items)
+        first = {task: found[:EXACT_ITEMS] for task, found in items["test"].items()}
+        self.items = {**items, EXACT: first}
         self.file = out / "scores.jsonl"
         self.known: dict[tuple[str, str], Losses] = {}
         self.seconds = 0.0  # that all known scores took, merges included
@@ -88,7 +91,7 @@ class Scores:
             began = time.monotonic()
             tasks = self.items[split]
             every = [one for task in TASKS for one in tasks[task]]
-            flat = iter(item_losses(make(), every, batch=BATCH))
+            flat = iter(item_losses(make(), every, "float32" if split == EXACT else "bfloat16", BATCH))
             losses = {task: [next(flat) for _ in tasks[task]] for task in TASKS}
             took = round(time.monotonic() - began, 2)
             row = {"key": self.key, "model": name, "split": split, "seconds": took, "losses": losses}
