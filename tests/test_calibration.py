@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from checkpoints import put
 from safetensors.numpy import load_file
-from test_demo_llama import CONFIGS, make_config, random_tensors
+from test_demo_llama import CONFIGS, in_torch, make_config, random_tensors
 
 import della
 from della.demo import EXPERTS, TRIO, tasks
@@ -64,15 +64,9 @@ def test_a_model_that_was_calibrated_computes_what_it_did() -> None:
 
 @pytest.mark.parametrize("variant", CONFIGS.values(), ids=CONFIGS.keys())
 def test_torch_and_numpy_agree(variant: dict[str, Any]) -> None:
-    torch = pytest.importorskip("torch", reason="needs torch")
-    transformers = pytest.importorskip("transformers", reason="needs transformers")
     config = make_config(variant)
     tensors = random_tensors(config)
-    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config)).eval()
-    state = {name: torch.from_numpy(array) for name, array in tensors.items()}
-    if config["tie_word_embeddings"]:
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    theirs.load_state_dict(state)
+    theirs = in_torch(config, tensors)
     ours, found = llama_norms(Llama(config, tensors), TEXTS), hf_norms(theirs, TEXTS)
     assert sorted(found) == sorted(ours)
     for name, vector in ours.items():

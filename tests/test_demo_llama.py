@@ -59,6 +59,18 @@ def random_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, NDArray[A
     return {name: rng.normal(0, 0.3, shape).astype(np.float32) for name, shape in shapes.items()}
 
 
+def in_torch(config: dict[str, Any], tensors: dict[str, NDArray[Any]]) -> Any:
+    """The same Llama in transformers; the test is skipped without it."""
+    torch = pytest.importorskip("torch", reason="needs torch")
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    made = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config)).eval()
+    state = {name: torch.from_numpy(array) for name, array in tensors.items()}
+    if config["tie_word_embeddings"]:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    made.load_state_dict(state)
+    return made
+
+
 def texts(rng: np.random.Generator, lengths: tuple[int, ...]) -> list[list[int]]:
     return [[int(token) for token in rng.integers(3, 61, length)] for length in lengths]
 
@@ -66,14 +78,9 @@ def texts(rng: np.random.Generator, lengths: tuple[int, ...]) -> list[list[int]]
 @pytest.mark.parametrize("variant", CONFIGS.values(), ids=CONFIGS.keys())
 def test_logits_match_transformers(variant: dict[str, Any]) -> None:
     torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
     config = make_config(variant)
     tensors = random_tensors(config)
-    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config)).eval()
-    state = {name: torch.from_numpy(array) for name, array in tensors.items()}
-    if config["tie_word_embeddings"]:
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    theirs.load_state_dict(state)
+    theirs = in_torch(config, tensors)
     (ids,) = texts(np.random.default_rng(1), (23,))
     with torch.no_grad():
         expected = theirs(input_ids=torch.tensor([ids])).logits[0].numpy()

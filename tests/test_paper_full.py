@@ -23,9 +23,9 @@ from della.errors import EvaluationError
 from della.evaluate.settings import Settings
 from della.paper import full_data
 from della.paper.full import FullOptions, plan_full, run_full
-from della.paper.full_grid import MERGES, METHODS, Grid
+from della.paper.full_grid import METHODS, Grid
 from della.paper.full_options import full_options
-from della.paper.published import published
+from della.paper.published import MERGES, published
 
 pytest.importorskip("openai", reason="the judge is spoken to by the package openai")
 pytest.importorskip("tokenizers", reason="the stand-ins answer by the demo's tokenizer")

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from della.errors import EvaluationError
-from della.paper.full_grid import MERGES, Cell, Grid, rows
+from della.paper.full_grid import Cell, Grid, rows
 from della.paper.full_models import MODELS, references
 from della.paper.full_plan import Rates, plan_json, plan_text, work_of
+from della.paper.published import MERGES
 from della.recipe import read_recipe
 
 NAMES = {role: known.hub_id for role, known in MODELS.items()}

@@ -11,7 +11,8 @@ import pytest
 
 from della.errors import EvaluationError
 from della.evaluate.statistics import Interval
-from della.paper.small_grid import METHODS, STEPS, Cell, climb, inflation, lambdas, recipe
+from della.paper.climbing import climb, inflation
+from della.paper.small_grid import METHODS, START, STEPS, Cell, lambdas, recipe
 from della.paper.small_items import Example, read_pairs
 from della.paper.small_report import Findings, Losses, verdict
 from della.recipe import read_recipe
@@ -59,8 +60,8 @@ def test_names_of_cells_differ() -> None:
 
 def test_ladders_of_lambda() -> None:
     assert lambdas("dare", 0.8) == list(STEPS)
-    assert inflation(0.5) == pytest.approx(1.75), "the hidden factor of Elect + mean, three experts"
-    assert inflation(0.8) == pytest.approx(2.44)
+    assert inflation(0.5, 3) == pytest.approx(1.75), "the hidden factor of Elect + mean, three experts"
+    assert inflation(0.8, 3) == pytest.approx(2.44)
     assert lambdas("calibrated", 0.5)[4] == 1.75
     assert lambdas("none", 0.8)[4] == 5.0
     assert lambdas("sum", 1.0)[4] == 0.5
@@ -74,7 +75,7 @@ def test_climbing_finds_the_top_and_asks_once(best: int) -> None:
         asked.append(lambda_)
         return -abs(STEPS.index(lambda_) - best)
 
-    assert climb(score, list(STEPS)) == STEPS[best]
+    assert climb(score, list(STEPS), START) == STEPS[best]
     assert len(set(asked)) == len(asked) <= 3 + abs(best - STEPS.index(1.25))
 
 

@@ -50,7 +50,7 @@ ORDER = (
     *(f"evaluate.{name}" for name in ("backends", "numpy_backend", "hf", "server", "vllm_server")),
     *(f"evaluate.{name}" for name in ("settings", "scoring", "evaluation")),
     "evaluate.calibration",
-    *(f"paper.{name}" for name in ("published", "tables", "plots", "page", "results")),
+    *(f"paper.{name}" for name in ("climbing", "published", "tables", "plots", "page", "results")),
     *(f"paper.full{part}" for part in ("_models", "_grid", "_plan", "_data", "_report", "", "_options")),
     *(f"paper.small{part}" for part in ("_items", "_model", "_train", "_grid", "_scores")),
     *(f"paper.small{part}" for part in ("_report", "_page", "")),

@@ -81,8 +81,13 @@ def put(path: Path, content: bytes) -> None:
     staged = path.with_name(path.name + ".new")
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        staged.write_bytes(content)
-        staged.replace(path)
+        try:
+            staged.write_bytes(content)
+            staged.replace(path)
+        except BaseException:
+            with suppress(OSError):  # it may not be a file
+                staged.unlink()
+            raise
 
 
 def allocate(fd: int, size: int) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from della.checkpoint.disk import explained
+from della.checkpoint.disk import put
 from della.checkpoint.header import build_header
 from della.checkpoint.strict import json_object
 from della.demo.llama import Llama
@@ -77,7 +77,7 @@ def calibrate(
         raise EvaluationError(f"{model}: has no linear layer (torch.nn.Linear) whose inputs could be seen")
     for name, vector in norms.items():
         checked(vector, f"{model}: inputs of {name}")
-    _write(out, norms)
+    put(out, _contents(norms))
     return Calibration(out, len(norms), len(ids), sum(map(len, ids)))
 
 
@@ -186,14 +186,8 @@ def _hf(model: str) -> tuple[Encode, Collect]:
 BACKENDS: dict[str, Callable[[str], tuple[Encode, Collect]]] = {"hf": _hf, "numpy": _numpy}
 
 
-def _write(out: Path, norms: Mapping[str, Array]) -> None:
-    """One file, complete or not there; the same bytes for the same norms."""
+def _contents(norms: Mapping[str, Array]) -> bytes:
+    """A whole safetensors file; the same bytes for the same norms."""
     ordered = sorted(norms)
     header, _ = build_header([(name, DTYPES["F32"], norms[name].shape) for name in ordered])
-    staged = out.with_name(f".{out.name}.{os.getpid()}")
-    with explained(out):
-        try:
-            staged.write_bytes(header + b"".join(norms[name].tobytes() for name in ordered))
-            os.replace(staged, out)
-        finally:
-            staged.unlink(missing_ok=True)
+    return header + b"".join(norms[name].tobytes() for name in ordered)

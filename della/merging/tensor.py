@@ -116,8 +116,8 @@ class TensorMerge:
             )
         if choice.drop == "magprune" and choice.rank_by in OF_TENSOR:
             self._tables = [
-                _rank_table(self._keys(t, tile.start, tile.deltas[t]) for tile in tiles())
-                for t in range(len(self.experts))
+                _rank_table(self._keys(t, tile.start, scores(e, tile.deltas[t])) for tile in tiles())
+                for t, e in enumerate(self.experts)
             ]
         if choice.rescale == "l1":
             self._rescale = self._l1_factors(tiles())
@@ -275,18 +275,17 @@ class TensorMerge:
             kernels.probability_optimal(sizes, expert.density, probabilities)
         else:
             low, step = reference.ladder(choice, expert, self.size)
-            keys = self._keys(t, start, delta)
+            keys = self._keys(t, start, sizes)
             kernels.probability_from_table(keys, *self._tables[t], low, step, probabilities)
         kernels.drop_given(delta, probabilities, key, shift, start, self._per_element)
 
-    def _keys(self, t: int, start: int, delta: Array) -> Array:
+    def _keys(self, t: int, start: int, sizes: Array) -> Array:
         """What is ranked in the whole tensor, as integers of 31 bits (and a sign that is of no account)."""
-        expert = self.experts[t]
         if self.choice.rank_by == "tensor":
-            return scores(expert, delta).view(np.uint32)
-        order = stream_key(self.seed, expert.identity, self.name, "rank")
-        keys = (bits64(order, start, delta.size) >> np.uint64(33)).astype(np.uint32)
-        return np.asarray(keys.reshape(delta.shape))
+            return sizes.view(np.uint32)
+        order = stream_key(self.seed, self.experts[t].identity, self.name, "rank")
+        keys = (bits64(order, start, sizes.size) >> np.uint64(33)).astype(np.uint32)
+        return np.asarray(keys.reshape(sizes.shape))
 
 
 def scores(expert: Expert, delta: Array) -> Array:

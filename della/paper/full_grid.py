@@ -12,13 +12,8 @@ from dataclasses import dataclass, replace
 
 from della.errors import EvaluationError
 from della.paper.full_models import BASE_OF, TASK_OF
+from della.paper.published import MERGES
 
-MERGES = {
-    "LM+Math": ("lm", "math"),
-    "LM+Code": ("lm", "code"),
-    "Math+Code": ("math", "code"),
-    "all three": ("lm", "math", "code"),
-}
 METHODS = {"TA": "paper_ta", "DARE": "paper_dare", "TIES": "paper_ties", "DELLA": "paper_della"}
 STOCHASTIC = ("paper_dare", "paper_della")
 TABLES = (1, 2, 3, 4, 5, 6, 7)

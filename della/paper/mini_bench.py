@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from della.demo import EXPERTS
 from della.errors import EvaluationError
 from della.evaluate.generations import Store
-from della.paper.mini_grid import DELLA, FIRST, MERGES, Cell, Grid, Kind, fitting
+from della.paper.climbing import climb
+from della.paper.mini_grid import DELLA, FIRST, Cell, Grid, Kind, fitting
 from della.paper.mini_trio import SPLITS, Scored, Trio
-from della.paper.small_grid import climb
+from della.paper.published import MERGES
 
 T = TypeVar("T")
 Floats = NDArray[np.float64]

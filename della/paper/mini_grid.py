@@ -13,13 +13,9 @@ from typing import Any
 
 from della.demo import EXPERTS
 from della.merging.methods import METHODS
+from della.paper.climbing import inflation
+from della.paper.published import MERGES
 
-MERGES: dict[str, tuple[str, ...]] = {
-    "LM+Math": ("lm", "math"),
-    "LM+Code": ("lm", "code"),
-    "Math+Code": ("math", "code"),
-    "all three": EXPERTS,
-}
 NARROW, FIRST, WIDE = 0.07, 0.15, 0.3  # 0.07: the release's window_size of 0.14
 
 Settings = tuple[tuple[str, str], ...]
@@ -128,11 +124,6 @@ class Kind:
 def fitting(epsilon: float, p: float) -> float:
     """The widest half-width up to ``epsilon`` that keeps all probabilities between 0 and 1."""
     return round(min(epsilon, p, 1 - p), 6)
-
-
-def inflation(p: float, experts: int) -> float:
-    """By how much Elect and the mean over survivors enlarge an update that all experts share."""
-    return (1 - p**experts) / (1 - p)
 
 
 def _by_number(p: float, experts: int) -> float:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-SOURCE = "DELLA-Merging, arXiv 2406.11617"
 COLUMNS = ("alpaca_eval", "gsm8k", "mbpp", "average")
 NAMES = {"alpaca_eval": "AlpacaEval", "gsm8k": "GSM8K", "mbpp": "MBPP", "average": "average"}
 # By kind of expert, the benchmark that it is scored on.
 BENCHMARKS = {"lm": "alpaca_eval", "math": "gsm8k", "code": "mbpp"}
-MERGES = ("LM+Math", "LM+Code", "Math+Code", "all three")
-_TASKS = {
-    "LM+Math": ("alpaca_eval", "gsm8k"),
-    "LM+Code": ("alpaca_eval", "mbpp"),
-    "Math+Code": ("gsm8k", "mbpp"),
-    "all three": ("alpaca_eval", "gsm8k", "mbpp"),
+# The merges, by the experts that are in them.
+MERGES: dict[str, tuple[str, ...]] = {
+    "LM+Math": ("lm", "math"),
+    "LM+Code": ("lm", "code"),
+    "Math+Code": ("math", "code"),
+    "all three": ("lm", "math", "code"),
 }
+_TASKS = {name: tuple(BENCHMARKS[expert] for expert in experts) for name, experts in MERGES.items()}
 _ALONE = {
     "lm": {"alpaca_eval": 80.8, "gsm8k": 45.9, "mbpp": 31.4},
     "math": {"gsm8k": 63.5},

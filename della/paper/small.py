@@ -16,8 +16,9 @@ from functools import partial
 from pathlib import Path
 
 from della.errors import EvaluationError
+from della.paper.climbing import climb
 from della.paper.results import write
-from della.paper.small_grid import METHODS, Cell, climb, lambdas
+from della.paper.small_grid import METHODS, START, Cell, lambdas
 from della.paper.small_items import TASKS, Example, check_data, data_file, examples
 from della.paper.small_model import set_threads, tokenizer_of
 from della.paper.small_page import report
@@ -149,5 +150,5 @@ def _choose(name: str, scores: Scores, findings: Findings, wide: Cell | None) ->
 
     row = METHODS[name]
     drops = (wide.p,) if row.variant and wide else row.drops
-    best = [Cell(name, p, climb(partial(kept, p), lambdas(name, p))) for p in drops]
+    best = [Cell(name, p, climb(partial(kept, p), lambdas(name, p), START)) for p in drops]
     return max(best, key=lambda cell: findings.validation[cell])

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from della.paper.climbing import inflation
 from della.paper.small_items import TASKS
 
 DROPS = (0.5, 0.8)
@@ -36,9 +37,8 @@ class Method:
     factor: Callable[[float], float] = lambda p: 1.0
 
 
-def inflation(p: float) -> float:
-    """By how much Elect + mean over survivors enlarges what all experts share (docs/design.md)."""
-    return (1 - p ** len(TASKS)) / (1 - p)
+def _inflated(p: float) -> float:
+    return inflation(p, len(TASKS))
 
 
 def _wide(name: str, title: str, factor: Callable[[float], float] = lambda p: 1.0, **settings: str) -> Method:
@@ -60,7 +60,7 @@ METHODS: dict[str, Method] = {
         Method("optimal", "DELLA, rank_by: optimal", "paper_della", {"rank_by": "optimal"}, window=0.0,
                variant=True),
         _wide("systematic", "DELLA wide, coupling: systematic", coupling="systematic"),
-        _wide("calibrated", "DELLA wide, fuse: calibrated", inflation, fuse="calibrated"),
+        _wide("calibrated", "DELLA wide, fuse: calibrated", _inflated, fuse="calibrated"),
         _wide("l1", "DELLA wide, rescale: l1 (mergekit's)", rescale="l1"),
         _wide("none", "DELLA wide, rescale: none", lambda p: 1 / (1 - p), rescale="none"),
         Method("dare-sum", "DARE, no Elect (sum)", "dare_linear", variant=True,
@@ -113,17 +113,3 @@ def recipe(cell: Cell) -> str:
     lines += [f"  {key}: {value}" for key, value in row.settings.items()]
     lines += [f"seed: {cell.seed}", "out_dtype: float32"]
     return "\n".join(lines) + "\n"
-
-
-def climb(score: Callable[[float], float], ladder: list[float], start: int = START) -> float:
-    """The best lambda of a ladder by hill climbing from place ``start``; ``score`` is asked once a value."""
-    known: dict[int, float] = {}
-    at = start
-    while True:
-        for i in (at, at - 1, at + 1):
-            if 0 <= i < len(ladder) and i not in known:
-                known[i] = score(ladder[i])
-        best = max(known, key=lambda i: (known[i], -i))
-        if best == at:
-            return ladder[best]
-        at = best
