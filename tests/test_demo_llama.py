@@ -134,7 +134,7 @@ def test_answers_are_what_losses_and_greedy_find() -> None:
     # Wrong from the start, right and then wrong, right but too short, too long, and right to the last token.
     references = [free[0][:3], *wrong, free[4][:3], [*free[5][:2], 60, 60], free[6]]
     pairs = list(zip(prompts, references, strict=True))
-    losses, answers = model.answers(pairs, most=9, end=end)
+    losses, answers = model.answers(pairs, most=9, end=end, rows=3)
     assert answers == model.greedy(prompts, most=9, end=end)
     for found, expected in zip(losses, model.losses(pairs), strict=True):
         np.testing.assert_allclose(found, expected, atol=1e-5)

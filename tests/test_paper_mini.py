@@ -151,6 +151,18 @@ def test_what_is_stored_is_not_scored_again(bench: Bench, monkeypatch: pytest.Mo
     assert bench.score(cell, "validation") is first
 
 
+def test_the_last_choice_has_the_problems_of_the_first_and_more(bench: Bench) -> None:
+    problems = bench.trio.problems
+    cell = DELLA.cell(("math", "code"), 0.5, 1.0, 0.15)
+    scored = bench.score(cell, "final")
+    for task in cell.tasks:
+        first, final = problems["validation", task], problems["final", task]
+        assert (len(first.items), len(final.items)) == (ITEMS["validation"], ITEMS["final"])
+        assert final.items[: len(first.items)] == first.items
+        assert len({item.key for item in final.items}) == len(final.items)
+        assert scored[task]["loss"] == pytest.approx(bench.trio.score(cell, "final")[task]["loss"], abs=1e-4)
+
+
 # ---- choices ----------------------------------------------------------------------------------------------
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
+Complexes = NDArray[np.complex64]
 Ints = NDArray[np.int64]
 
 PLAIN_ROPE = (None, "default")
@@ -79,6 +80,16 @@ class Cache:
     length: int = field(default=0)
 
 
+@dataclass(frozen=True, slots=True)
+class _Going:
+    """An answer that has not ended: its row in a cache, ``length`` columns of which are its own."""
+
+    answer: list[int]
+    cache: Cache
+    row: int
+    length: int
+
+
 class Llama:
     """A Llama for inference, from its config and its tensors (Hugging Face's names; any float dtype).
 
@@ -89,6 +100,9 @@ class Llama:
     def __init__(self, config: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> None:
         self.shape = Shape.of(config)
         self._tensors = {name: np.asarray(array).astype(np.float32) for name, array in tensors.items()}
+        for name in self._tensors:
+            if name.endswith(("q_proj.weight", "k_proj.weight")):
+                self._tensors[name] = _paired(self._tensors[name], self.shape.head)
         self._embedding = self._tensors["model.embed_tokens.weight"]
         self._head = self._embedding if self.shape.tied else self._tensors["lm_head.weight"]
         self.watch: Callable[[str, Floats], None] | None = None
@@ -121,32 +135,31 @@ class Llama:
         return found
 
     def answers(
-        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], most: int, end: int
+        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], most: int, end: int, rows: int = 40
     ) -> tuple[list[Floats], list[list[int]]]:
         """What ``losses`` and ``greedy`` find, in one pass as far as greedy answers are those of the pairs.
 
-        One batch; a pair is (prompt ids, reference ids without the end token).
+        A pair is (prompt ids, reference ids without the end token).
         """
-        texts = [[*prompt, *reference] for prompt, reference in pairs]
-        ids, cache = self._padded(texts, spare=most)
-        hidden = self._forward(ids, cache, max(len(reference) for _, reference in pairs) + 1)
         losses: list[Floats] = []
         answers: list[list[int]] = []
-        going: list[int] = []
-        for row, (_, reference) in enumerate(pairs):
-            logits = self._predicted(hidden[row, -len(reference) - 1 :])
-            losses.append(_losses(logits[:-1], reference))
-            chosen = logits.argmax(axis=-1)
-            same = int(np.argmin(np.append(chosen[:-1] == reference, False)))
-            answers.append([*reference[:same], *chosen[same : same + 1].tolist()][:most])
-            if answers[row][-1] == end:
-                answers[row].pop()
-            elif len(answers[row]) < most:
-                going.append(row)
+        going: list[_Going] = []
+        for chunk in (pairs[i : i + rows] for i in range(0, len(pairs), rows)):
+            ids, cache = self._padded([[*prompt, *reference] for prompt, reference in chunk])
+            hidden = self._forward(ids, cache, max(len(reference) for _, reference in chunk) + 1)
+            for row, (prompt, reference) in enumerate(chunk):
+                logits = self._predicted(hidden[row, -len(reference) - 1 :])
+                losses.append(_losses(logits[:-1], reference))
+                chosen = logits.argmax(axis=-1)
+                same = int(np.argmin(np.append(chosen[:-1] == reference, False)))
+                answer = [*reference[:same], *chosen[same : same + 1].tolist()][:most]
+                answers.append(answer)
+                if answer[-1] == end:
+                    answer.pop()
+                elif len(answer) < most:
+                    going.append(_Going(answer, cache, row, len(prompt) + len(answer) - 1))
         if going:
-            known = [len(pairs[row][0]) + len(answers[row]) - 1 for row in going]
-            part = _cut(cache, np.array(going), np.array(known), most)
-            self._go_on([answers[row] for row in going], part, most, end)
+            self._go_on([one.answer for one in going], _gathered(going, most), most, end)
         return losses, answers
 
     def greedy(self, prompts: Sequence[Sequence[int]], most: int, end: int) -> list[list[int]]:
@@ -195,7 +208,7 @@ class Llama:
         columns = np.arange(begin, end)
         positions = np.maximum(columns - cache.pad[:, None], 0)
         angles = np.arange(end)[:, None] * self._frequencies
-        turn = tuple(f(angles).astype(np.float32)[positions][:, None] for f in (np.cos, np.sin))
+        turn = np.exp(1j * angles).astype(np.complex64)[positions][:, :, None]
         known = np.arange(end)
         # A padded column sees itself, which keeps its softmax finite; nothing real ever sees it.
         seen = (known <= columns[:, None]) & (known >= cache.pad[:, None, None]) | (known == columns[:, None])
@@ -208,29 +221,31 @@ class Llama:
         return self._norm(x, "model.norm.weight")
 
     def _attention(
-        self, layer: int, x: Floats, turn: tuple[Floats, ...], seen: NDArray[np.bool_], cache: Cache,
-        skipped: int,
+        self, layer: int, x: Floats, turn: Complexes, seen: NDArray[np.bool_], cache: Cache, skipped: int
     ) -> Floats:  # fmt: skip
         """Keys and values of all columns go into the cache; the first ``skipped`` columns ask for none."""
         shape, name = self.shape, f"model.layers.{layer}.self_attn"
         normed = self._norm(x, f"model.layers.{layer}.input_layernorm.weight")
         rows, columns = x.shape[:2]
 
-        def heads(part: str, count: int, x: Floats) -> Floats:
+        def heads(part: str, count: int, x: Floats, turn: Complexes | None = None) -> Floats:
             flat = self._linear(x, f"{name}.{part}_proj.weight")
-            split: Floats = flat.reshape(rows, x.shape[1], count, shape.head).transpose(0, 2, 1, 3)
+            flat = flat.reshape(rows, x.shape[1], count, shape.head)
+            if turn is not None:
+                pairs = flat.view(np.complex64)
+                pairs *= turn
+            split: Floats = flat.transpose(0, 2, 1, 3)
             return split
 
         begin, end = cache.length, cache.length + columns
-        cache.keys[layer][:, :, begin:end] = _rotate(heads("k", shape.kv_heads, normed), *turn)
+        cache.keys[layer][:, :, begin:end] = heads("k", shape.kv_heads, normed, turn)
         cache.values[layer][:, :, begin:end] = heads("v", shape.kv_heads, normed)
         keys, values = cache.keys[layer][:, :, :end], cache.values[layer][:, :, :end]
         # The query heads that share one key head are stacked as further columns of it.
-        turn = tuple(part[:, :, skipped:] for part in turn)
-        query = _rotate(heads("q", shape.heads, normed[:, skipped:]), *turn)
+        turn = turn[:, skipped:] * np.float32(shape.head**-0.5)
+        query = heads("q", shape.heads, normed[:, skipped:], turn)
         query = query.reshape(rows, shape.kv_heads, -1, shape.head)
         scores = (query @ keys.swapaxes(-1, -2)).reshape(rows, shape.kv_heads, -1, columns - skipped, end)
-        scores *= np.float32(shape.head**-0.5)
         np.copyto(scores, np.float32(-np.inf), where=~seen[:, None, None, skipped:])
         scores -= scores.max(axis=-1, keepdims=True)
         np.exp(scores, out=scores)
@@ -273,16 +288,13 @@ class Llama:
         return product.reshape(*x.shape[:-1], weight.shape[0])
 
 
-def _rotate(x: Floats, cosine: Floats, sine: Floats) -> Floats:
-    """Rotary positions: x (rows, heads, columns, head), cosine and sine (rows, 1, columns, head / 2)."""
-    first, second = np.split(x, 2, axis=-1)
-    turned = np.empty_like(x)
-    left, right = np.split(turned, 2, axis=-1)
-    np.multiply(first, cosine, out=left)
-    left -= second * sine
-    np.multiply(second, cosine, out=right)
-    right += first * sine
-    return turned
+def _paired(weight: Floats, head: int) -> Floats:
+    """The rows of a query or key projection in another order: the two that a rotation turns, half a head
+    apart in the file, stand side by side, as the parts of a complex number.  Products of heads stay as they
+    are.
+    """
+    halves = weight.reshape(-1, 2, head // 2, weight.shape[1])
+    return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(weight.shape)
 
 
 def _losses(logits: Floats, tokens: Sequence[int]) -> Floats:
@@ -293,21 +305,25 @@ def _losses(logits: Floats, tokens: Sequence[int]) -> Floats:
     return found
 
 
-def _cut(cache: Cache, rows: Ints, lengths: Ints, spare: int) -> Cache:
-    """Some rows of a cache, of each the first ``lengths`` columns behind its pad, moved to the right."""
-    longest = int(lengths.max())
+def _gathered(going: Sequence[_Going], spare: int) -> Cache:
+    """One cache of the rows that go on, moved to the right of it."""
+    longest = max(one.length for one in going)
 
-    def moved(arrays: Iterable[Floats]) -> list[Floats]:
+    def moved(layers: Iterable[list[Floats]]) -> list[Floats]:
         made = []
-        for array in arrays:
-            new = np.zeros((len(rows), array.shape[1], longest + spare, array.shape[3]), np.float32)
-            for i, (row, n) in enumerate(zip(rows, lengths, strict=True)):
-                begin = cache.pad[row]
-                new[i, :, longest - n : longest] = array[row, :, begin : begin + n]
+        for arrays in zip(*layers, strict=True):
+            _, heads, _, head = arrays[0].shape
+            new = np.zeros((len(going), heads, longest + spare, head), np.float32)
+            for i, (one, array) in enumerate(zip(going, arrays, strict=True)):
+                begin = one.cache.pad[one.row]
+                new[i, :, longest - one.length : longest] = array[one.row, :, begin : begin + one.length]
             made.append(new)
         return made
 
-    return Cache(longest - lengths, moved(cache.keys), moved(cache.values), longest)
+    pad = longest - np.array([one.length for one in going])
+    return Cache(
+        pad, moved(one.cache.keys for one in going), moved(one.cache.values for one in going), longest
+    )
 
 
 def _rows(cache: Cache, kept: NDArray[np.bool_]) -> Cache:

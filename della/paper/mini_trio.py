@@ -23,8 +23,7 @@ from della.evaluate.programs import calls
 from della.evaluate.sandbox import Limits, Sandbox, open_sandbox
 from della.paper.mini_grid import Cell
 
-# By split, the tasks' own split that its problems come from; "final" has those of "validation", and more.
-SPLITS = {"validation": "validation", "final": "validation", "test": "test"}
+SPLITS = ("validation", "final", "test")  # "final" has the problems of "validation", and more
 CALIBRATION = 64  # training texts a task whose inputs make the norms of WANDA
 # Time for a busy machine: a function that runs into it would count as wrong.
 _LIMITS = Limits(seconds=5.0, processes=64)
@@ -36,7 +35,7 @@ Scored = dict[str, dict[str, list[float]]]
 
 @dataclass(frozen=True, slots=True)
 class Problems:
-    """The problems of one task and split, as tokens: pairs of prompt and answer, shorter ones first."""
+    """The problems of one task and split, as tokens: pairs of prompt and answer."""
 
     items: tuple[tasks.Item, ...]
     pairs: tuple[tuple[list[int], list[int]], ...]
@@ -45,6 +44,9 @@ class Problems:
     def tokens(self) -> list[int]:
         """Answer tokens by problem."""
         return [len(answer) for _, answer in self.pairs]
+
+    def followed_by(self, more: Problems) -> Problems:
+        return Problems(self.items + more.items, self.pairs + more.pairs)
 
 
 class Programs:
@@ -91,7 +93,8 @@ class Programs:
 class Trio:
     """The trio's weights and problems, ready to merge and to score; it may be used by several threads.
 
-    items: how many problems a task in each split.
+    items: how many problems a task in each split.  ``problems`` has them by split and task, and as "more"
+    those of "final" that are not of "validation".
     """
 
     def __init__(self, items: Mapping[str, int], programs: Programs) -> None:
@@ -105,11 +108,14 @@ class Trio:
         self.programs = programs
         self._config = json.loads((TRIO / "base" / "config.json").read_text(encoding="utf-8"))
         self._weights = {name: _weights(name) for name in ("base", *EXPERTS)}
-        self.problems = {
-            (split, task): self._problems(tasks.items(task, SPLITS[split], items[split]))
-            for split in SPLITS
-            for task in EXPERTS
-        }
+        self.problems: dict[tuple[str, str], Problems] = {}
+        for task in EXPERTS:
+            first = tasks.items(task, "validation", items["validation"])
+            more = tasks.items(task, "validation", max(items["validation"], items["final"]))[len(first) :]
+            validation, others = self._problems(first), self._problems(more)
+            self.problems["validation", task], self.problems["more", task] = validation, others
+            self.problems["final", task] = validation.followed_by(others)
+            self.problems["test", task] = self._problems(tasks.items(task, "test", items["test"]))
         self._norms: dict[str, dict[str, Array]] = {}
 
     @property
@@ -152,11 +158,8 @@ class Trio:
                 losses = model.losses(problems.pairs, rows)
                 found[task] = {"loss": _sums(losses)}
                 continue
-            losses, texts = [], []
-            for i in range(0, len(problems.pairs), rows):
-                part, ids = model.answers(problems.pairs[i : i + rows], MOST_NEW_TOKENS, self._end)
-                losses += part
-                texts += [self._tokenizer.decode(one) for one in ids]
+            losses, answers = model.answers(problems.pairs, MOST_NEW_TOKENS, self._end, rows)
+            texts = [self._tokenizer.decode(ids) for ids in answers]
             found[task] = {"loss": _sums(losses), "right": self._right(task, problems.items, texts)}
         return found
 
