@@ -220,8 +220,8 @@ def _as_array(value: Any, what: str, *, floats_only: bool = True) -> Array:
         raise CheckpointError(f"{what}: dtype {array.dtype} is not one that models are stored in") from None
     if floats_only and not dtype.is_float:
         raise CheckpointError(f"{what}: dtype {array.dtype}; only floats are merged")
-    if dtype.is_float and not np.isfinite(array).all():
-        first = np.flatnonzero(~np.isfinite(array))[0]
+    if dtype.is_float and not (finite := np.isfinite(widen(array))).all():  # slow in the narrow dtypes
+        first = np.flatnonzero(~finite)[0]
         raise CheckpointError(
             f"{what}: holds NaN or infinity (element {first} is {array.reshape(-1)[first]})"
         )
