@@ -22,6 +22,7 @@ from della.evaluate.generations import Store
 from della.paper import mini_bench, mini_grid, mini_numbers, mini_rows, mini_trio
 from della.paper.mini import MiniOptions, run_mini
 from della.paper.mini_bench import Bench
+from della.paper.mini_conditions import conditions
 from della.paper.mini_grid import DELLA, Cell, Grid, Kind
 from della.paper.mini_numbers import Measured
 from della.paper.mini_report import report
@@ -273,7 +274,8 @@ def claim(
     better: list[float], worse: list[float], better_seeds: list[float], worse_seeds: list[float]
 ) -> dict[str, Any]:
     def measured(items: list[float], seeds: list[float]) -> Measured:
-        return Measured(np.array(items), np.full(len(items), 1 / len(items)), tuple(seeds))
+        n = len(items)
+        return Measured(np.array(items), np.full(n, 1 / n), (n - 1, 1), tuple(seeds))
 
     row = Row("1", "Math+Code", "DELLA", DELLA.cell(("math", "code"), 0.5, 1.0, 0.15), 2)
     about = Comparison("Table 1: DELLA over TA", "Math+Code", row, replace(row, label="TA"))
@@ -350,6 +352,44 @@ def test_the_verdict_counts_what_the_claims_say(ran: tuple[Path, dict[str, Any],
     )
     said = report(ran[1] | {"claims": changed}).sections[0].text[0]
     assert "holds as a whole on all three. Of its 6 single steps 3 hold, 3 are within noise" in said
+
+
+def test_what_would_have_to_be_true_is_computed(ran: tuple[Path, dict[str, Any], list[str]]) -> None:
+    def row(kept: float, label: str) -> dict[str, Any]:
+        paper = {"average": {"TA": 40.0, "DARE": 45.0, "TIES": 60.0, "DELLA": 50.0}[label]}
+        return {
+            "table": "1", "group": "all three", "label": label, "model": {"p": 0.5}, "value": {"value": kept},
+            "paper": paper,
+        }  # fmt: skip
+
+    def one(claim: str, group: str, value: float, half: float, verdict: str) -> dict[str, Any]:
+        over = {"value": value, "low": value - half, "high": value + half}
+        return {"claim": claim, "group": group, "over_items": over, "verdict": verdict}
+
+    found = {
+        "grid": {"merges": ["all three"]}, "items": {"test": 100},
+        "rows": [row(45.0, "TA"), row(80.0, "DARE"), row(90.0, "TIES"), row(90.0, "DELLA")],
+        "claims": [
+            one("Table 1: DARE over TA", "all three", 1.0, 4.0, "within noise"),
+            one("Table 1: DELLA over DARE", "all three", -0.5, 2.0, "within noise"),
+            one("Table 1: DELLA over TIES", "all three", 3.0, 1.0, "holds"),
+            one("Figure 6: MAGPRUNE over DARE in merging", "all three, p=0.9", 2.0, 1.0, "holds"),
+            one("Figure 6: MAGPRUNE over DARE in merging", "LM+Math, p=0.9", -4.0, 1.0, "reversed"),
+            one("Table 6: row over DARE", "p=0.94", 1.5, 1.0, "holds"),
+        ],
+    }  # fmt: skip
+    section = conditions(found)
+    lost, problems, dropped = section.tables
+    assert lost.rows == (("all three", "50", "80", "89", "90", "100", "120"),)
+    assert [(line[0], line[4]) for line in problems.rows] == [
+        ("DARE over TA", "1,600"), ("DELLA over DARE", ""), ("DELLA over TIES", "12"),
+    ]  # fmt: skip
+    assert dropped.rows == (
+        ("0.9", "-1.0 (1 of 2 holds, 1 of 2 reversed)", "", ""),
+        ("0.94", "", "+1.5 (holds)", ""),
+    )
+    assert "TA keeps 50 to 50 % of what DELLA keeps here, in the paper 80 to 80 %" in section.text[0]
+    assert "### What the others keep of what DELLA keeps" in (ran[0] / "tables.md").read_text()
 
 
 def test_a_run_that_was_cut_short_goes_on_and_ends_the_same(

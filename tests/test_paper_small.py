@@ -221,6 +221,10 @@ def test_the_whole_experiment_and_its_resumption(
     assert f"| DARE + Elect + mean | 0.8 | 1 | {equal['dare', 0.8]['loss']['lm']:.4f} |" in table
     assert "| p 0.5 | DELLA, wide window over DELLA, window .14 | " in table
     assert "| own choice | DARE + Elect + mean over TA + Elect + mean | " in table
+    steps = [claim["verdict"] for claim in found["claims"] if claim["setting"] == "tuned"]
+    counts = [steps.count(word) for word in ("better", "within noise", "worse")]
+    said = "of 3 steps {} better, {} within noise, {} worse.".format(*counts)
+    assert f"With p and lambda chosen for each method on validation: {said}" in table
     assert (out / "index.html").read_text().count("<figure>") == 3
     for plot in ("tuned", "equal", "lambda"):
         assert (out / f"{plot}.png").read_bytes().startswith(b"\x89PNG")

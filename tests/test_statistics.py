@@ -71,6 +71,43 @@ def test_the_bootstrap_weighs_items() -> None:
     assert (found.low, found.high) == (0.0, 1.0)
 
 
+def test_the_bootstrap_of_strata_leaves_each_its_share() -> None:
+    """Two tasks, each without spread: only a resample that mixes them would vary."""
+    a, tasks = [1.0] * 30 + [-1.0] * 10, [30, 10]
+    weights = [1 / 30] * 30 + [1 / 10] * 10
+    found = paired_bootstrap(a, [0.0] * 40, weights=weights, strata=tasks)
+    assert found.value == pytest.approx(0, abs=1e-12)
+    assert found.low == pytest.approx(0, abs=1e-12)
+    assert found.high == pytest.approx(0, abs=1e-12)
+    mixed = paired_bootstrap(a, [0.0] * 40, weights=weights)
+    assert mixed.low < -0.2 < 0.2 < mixed.high
+
+
+def test_the_bootstrap_of_strata_covers_what_it_should() -> None:
+    """Of 200 differences of 1 in one task and -1 in the other, about 95 % of the intervals hold zero."""
+    rng = np.random.default_rng(5)
+    apart = np.repeat([1.0, -1.0], [60, 20])
+    weights = np.repeat([1 / 60, 1 / 20], [60, 20])
+    held = sum(
+        paired_bootstrap(
+            apart + rng.normal(size=80),
+            rng.normal(size=80),
+            weights=weights,
+            strata=[60, 20],
+            draws=1000,
+            seed=i,
+        ).holds_zero
+        for i in range(200)
+    )
+    assert 180 <= held <= 199
+
+
+@pytest.mark.parametrize("strata", [[1, 2], [2, 0], []])
+def test_strata_of_other_items_are_refused(strata: list[int]) -> None:
+    with pytest.raises(ValueError, match=r"^strata of \[.*\] items are not those of 2$"):
+        paired_bootstrap([1, 0], [1, 1], strata=strata)
+
+
 def test_scores_of_different_items_are_refused() -> None:
     with pytest.raises(ValueError, match=r"^2 and 1 scores are not of the same items$"):
         paired_bootstrap([1, 0], [1])

@@ -59,26 +59,42 @@ def mean_over_seeds(values: Sequence[float]) -> Interval:
 
 
 def paired_bootstrap(
-    a: Scores, b: Scores, *, weights: Scores | None = None, draws: int = 10_000,
-    seed: int = 42,
+    a: Scores, b: Scores, *, weights: Scores | None = None, strata: Sequence[int] | None = None,
+    draws: int = 10_000, seed: int = 42,
 ) -> Interval:  # fmt: skip
     """The difference of mean(a) - mean(b) over the same items, with the percentile interval of the bootstrap.
 
     a, b: one score an item, in the same order (0 or 1 for right or wrong; a loss per token with the number of
-    tokens as weight).  weights: how much each item counts; equal by default.  The same seed gives the same
-    interval.
+    tokens as weight).  weights: how much each item counts; equal by default.  strata: how many items each of
+    several tasks has, one task after the other; every resample then has as many of each, and each task keeps
+    its share of the weight.  The same seed gives the same interval.
     """
     differences = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
     n = len(differences)
     if len(a) != len(b) or n == 0:
         raise ValueError(f"{len(a)} and {len(b)} scores are not of the same items")
     weight = np.ones(n) if weights is None else np.asarray(weights, dtype=np.float64)
+    sizes = [n] if strata is None else list(strata)
+    if sum(sizes) != n or min(sizes, default=0) < 1:
+        raise ValueError(f"strata of {sizes} items are not those of {n}")
     rng = np.random.Generator(np.random.PCG64(seed))
+    means, begin = np.zeros(draws), 0
+    for size in sizes:
+        part = slice(begin, begin := begin + size)
+        share = weight[part].sum() / weight.sum()
+        means += share * _resampled(differences[part], weight[part], draws, rng)
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Interval(float((differences * weight).sum() / weight.sum()), float(low), float(high))
+
+
+def _resampled(values: npt.NDArray[np.float64], weights: npt.NDArray[np.float64], draws: int,
+               rng: np.random.Generator) -> npt.NDArray[np.float64]:  # fmt: skip
+    """The weighted means of ``draws`` samples of as many values, drawn with replacement."""
+    n = len(values)
     means = np.empty(draws)
     chunk = max(1, 2_000_000 // n)
     for begin in range(0, draws, chunk):
         chosen = rng.integers(0, n, size=(min(chunk, draws - begin), n))
-        total = weight[chosen]
-        means[begin : begin + len(chosen)] = (differences[chosen] * total).sum(1) / total.sum(1)
-    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Interval(float((differences * weight).sum() / weight.sum()), float(low), float(high))
+        total = weights[chosen]
+        means[begin : begin + len(chosen)] = (values[chosen] * total).sum(1) / total.sum(1)
+    return means

@@ -27,11 +27,13 @@ Number = dict[str, Any]
 class Measured:
     """A row's main number in percent: by problem (mean over seeds) with weights, and by seed.
 
-    Of a merge it is the kept gain, of one pruned expert the share of right answers.
+    Of a merge it is the kept gain, of one pruned expert the share of right answers.  ``strata`` counts the
+    problems of each task.
     """
 
     items: Floats
     weights: Floats
+    strata: tuple[int, ...]
     seeds: tuple[float, ...]
 
     @property
@@ -49,7 +51,9 @@ def measure(bench: Bench, row: Row) -> Measured:
         else:
             found.append(bench.values(scored, "test", cell.tasks[0]))
     by_seed = tuple(100 * float((values * weights).sum()) for values, weights in found)
-    return Measured(100 * np.mean([values for values, _ in found], axis=0), found[0][1], by_seed)
+    tasks = row.cell.tasks if len(row.cell.experts) > 1 else row.cell.tasks[:1]
+    strata = tuple(len(bench.trio.problems["test", task].items) for task in tasks)
+    return Measured(100 * np.mean([values for values, _ in found], axis=0), found[0][1], strata, by_seed)
 
 
 def numbers(bench: Bench, experiment: Experiment) -> Number:
@@ -112,7 +116,11 @@ def _over_items(own: Measured) -> Interval:
     if len(own.seeds) == 1 and set(np.unique(own.items)) <= {0.0, 100.0}:
         found = wilson(round(float(own.items.sum()) / 100), len(own.items))
         return Interval(100 * found.value, 100 * found.low, 100 * found.high)
-    return paired_bootstrap(own.items, np.zeros_like(own.items), weights=own.weights, draws=DRAWS)
+    return _bootstrap(own, np.zeros_like(own.items))
+
+
+def _bootstrap(own: Measured, other: Floats) -> Interval:
+    return paired_bootstrap(own.items, other, weights=own.weights, strata=own.strata, draws=DRAWS)
 
 
 def _task(bench: Bench, scored: Sequence[Scored], task: str) -> Number:
@@ -130,7 +138,7 @@ def _claim(claim: Comparison, better: Measured, worse: Measured) -> Number:
 
     A claim holds, or is reversed, only where both intervals leave zero out.
     """
-    items = paired_bootstrap(better.items, worse.items, weights=better.weights, draws=DRAWS)
+    items = _bootstrap(better, worse.items)
     count = max(len(better.seeds), len(worse.seeds))
     pairs = [
         better.seeds[i % len(better.seeds)] - worse.seeds[i % len(worse.seeds)]

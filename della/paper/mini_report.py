@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from della.demo import EXPERTS
+from della.paper.mini_conditions import conditions
 from della.paper.mini_figures import figure3, figure4, figure5, figure6, gains, pruning_table
 from della.paper.page import Report, Section
 from della.paper.published import BENCHMARKS
@@ -48,7 +49,8 @@ def report(found: Found) -> Report:
         f"{spent['seconds'] / 60:.1f} minutes with {spent['threads']} threads"
         + (f"; {resumed} scores are of a run that was cut short." if resumed else "."),
     )
-    sections = [_verdict(found), _how(found), _alone(found), _table1(found), _tables23(found), _table4(found)]
+    sections = [_verdict(found), conditions(found), _how(found), _alone(found)]
+    sections += [_table1(found), _tables23(found), _table4(found)]
     sections += [_table5(found)] if found["importance"] == "wanda" else []
     sections += [_table6(found), _figure5(found), _table7(found), _beside(found), _claims(found)]
     return Report("The paper's experiment in miniature", text, tuple(sections))

@@ -96,16 +96,9 @@ class Findings:
         }
 
     def _over_items(self, values: Array, weights: Array) -> Interval:
-        """The weighted mean of shares, with the interval of a bootstrap that leaves each task its weight:
-        what sets tasks apart is taken out of the values, so that only their items vary.
-        """
-        mean = float((values * weights).sum() / weights.sum())
-        level, begin = values.copy(), 0
-        for task in TASKS:
-            own = slice(begin, begin + len(self.items["test"][task]))
-            level[own] += mean - (values[own] * weights[own]).sum() / weights[own].sum()
-            begin = own.stop
-        return paired_bootstrap(level, np.zeros_like(level), weights=weights)
+        """The weighted mean of shares, with the interval of a bootstrap that draws items of each task."""
+        sizes = [len(self.items["test"][task]) for task in TASKS]
+        return paired_bootstrap(values, np.zeros_like(values), weights=weights, strata=sizes)
 
     def _mean_shares(self, runs: Sequence[Losses]) -> tuple[Array, Array]:
         found = [self.shares(run) for run in runs]
