@@ -55,7 +55,7 @@ ORDER = (
     *(f"paper.small{part}" for part in ("_items", "_model", "_train", "_grid", "_scores")),
     *(f"paper.small{part}" for part in ("_report", "_page", "")),
     *(f"paper.mini{part}" for part in ("_grid", "_trio", "_bench", "_rows", "_numbers")),
-    *(f"paper.mini{part}" for part in ("_figures", "_report", "")),
+    *(f"paper.mini{part}" for part in ("_figures", "_conditions", "_report", "")),
     *("speaker", "cli_calibrate", "cli_evaluate", "cli_paper", "cli"),
 )
 # Where a library may be imported; nowhere if it is not said.
