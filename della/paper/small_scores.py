@@ -67,14 +67,15 @@ class Scores:
         return self._of(name, split, lambda: self.experts / name)
 
     def cell(self, cell: Cell, split: str) -> Losses:
-        """Of a merge, which is made by `della.merge` if it is not scored yet, and deleted afterwards."""
-        merged = self.out / "merged"
+        """Of a merge, which is made by `della.merge` if it is not scored yet, and deleted afterwards; its
+        recipe stays in OUT/recipes.
+        """
+        merged, text = self.out / "merged", recipe(cell)
+        written = self.out / "recipes" / f"{cell.id}.yml"
+        written.parent.mkdir(exist_ok=True)
+        written.write_text(text, encoding="utf-8")
 
         def make() -> Path:
-            text = recipe(cell)
-            written = self.out / "recipes" / f"{cell.id}.yml"
-            written.parent.mkdir(exist_ok=True)
-            written.write_text(text, encoding="utf-8")
             places = {"base_model": "base"} | {f"models.{i}.model": task for i, task in enumerate(TASKS)}
             overrides = [f"{key}={json.dumps(str(self.experts / name))}" for key, name in places.items()]
             shutil.rmtree(merged, ignore_errors=True)
