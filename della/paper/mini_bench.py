@@ -17,7 +17,7 @@ from della.errors import EvaluationError
 from della.evaluate.generations import Store
 from della.paper.climbing import climb
 from della.paper.mini_grid import DELLA, FIRST, Cell, Grid, Kind, fitting
-from della.paper.mini_trio import SPLITS, Scored, Trio
+from della.paper.mini_trio import STORED, Scored, Trio
 from della.paper.published import MERGES
 
 T = TypeVar("T")
@@ -199,9 +199,9 @@ class Bench:
         ]
 
     def singles(self) -> None:
-        """The models of the trio as they are, on all splits; first, as all kept gains need them."""
+        """The models of the trio as they are, on all problems; first, as all kept gains need them."""
         models = [Cell((name,)) for name in ("base", *EXPERTS)]
-        pairs = [(cell, split) for split in SPLITS for cell in models]
+        pairs = [(cell, split) for split in STORED for cell in models]
         self.each("base and experts", lambda pair: self.score(*pair), pairs)
 
 

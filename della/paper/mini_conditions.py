@@ -3,110 +3,109 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from della.paper.page import Section
+from della.paper.published import BENCHMARKS, MERGES, published
 from della.paper.tables import Table, number
 
 Found = Mapping[str, Any]
 _STEPS = ("Table 1: DARE over TA", "Table 1: DELLA over DARE", "Table 1: DELLA over TIES")
-_OTHERS = ("TA", "DARE", "TIES")
-# By column, the claims that MAGPRUNE keeps more than DARE at one p.
-_BY_P = {
-    "merges": "Figure 6: MAGPRUNE over DARE in merging",
-    "one expert": "Table 6: row over DARE",
-    "one expert, wide range": "Figure 3: wide MAGPRUNE over DARE",
-}
+# By column, the claims that MAGPRUNE keeps more than DARE, of one expert at one p and lambda 1.
+_BY_P = {"the release's range": "Table 6: row over DARE", "wide range": "Figure 3: wide MAGPRUNE over DARE"}
+# Problems for an interval that leaves zero out four times of five, over those that put its end there.
+_POWER = ((1.959964 + 0.841621) / 1.959964) ** 2
 
 
 def conditions(found: Found) -> Section:
     """The section, of results.json; every number in it is computed."""
-    shares = [_share(found, merge, "TA") for merge in found["grid"]["merges"]]
-    ours, papers = [one for one, _ in shares if one is not None], [paper for _, paper in shares]
-    chosen = [row["model"]["p"] for row in found["rows"] if (row["table"], row["label"]) == ("1", "DELLA")]
+    left = [_left(found, merge) for merge in found["grid"]["merges"]]
+    most, less = _most_dropped(found)
     text = (
-        "Merging would have to break more. Dropping and electing can only win back what the experts take "
-        f"from each other: TA keeps {_range(ours)} % of what DELLA keeps here, in the paper "
-        f"{_range(papers)} %.",
-        "Or more problems would have to be scored: a difference of the size found here, if it is true, needs "
-        "as many as the second table says. More seeds do not help, they narrow the other interval.",
-        "Or so much would have to be dropped that it matters what is: the third table has MAGPRUNE less DARE "
-        f"for each p. Validation chose p of {_range(chosen, 1)} for DELLA, so that what happens near p = .9 "
-        "is not in table 1.",
+        "What TA loses would have to be won back: DELLA wins "
+        f"{_shares((won, of) for of, won, *_ in left)} % of it here, in the paper "
+        f"{_shares((won, of) for *_, of, won in left)} % (first table). Most of what it wins there is MBPP, "
+        "of which TA keeps nothing where LM and Code meet.",
+        "Differences as small as these would have to be true, and then more problems be scored: as many as "
+        "the second table says. Where the seeds leave a doubt as well, more of them too.",
+        "Or so much would have to be dropped that it matters what is. One expert alone, at lambda 1, shows "
+        "that (third table). In merges it does not help the order: with lambda chosen, DELLA at "
+        f"p = {most:g} less TA is {_range(less)} points.",
     )
-    return Section("What would have to be true for it to hold", text, (
-        _lost(found), _problems(found), _dropped(found),
-    ))  # fmt: skip
+    tables = (_lost(found), _problems(found), _dropped(found))
+    return Section("What would have to be true for it to hold", text, tables)
+
+
+def _left(found: Found, merge: str) -> tuple[float, float, float, float]:
+    """What the experts alone have above TA, and what DELLA wins of it: here in points of kept gain, and in
+    the paper in points of its average.
+    """
+    rows = {row["label"]: row for row in found["rows"] if (row["table"], row["group"]) == ("1", merge)}
+    ta, della = rows["TA"], rows["DELLA"]
+    alone = [published(1, expert, "alone")[BENCHMARKS[expert]] for expert in MERGES[merge]]
+    here = 100 - ta["value"]["value"], della["value"]["value"] - ta["value"]["value"]
+    paper = ta["paper"]["average"], della["paper"]["average"]
+    return *here, sum(alone) / len(alone) - paper[0], paper[1] - paper[0]
+
+
+def _most_dropped(found: Found) -> tuple[float, list[float]]:
+    """The largest p of the sweep, and DELLA there less TA, by merge."""
+    sweep = [row for row in found["rows"] if row["table"] == "7"]
+    most = max(row["model"]["p"] for row in sweep)
+    ta = {
+        row["group"]: row["value"]["value"]
+        for row in found["rows"]
+        if (row["table"], row["label"]) == ("1", "TA")
+    }
+    return most, [row["value"]["value"] - ta[row["group"]] for row in sweep if row["model"]["p"] == most]
 
 
 def _lost(found: Found) -> Table:
-    """How much of what DELLA keeps the others keep too."""
-    rows = []
-    for merge in found["grid"]["merges"]:
-        shares = [_share(found, merge, label) for label in _OTHERS]
-        rows.append((merge, *(number(share, 0) for pair in shares for share in pair)))
-    columns = ("merge", *(name for label in _OTHERS for name in (f"{label} here", "in the paper")))
-    note = "Kept gain in percent of DELLA's; in the paper, the average in percent of DELLA's."
-    return Table("What the others keep of what DELLA keeps", columns, tuple(rows), note=note)
+    merges = found["grid"]["merges"]
+    rows = tuple((merge, *(number(value) for value in _left(found, merge))) for merge in merges)
+    columns = ("merge", "TA leaves here", "DELLA wins", "TA leaves in the paper", "DELLA wins")
+    note = (
+        "Here in points of kept gain, of which the experts alone have 100; in the paper in points of its "
+        "average, of which they have that of their own scores."
+    )
+    return Table("What is left to win", columns, rows, note=note)
 
 
 def _problems(found: Found) -> Table:
     rows = []
     for claim in _STEPS:
         for one in _of(found, claim):
-            difference = one["over_items"]
-            half = (difference["high"] - difference["low"]) / 2
+            over, seeds = one["over_items"], one["over_seeds"]
+            half = (over["high"] - over["low"]) / 2
             enough = ""
-            if difference["value"] > 0:
-                enough = f"{_rounded(found['items']['test'] * (half / difference['value']) ** 2):,}"
-            rows.append((
-                claim.partition(": ")[2], one["group"], number(difference["value"], sign=True),
-                f"± {half:.1f}", enough,
-            ))  # fmt: skip
+            if over["value"] > 0:
+                enough = f"{_rounded(found['items']['test'] * _POWER * (half / over['value']) ** 2):,}"
+                enough += " and seeds" if seeds and seeds["low"] <= 0 <= seeds["high"] else ""
+            value = number(over["value"], sign=True)
+            rows.append((claim.partition(": ")[2], one["group"], value, f"± {half:.1f}", enough))
     columns = ("step", "merge", "difference", "interval", "problems a task that would tell")
     note = (
-        f"Intervals narrow with the root of the number of problems, {found['items']['test']} here. None is "
-        "told where the difference is against the order."
+        f"So many that an interval leaves zero out four times of five, {found['items']['test']} here; it "
+        "narrows with the root of their number. None is told where the difference is against the order."
     )
     return Table("How many problems would tell", columns, tuple(rows), labels=2, note=note)
 
 
 def _dropped(found: Found) -> Table:
-    """MAGPRUNE less DARE by p: the mean over merges, and one expert alone."""
-    by_p: dict[float, list[str]] = {}
-    claims = {column: _of(found, claim) for column, claim in _BY_P.items()}
-    for p in sorted({_p(one) for ones in claims.values() for one in ones}):
-        by_p[p] = [_mean([one for one in ones if _p(one) == p]) for ones in claims.values()]
-    rows = tuple((f"{p:g}", *cells) for p, cells in by_p.items())
-    note = "Points; the mean over merges, with how many hold and how many are reversed where any does."
-    return Table("MAGPRUNE less DARE, over the drop rate", ("p", *claims), rows, note=note)
+    """MAGPRUNE less DARE by p, one expert alone."""
+    claims = {column: {_p(one): one for one in _of(found, claim)} for column, claim in _BY_P.items()}
+    drops = sorted({p for ones in claims.values() for p in ones})
+    rows = tuple((f"{p:g}", *(_told(ones.get(p)) for ones in claims.values())) for p in drops)
+    note = "Points of right answers."
+    return Table("MAGPRUNE less DARE in one expert, over the drop rate", ("p", *claims), rows, note=note)
 
 
-def _mean(claims: Sequence[Found]) -> str:
-    if not claims:
+def _told(claim: Found | None) -> str:
+    if claim is None:
         return ""
-    mean = sum(one["over_items"]["value"] for one in claims) / len(claims)
-    counts = {word: sum(one["verdict"] == word for one in claims) for word in ("holds", "reversed")}
-    told = ", ".join(
-        f"{count} of {len(claims)} {word}" if len(claims) > 1 else word
-        for word, count in counts.items()
-        if count
-    )
-    return number(mean, sign=True) + (f" ({told})" if told else "")
-
-
-def _share(found: Found, merge: str, label: str) -> tuple[float | None, float]:
-    """What a method of table 1 keeps in percent of what DELLA keeps: here (None where DELLA keeps nothing),
-    and in the paper.
-    """
-    rows = {
-        row["label"]: row for row in found["rows"] if row["table"] == "1" and row["group"] == merge
-    }  # fmt: skip
-    own, della = rows[label], rows["DELLA"]
-    kept = della["value"]["value"]
-    here = 100 * own["value"]["value"] / kept if kept > 0 else None
-    return here, 100 * own["paper"]["average"] / della["paper"]["average"]
+    verdict = f" ({claim['verdict']})" if claim["verdict"] != "within noise" else ""
+    return number(claim["over_items"]["value"], sign=True) + verdict
 
 
 def _of(found: Found, claim: str) -> list[Found]:
@@ -117,8 +116,13 @@ def _p(claim: Found) -> float:
     return float(claim["group"].rpartition("p=")[2])
 
 
-def _range(values: Sequence[float], digits: int = 0) -> str:
-    return f"{min(values):.{digits}f} to {max(values):.{digits}f}" if values else "nothing"
+def _range(values: Sequence[float]) -> str:
+    return f"{number(min(values))} to {number(max(values))}"
+
+
+def _shares(pairs: Iterable[tuple[float, float]]) -> str:
+    shares = [100 * won / of for won, of in pairs if of > 0]
+    return f"{min(shares):.0f} to {max(shares):.0f}" if shares else "0"
 
 
 def _rounded(count: float) -> int:

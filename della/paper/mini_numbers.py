@@ -18,7 +18,6 @@ from della.paper.mini_trio import Scored
 from della.paper.published import published
 from della.paper.results import as_json
 
-DRAWS = 2000  # of a bootstrap; there are hundreds of intervals
 HOLDS, NOISE, REVERSED = "holds", "within noise", "reversed"
 Number = dict[str, Any]
 
@@ -120,7 +119,7 @@ def _over_items(own: Measured) -> Interval:
 
 
 def _bootstrap(own: Measured, other: Floats) -> Interval:
-    return paired_bootstrap(own.items, other, weights=own.weights, strata=own.strata, draws=DRAWS)
+    return paired_bootstrap(own.items, other, weights=own.weights, strata=own.strata)
 
 
 def _task(bench: Bench, scored: Sequence[Scored], task: str) -> Number:

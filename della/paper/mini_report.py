@@ -30,11 +30,11 @@ KEPT = (
     "averaged with those."
 )
 INTERVALS = (
-    "Intervals are 95 %: over problems by the bootstrap (of means over seeds, the ends of the scale held "
-    "fixed), over seeds by Student, which is how far the random draws alone move a score. A difference "
-    "counts only where both its paired intervals, over problems and over seeds, leave zero out; else it is "
-    "within noise. Of twenty true ties one would count by chance; and that another validation split might "
-    "have chosen another p or lambda is in no interval."
+    "Intervals are 95 %: over problems by the bootstrap (of means over seeds, drawn within each task, the "
+    "ends of the scale held fixed), over seeds by Student, which is how far the random draws alone move a "
+    "score. A difference counts only where both its paired intervals, over problems and over seeds, leave "
+    "zero out; else it is within noise. Of twenty true ties one would count by chance; and that another "
+    "validation split might have chosen another p or lambda is in no interval."
 )
 
 

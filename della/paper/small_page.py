@@ -19,7 +19,8 @@ LOSSES = ("LM", "Math", "Code")
 KEPT = (
     "Kept gain is the mean over tasks of (base - merge) / (base - own expert) in loss per response token: 0 "
     "is the base, 1 every expert on its own task. Intervals are 95 %: over items by the paired bootstrap (of "
-    "the mean over seeds, with the two ends of the scale held fixed), and over seeds by Student."
+    "the mean over seeds, drawn within each task, with the two ends of the scale held fixed), and over seeds "
+    "by Student. That the choice of p and lambda might have been another is in no interval."
 )
 DIFFERENCES = "Bars are 95 % intervals of the paired difference over items, of means over seeds."
 COLUMNS = ("method", "p", "lambda", *LOSSES, "kept gain, over items", "over seeds")
