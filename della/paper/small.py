@@ -19,7 +19,7 @@ from della.errors import EvaluationError
 from della.paper.climbing import climb
 from della.paper.results import write
 from della.paper.small_grid import METHODS, START, Cell, lambdas
-from della.paper.small_items import TASKS, Example, check_data, data_file, examples
+from della.paper.small_items import SPLITS, TASKS, Example, check_data, data_file, examples
 from della.paper.small_model import set_threads, tokenizer_of
 from della.paper.small_page import report
 from della.paper.small_report import Findings, results
@@ -58,6 +58,7 @@ def run_small(options: SmallOptions, tell: Tell) -> Path:
     """
     if options.seeds < 1 or options.items < 2 or options.validation_items < 2:
         raise EvaluationError("seeds must be 1 or more, and items 2 or more a task")
+    check_data(options.data, ("validation", "test") if options.model is None else SPLITS)
     set_threads(options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
     experts = options.experts or options.out / "experts"
@@ -69,7 +70,6 @@ def run_small(options: SmallOptions, tell: Tell) -> Path:
             f"{experts}: no {', '.join(missing)}; give --models base=MODEL, so that they are trained, "
             "or --experts with a folder of base, lm, math and code"
         )
-    check_data(options.data, ("validation", "test"))
     items = _items(options, experts)
     scores = Scores(options.out, experts, items, options.threads, tell)
     findings = Findings(items, options.seeds)
