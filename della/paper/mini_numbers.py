@@ -42,15 +42,15 @@ class Measured:
 
 def measure(bench: Bench, row: Row) -> Measured:
     """The main number of a row on test."""
+    merged = len(row.cell.experts) > 1
+    tasks = row.cell.tasks if merged else row.cell.tasks[:1]
     found = []
     for cell in row.cells:
         scored = bench.score(cell, "test")
-        if len(cell.experts) > 1:
-            found.append(bench.shares(scored, "test", cell.tasks))
-        else:
-            found.append(bench.values(scored, "test", cell.tasks[0]))
+        found.append(
+            bench.shares(scored, "test", tasks) if merged else bench.values(scored, "test", tasks[0])
+        )
     by_seed = tuple(100 * float((values * weights).sum()) for values, weights in found)
-    tasks = row.cell.tasks if len(row.cell.experts) > 1 else row.cell.tasks[:1]
     strata = tuple(len(bench.trio.problems["test", task].items) for task in tasks)
     return Measured(100 * np.mean([values for values, _ in found], axis=0), found[0][1], strata, by_seed)
 

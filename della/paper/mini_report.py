@@ -9,8 +9,8 @@ from della.demo import EXPERTS
 from della.paper.mini_conditions import conditions
 from della.paper.mini_figures import figure3, figure4, figure5, figure6, gains, pruning_table
 from della.paper.page import Report, Section
-from della.paper.published import BENCHMARKS
-from della.paper.results import interval
+from della.paper.published import BENCHMARKS, published
+from della.paper.results import having, interval
 from della.paper.tables import Table, number, with_interval
 
 Found = Mapping[str, Any]
@@ -62,7 +62,7 @@ def report(found: Found) -> Report:
 def _verdict(found: Found) -> Section:
     rows: list[tuple[str, ...]] = []
     for title, claim in _ORDER:
-        for one in _of(found["claims"], claim=claim):
+        for one in having(found["claims"], claim=claim):
             rows.append((title, *_difference(one)))
     columns = (
         "the paper's order",
@@ -80,7 +80,7 @@ def _verdict(found: Found) -> Section:
 
 def _sentence(found: Found) -> str:
     """The paper's order in one sentence, counted."""
-    claims = [one for _, claim in _ORDER[:3] for one in _of(found["claims"], claim=claim)]
+    claims = [one for _, claim in _ORDER[:3] for one in having(found["claims"], claim=claim)]
     merges = list(dict.fromkeys(one["group"] for one in claims))
     whole = [m for m in merges if all(one["verdict"] == "holds" for one in claims if one["group"] == m)]
     counted = {verdict: sum(one["verdict"] == verdict for one in claims) for verdict in VERDICTS}
@@ -145,12 +145,10 @@ def _how(found: Found) -> Section:
 
 def _alone(found: Found) -> Section:
     names = {"base": "base", "lm": "LM expert", "math": "Math expert", "code": "Code expert"}
-    paper = {
-        "lm": "80.8 / 45.9 / 31.4", "math": "- / 63.5 / -", "code": "- / - / 27.0",
-    }  # fmt: skip
     rows: list[tuple[str, ...]] = [
         (names[name], *(_score(scores[task], task) for task in EXPERTS),
-         *(number(scores[task]["loss"], 3) for task in EXPERTS), paper.get(name, ""))
+         *(number(scores[task]["loss"], 3) for task in EXPERTS),
+         _paper({"paper": published(1, name, "alone")}))
         for name, scores in found["singles"].items()
     ]  # fmt: skip
     columns = ("model", *_TITLES.values(), "loss LM", "Math", "Code", "paper")
@@ -181,7 +179,7 @@ def merges_table(title: str, rows: Rows, note: str = "", label: str = "method") 
 
 
 def _table1(found: Found) -> Section:
-    rows = _of(found["rows"], table="1")
+    rows = having(found["rows"], table="1")
     plot = gains("table1", "Table 1: kept gain of the four methods", rows)
     note = "The paper's scores are AlpacaEval / GSM8K / MBPP, and their average."
     text = ("TA, DARE and TIES with Elect and the mean, as in the paper (paper_ta, paper_dare, paper_ties).",)
@@ -189,23 +187,23 @@ def _table1(found: Found) -> Section:
 
 
 def _tables23(found: Found) -> Section:
-    two = merges_table("Table 2: rescale in a merge, lambda 1", _of(found["rows"], table="2"))
+    two = merges_table("Table 2: rescale in a merge, lambda 1", having(found["rows"], table="2"))
     three = pruning_table(
         "Table 3: rescale, the Code expert alone, percent right",
-        _of(found["rows"], table="3"),
+        having(found["rows"], table="3"),
         "The paper names neither expert nor task.",
     )
     return Section("Tables 2 and 3: rescale", (), (two, three))
 
 
 def _table4(found: Found) -> Section:
-    rows = _of(found["rows"], table="4")
+    rows = having(found["rows"], table="4")
     plot = gains("table4", "Table 4: kept gain without Elect", rows)
     return Section("Table 4: without Elect", (), (merges_table("", rows),), (plot,))
 
 
 def _table5(found: Found) -> Section:
-    rows = sorted(_of(found["rows"], table="5"), key=lambda row: _merges(found).index(row["group"]))
+    rows = sorted(having(found["rows"], table="5"), key=lambda row: _merges(found).index(row["group"]))
     text = (
         "Scores |delta| times the norm of the input instead of |delta|; norms over "
         f"{found['calibration_items']} training texts of each expert's own task.",
@@ -219,7 +217,7 @@ def _table5(found: Found) -> Section:
 
 
 def _table6(found: Found) -> Section:
-    rows = _of(found["rows"], table="6")
+    rows = having(found["rows"], table="6")
     text = (
         "The Math expert alone, at lambda 1. The range has the half-width of the release, .07; wide is .3; "
         "both as far as p has room. What the paper's figures 3 and 4 show is known from its text only; "
@@ -232,11 +230,11 @@ def _table6(found: Found) -> Section:
 
 
 def _figure5(found: Found) -> Section:
-    rows = _of(found["rows"], table="figure 5")
+    rows = having(found["rows"], table="figure 5")
     rows = [
         row
         for merge in _merges(found)
-        for row in sorted(_of(rows, group=merge), key=lambda r: r["label"] != "constant")
+        for row in sorted(having(rows, group=merge), key=lambda r: r["label"] != "constant")
     ]
     text = (
         "Constant lambda, chosen on validation, against the factors of each row or tensor that take its "
@@ -254,17 +252,17 @@ def _table7(found: Found) -> Section:
     text = (
         "Lambda and epsilon chosen for each p. Figure 6, MAGPRUNE and top-K over p, is rebuilt by subject.",
     )
-    table = merges_table("Table 7: DELLA over p", _of(found["rows"], table="7"), label="drop rate")
+    table = merges_table("Table 7: DELLA over p", having(found["rows"], table="7"), label="drop rate")
     return Section("Table 7 and figure 6: over p", text, (table,), (figure6(found),))
 
 
 def _beside(found: Found) -> Section:
     first = [
         row | {"label": f"{row['label']} (table 1)"}
-        for row in _of(found["rows"], table="1", group="all three")
+        for row in having(found["rows"], table="1", group="all three")
     ]
     rows = sorted(
-        [*first, *_of(found["rows"], table="beside")], key=lambda row: -float(row["value"]["value"])
+        [*first, *having(found["rows"], table="beside")], key=lambda row: -float(row["value"]["value"])
     )
     rows = [row | {"paper": {}} for row in rows]
     plot = gains("beside", "All three experts: kept gain of every method", rows)
@@ -283,10 +281,6 @@ def _claims(found: Found) -> Section:
 
 
 # ---- text of single cells ---------------------------------------------------------------------------------
-
-
-def _of(rows: Rows, **wanted: str) -> list[dict[str, Any]]:
-    return [dict(row) for row in rows if all(row[key] == value for key, value in wanted.items())]
 
 
 def _merges(found: Found) -> list[str]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,11 @@ def as_json(found: Interval, digits: int = 6) -> dict[str, float]:
 def interval(found: Mapping[str, float]) -> Interval:
     """An interval out of results.json."""
     return Interval(found["value"], found["low"], found["high"])
+
+
+def having(entries: Iterable[Mapping[str, Any]], **wanted: object) -> list[dict[str, Any]]:
+    """The entries of a list in results.json that have these values."""
+    return [dict(one) for one in entries if all(one[key] == value for key, value in wanted.items())]
 
 
 def write(out: Path, results: Mapping[str, Any], report: Report) -> None:

@@ -37,6 +37,11 @@ class Method:
     factor: Callable[[float], float] = lambda p: 1.0
 
 
+def _summed(p: float) -> float:
+    """A sum of all deltas is about twice the mean of those that agree."""
+    return 0.5
+
+
 def _inflated(p: float) -> float:
     return inflation(p, len(TASKS))
 
@@ -50,13 +55,13 @@ METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         Method("sum", "Task arithmetic, no Elect (sum)", "task_arithmetic", drops=_ALL, random=False,
-               factor=lambda p: 0.5),
+               factor=_summed),
         Method("ta", "TA + Elect + mean", "paper_ta", drops=_ALL, random=False),
         Method("ties", "TIES", "paper_ties", random=False),
         Method("breadcrumbs", "Breadcrumbs, no Elect (sum)", "breadcrumbs", drops=(0.5,), random=False,
-               factor=lambda p: 0.5),
+               factor=_summed),
         Method("breadcrumbs-ties", "Breadcrumbs + Elect + sum", "breadcrumbs_ties", drops=(0.5,),
-               random=False, factor=lambda p: 0.5),
+               random=False, factor=_summed),
         Method("dare", "DARE + Elect + mean", "paper_dare"),
         Method("della", "DELLA, window .14", "paper_della", window=NARROW),
         Method("della-wide", "DELLA, wide window", "paper_della", wide=True),
@@ -68,9 +73,9 @@ METHODS: dict[str, Method] = {
         _wide("l1", "DELLA wide, rescale: l1 (mergekit's)", rescale="l1"),
         _wide("none", "DELLA wide, rescale: none", lambda p: 1 / (1 - p), rescale="none"),
         Method("dare-sum", "DARE, no Elect (sum)", "dare_linear", variant=True,
-               factor=lambda p: 0.5),
+               factor=_summed),
         Method("della-sum", "DELLA wide, no Elect (sum)", "della_linear", wide=True, variant=True,
-               factor=lambda p: 0.5),
+               factor=_summed),
     )
 }  # fmt: skip
 

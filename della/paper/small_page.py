@@ -37,11 +37,11 @@ def report(found: Found) -> Report:
         KEPT,
         f"Made by `{found['command']}`; merges and scores took {found['time']['seconds'] / 60:.0f} minutes.",
     )
-    sections = (_found(found), _alone(found), _tuned(found), _equal(found), _precision(found))
+    sections = (_first_look(found), _alone(found), _tuned(found), _equal(found), _precision(found))
     return Report("DELLA on a real model of 135 M", text, (*sections, _over_lambda(found)))
 
 
-def _found(found: Found) -> Section:
+def _first_look(found: Found) -> Section:
     """The first look's order in words, counted."""
     rows = {row["method"]: row for row in found["tuned"]}
     best = max(found["tuned"], key=lambda row: float(row["kept"]["value"]))
