@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from attacks.escapes import ESCAPES, PRELUDE, Escape
-from della.evaluate.sandbox import Limits, Outcome, Sandbox, open_sandbox
+from della.sandbox.walls import Limits, Outcome, Sandbox, open_sandbox
 
 VICTIM = "as it was"
 

@@ -14,11 +14,11 @@ from typing import Any
 import numba
 import numpy as np
 
-import della.cli
-from della import compute, run
-from della.checkpoint.journal import Journal
-from della.merging import cast
-from della.merging.kernel import kernel
+import della.cli.main
+from della.merging.kernels import cast
+from della.merging.kernels.compile import kernel
+from della.output.journal import Journal
+from della.running import compute, run
 
 
 class NoDigest:
@@ -76,4 +76,4 @@ def strip(what: str) -> None:
 if __name__ == "__main__":
     assert numba.__version__  # started before the clock of the merge, as in `della` itself
     strip(sys.argv.pop(1))
-    della.cli.main()
+    della.cli.main.main()

@@ -23,8 +23,8 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks import BASE, EXPERTS, data_folder, missing
-from della.checkpoint.writer import StagedOutput
 from della.dtypes import DTYPES
+from della.output.writer import StagedOutput
 
 SHARDS = 3
 BASE_SCALE, DELTA_SCALE = 0.02, 0.001

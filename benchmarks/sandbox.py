@@ -12,8 +12,8 @@ import time
 from collections.abc import Callable
 
 from della.errors import EvaluationError
-from della.evaluate.programs import calls, check
-from della.evaluate.sandbox import NAMES, open_sandbox
+from della.sandbox.programs import calls, check
+from della.sandbox.walls import NAMES, open_sandbox
 
 PROGRAM = "def area(a, b):\n    return a * b\n"
 TESTS = [f"assert area({n}, {n + 1}) == {n * (n + 1)}" for n in range(3)]

@@ -157,7 +157,10 @@ def durable(stage: Stage) -> Outcome:
 
 
 # A command that waits, fully loaded, for a line on stdin.
-WAITING = "import sys, della.run, della.planning, della.cli as c; print(flush=True); input(); c.main()"
+WAITING = (
+    "import della.running.run, della.planning.planner, della.cli.main as c; "
+    "print(flush=True); input(); c.main()"
+)
 
 
 def writers(folder: Path, rounds: int) -> Outcome:

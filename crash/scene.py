@@ -112,7 +112,7 @@ class Scene:
     def command(self, place: Path, scenario: Scenario) -> list[str]:
         """The merge, as a user would start it."""
         places = [str(self.folder / "new.yml"), str(place / scenario.out)]
-        return [sys.executable, "-m", "della.cli", "merge", *places, *ARGUMENTS, *scenario.arguments]
+        return [sys.executable, "-m", "della.cli.main", "merge", *places, *ARGUMENTS, *scenario.arguments]
 
     def state(self, place: Path, scenario: Scenario) -> str:
         """Which of absent, old and new OUT is, to the byte and by `della verify`; else what is wrong."""

@@ -20,7 +20,7 @@ from della.version import __version__
 if TYPE_CHECKING:
     from della.api import merge, plan
     from della.arrays import magprune, merge_state_dicts, merge_tensors
-    from della.verifying import verify
+    from della.running.verify import verify
 
 __all__ = [
     "CheckpointError",
@@ -40,7 +40,7 @@ __all__ = [
 _HOMES = {
     "merge": "della.api",
     "plan": "della.api",
-    "verify": "della.verifying",
+    "verify": "della.running.verify",
     "magprune": "della.arrays",
     "merge_tensors": "della.arrays",
     "merge_state_dicts": "della.arrays",

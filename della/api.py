@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from della.errors import RecipeError
-from della.jobs import TILE, Plan, default_threads
-from della.planning import Permissions, Target, make_plan
-from della.recipe import Recipe, read_recipe
+from della.planning.job import TILE, Plan, default_threads
+from della.planning.planner import Permissions, Target, make_plan
+from della.recipe.reader import Recipe, read_recipe
 
 if TYPE_CHECKING:
-    from della.run import Progress, Result
+    from della.running.run import Progress, Result
 
 Source = str | Path | Mapping[str, Any] | Recipe
 
@@ -52,7 +52,7 @@ def merge(
     A run that was cut short is gone on with by the same call.  Returns a Result (out, manifest, seconds).
     Raises RecipeError, CheckpointError or OutputError.
     """
-    from della.run import Options, run
+    from della.running.run import Options, run
 
     for name, value in (("threads", threads), ("tile", tile), ("shard_bytes", shard_bytes)):
         if value is not None and value < 1:

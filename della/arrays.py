@@ -14,12 +14,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from della.checkpoint.norms import checked, misfit
 from della.dtypes import Array, DType, of_array, round_to, widen
 from della.errors import CheckpointError, OutputError, RecipeError, nearest
 from della.merging import reference
 from della.merging.methods import METHODS, Choice, Expert, Method, check_settings, choice
 from della.merging.methods import expert as make_expert
-from della.norms import checked, misfit
 from della.random import DEFAULT_SEED
 
 _TILE = 1 << 17

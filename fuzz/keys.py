@@ -9,8 +9,8 @@ from random import Random
 
 from della.errors import RecipeError
 from della.merging.methods import ALL_PARAMETERS, METHODS
-from della.recipe import _MODEL_KEYS, _TOP_KEYS, read_recipe
-from della.recipe_settings import CASE_KEYS
+from della.recipe.reader import _MODEL_KEYS, _TOP_KEYS, read_recipe
+from della.recipe.settings import CASE_KEYS
 from fuzz.job import Job, attempt
 
 _HINT = re.compile(r"did you mean (.*)\?$")

@@ -9,7 +9,7 @@ from pathlib import Path
 from random import Random
 
 from della.errors import RecipeError
-from della.recipe import Recipe, read_recipe
+from della.recipe.reader import Recipe, read_recipe
 from fuzz.job import Job
 from fuzz.mutate import damage
 

@@ -12,9 +12,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from della.checkpoint.source import open_source
-from della.checkpoint.writer import StagedOutput
 from della.dtypes import DTYPES, of_array
 from della.errors import CheckpointError
+from della.output.writer import StagedOutput
 
 RNG = np.random.default_rng(7)
 ONE = {"w": np.arange(6, dtype=np.float32).reshape(2, 3)}

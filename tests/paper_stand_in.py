@@ -21,12 +21,12 @@ import numpy as np
 from checkpoints import put
 from stub_server import Request, StubServer
 
-from della.demo import TRIO
 from della.evaluate.settings import Settings
-from della.paper.full import FullOptions
-from della.paper.full_data import GSM8K_VALIDATION
-from della.paper.full_models import BASE_OF, MODELS
-from della.paper.full_options import full_options
+from della.experiments.demo import TRIO
+from della.experiments.paper.full import FullOptions
+from della.experiments.paper.full_data import GSM8K_VALIDATION
+from della.experiments.paper.full_models import BASE_OF, MODELS
+from della.experiments.paper.full_options import full_options
 
 HIDDEN, WIDE, VOCABULARY = 32, 64, 512  # the vocabulary is the demo's
 CONFIG: dict[str, Any] = {
@@ -170,7 +170,7 @@ def command(place: Path, judge_url: str) -> list[str]:
     files = [
         word for name, path in make_data(place / "data").items() for word in ("--data", f"{name}={path}")
     ]
-    return [sys.executable, "-m", "della.cli", "paper", "--scale", "13b", *words, *files]
+    return [sys.executable, "-m", "della.cli.main", "paper", "--scale", "13b", *words, *files]
 
 
 def main() -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from della.errors import EvaluationError
-from della.evaluate.sandbox import NAMES, Sandbox, open_sandbox
+from della.sandbox.walls import NAMES, Sandbox, open_sandbox
 
 
 def _opened(name: str) -> Sandbox | str:

@@ -116,7 +116,7 @@ COMMANDS = (
 def test_the_command_answers_alike(title: str, folder: Path) -> None:
     attack = ATTACKS[TITLES.index(title)]
     attacked(attack, folder)
-    program = "import sys; sys.path.remove(''); from della.cli import main; main()"
+    program = "import sys; sys.path.remove(''); from della.cli.main import main; main()"
     overwrite = ["--overwrite"] * attack.overwrite
     run = subprocess.run(
         [sys.executable, "-c", program, "merge", "recipe.yml", attack.out, *overwrite],

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 import della.checkpoint.layout
-import della.recipe
-import della.recipe_settings
+import della.recipe.reader
+import della.recipe.settings
 from della.checkpoint import header
 from della.checkpoint.header import Header, TensorInfo
 from della.dtypes import DTYPES
@@ -122,18 +122,18 @@ def test_names_that_are_followed_are_found(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_key_that_is_not_suggested_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (della.recipe, della.recipe_settings):
+    for module in (della.recipe.reader, della.recipe.settings):
         monkeypatch.setattr(module, "suggest", lambda key, known: "")
     job = small("keys", tmp_path)
     assert len(job.failures) == job.cases
-    monkeypatch.setattr(della.recipe, "suggest", lambda key, known: f"; did you mean '{known[0]}'?")
+    monkeypatch.setattr(della.recipe.reader, "suggest", lambda key, known: f"; did you mean '{known[0]}'?")
     job = small("keys", tmp_path)
     assert 0 < len(job.failures) < job.cases
 
 
 def test_every_key_has_its_spots() -> None:
     found = {spot.key for spot in keys.spots()}
-    known = {*della.recipe._TOP_KEYS, *della.recipe._MODEL_KEYS}
+    known = {*della.recipe.reader._TOP_KEYS, *della.recipe.reader._MODEL_KEYS}
     assert found >= known
     used = {name for method in METHODS.values() for name in method.parameters}
     assert found >= used

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from della.hashing import Check, Hashing
+from della.running.hashing import Check, Hashing
 from fuzz import flips
 from fuzz.job import Job
 

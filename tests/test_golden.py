@@ -1,15 +1,14 @@
-"""Golden bytes: the demo's trio merged by every method and with every option once, held against committed hashes.
+"""Golden bytes: the demo's trio by every method and with every option once, against committed hashes.
 
 The expected bytes of other tests come from reference.py, so a change that moves the reference and the kernels
-alike passes there; here it does not.  `python tests/test_golden.py` writes the hashes anew, for a change that is
-meant to move bytes: CHANGELOG.md then says which, and why.
+alike passes there; here it does not.  `python tests/test_golden.py` writes the hashes anew, for a change that
+is meant to move bytes: CHANGELOG.md then says which, and why.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import della
-from della.demo import EXPERTS, TRIO
+from della.experiments.demo import EXPERTS, TRIO
 
 HASHES = Path(__file__).with_name("golden.json")
 METHODS = (
@@ -34,7 +33,7 @@ Case = dict[str, Any]
 def _options() -> dict[str, Case]:
     """Every option once, beside the defaults: name -> what it changes of the recipe of `_recipe`."""
     found: dict[str, Case] = {}
-    values = {
+    values: dict[str, dict[str, tuple[Any, ...]]] = {
         "della": {
             "rank_by": ("tensor", "random", "random_tensor", "magnitude", "optimal"),
             "importance": ("wanda",),
@@ -178,4 +177,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from typer.main import get_command
 
-from della.cli import app
+from della.cli.main import app
 from della.merging.methods import ALL_PARAMETERS, METHODS
-from della.recipe import read_recipe
+from della.recipe.reader import read_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -15,71 +15,44 @@ import della
 ROOT = Path(__file__).parent.parent
 MOST_LINES, MOST_LINES_OF_A_FUNCTION = 400, 60
 
-# A module imports only from those above it.  "della" is the package's own __init__.py.
-ORDER = (
-    *("errors", "dtypes", "random", "version"),
+# The rooms of della/ in their order: a module imports only from its own room and from those above it.
+ROOMS = (
     *(
-        f"checkpoint.{name}"
-        for name in (
-            "strict",
-            "shard_names",
-            "header",
-            "quantised",
-            "pickles",
-            "layout",
-            "source",
-            "disk",
-            "place",
-            "shards",
-            "journal",
-            "staging",
-            "writer",
-            "manifest",
-        )
+        "errors",
+        "dtypes",
+        "random",
+        "version",
+        "checkpoint",
+        "output",
+        "merging",
+        "recipe",
+        "planning",
+        "running",
     ),
-    *(f"merging.{name}" for name in ("methods", "reference", "compat", "kernel", "cast", "drop", "largest")),
-    *("merging.fuse", "merging.tensor", "norms"),
-    *(f"recipe{part}" for part in ("_tree", "_yaml", "_settings", "_types", "_overrides", "")),
-    *("jobs", "fitting", "departures", "planning", "show", "card", "compute", "run"),
-    *("hashing", "verifying", "arrays"),
-    *("api", "della", "demo", "demo.tasks", "demo.llama", "demo.score", "demo.run", "evaluate.statistics"),
-    *(f"evaluate.{name}" for name in ("seccomp", "process", "values", "guard", "harness")),
-    *("evaluate.sandbox", "evaluate.programs"),
-    *(f"evaluate.{name}" for name in ("problems", "templates", "generations")),
-    *(f"evaluate.{name}" for name in ("endpoint", "gsm8k", "judge", "alpaca")),
-    *(f"evaluate.{name}" for name in ("backends", "numpy_backend", "hf", "server", "vllm_server")),
-    *(f"evaluate.{name}" for name in ("settings", "scoring", "evaluation")),
-    "evaluate.calibration",
-    *(f"paper.{name}" for name in ("climbing", "published", "tables", "plots", "page", "results")),
-    *(f"paper.full{part}" for part in ("_models", "_grid", "_plan", "_data", "_report", "", "_options")),
-    *(f"paper.small{part}" for part in ("_items", "_model", "_train", "_grid", "_scores")),
-    *(f"paper.small{part}" for part in ("_report", "_page", "")),
-    *(f"paper.mini{part}" for part in ("_grid", "_trio", "_bench", "_rows", "_numbers")),
-    *(f"paper.mini{part}" for part in ("_figures", "_conditions", "_report", "")),
-    *("speaker", "cli_calibrate", "cli_evaluate", "cli_paper", "cli"),
+    *("arrays", "api", "della", "report", "sandbox", "evaluate", "experiments", "cli"),
 )
 # Where a library may be imported; nowhere if it is not said.
 FENCES = {
-    "yaml": ["recipe_yaml"],
+    "yaml": ["recipe.text"],
     "huggingface_hub": ["checkpoint.source"],
-    "numba": ["merging.kernel"],
-    "typer": ["cli", "cli_calibrate", "cli_evaluate", "cli_paper"],
-    "rich": ["speaker"],
+    "numba": ["merging.kernels.compile"],
+    "typer": ["cli.calibrate", "cli.evaluate", "cli.main", "cli.paper"],
+    "rich": ["cli.console"],
     "openai": ["evaluate.endpoint"],
-    "tokenizers": ["demo.score"],
-    "torch": ["checkpoint.pickles", "evaluate.calibration", "evaluate.hf", "paper.small_model"],
-    "transformers": ["evaluate.hf", "paper.small_model"],
+    "tokenizers": ["evaluate.tokenizer"],
+    "torch": ["checkpoint.pickles", "evaluate.calibration", "evaluate.hf", "experiments.paper.small_model"],
+    "transformers": ["evaluate.hf", "experiments.paper.small_model"],
     "datasets": ["evaluate.problems"],
-    "peft": ["paper.small_train"],
+    "peft": ["experiments.paper.small_train"],
     "safetensors": [],
-    "vl_convert": ["paper.plots"],
+    "vl_convert": ["report.plots"],
 }
 # Where code is run that is not della's own, and other processes are started: nowhere else.
 RUNS_CODE = {
-    "evaluate.guard": {"exec", "compile"},  # these two run only inside the sandbox
-    "evaluate.harness": {"exec", "eval", "compile", "fork"},
-    "evaluate.sandbox": {"subprocess"},  # these two start it, and end it
-    "evaluate.process": {"subprocess"},
+    "sandbox.guard": {"exec", "compile"},  # these two run only inside the sandbox
+    "sandbox.harness": {"exec", "eval", "compile", "fork"},
+    "sandbox.walls": {"subprocess"},  # these two start it, and end it
+    "sandbox.process": {"subprocess"},
     "evaluate.alpaca": {"subprocess"},  # programs of environments that are not ours
     "evaluate.vllm_server": {"subprocess"},
 }
@@ -125,27 +98,40 @@ def own_imports(path: Path) -> set[str]:
     return {name for name in found if known[name].name != "__init__.py" or name not in parents}
 
 
+def room(name: str) -> str:
+    """The room of a module: its first folder, or the module itself where it lies flat."""
+    return name.partition(".")[0]
+
+
 def test_every_module_has_its_place() -> None:
-    packages = {
-        name for name, path in modules().items() if not path.read_text().partition('"""\n')[2].strip()
-    }
-    assert packages == {"checkpoint", "merging", "evaluate", "paper"}, (
-        "packages hold a docstring and nothing else"
-    )
-    assert sorted(set(modules()) - packages) == sorted(ORDER)
+    assert {room(name) for name in modules()} == set(ROOMS)
+    for name, path in modules().items():
+        if path.name == "__init__.py" and name not in ("della", "experiments.demo"):
+            held = path.read_text().partition('"""\n')[2].strip()
+            assert not held, f"{name}: a package holds a docstring and nothing else"
 
 
-@pytest.mark.parametrize("name", ORDER)
+@pytest.mark.parametrize("name", modules())
 def test_a_module_imports_only_from_above(name: str) -> None:
-    above = {*ORDER[: ORDER.index(name)], "merging", "checkpoint", "evaluate", "paper"}
-    assert own_imports(modules()[name]) <= above
+    above = ROOMS[: ROOMS.index(room(name)) + 1]
+    assert {room(other) for other in own_imports(modules()[name])} <= set(above)
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    reach = {name: own_imports(path) for name, path in modules().items()}
+    for name in reach:
+        seen, left = set(), set(reach[name])
+        while left:
+            seen |= left
+            left = set().union(*(reach[other] for other in left)) - seen
+        assert name not in seen
 
 
 def test_imports_are_seen_wherever_they_stand() -> None:
-    cli = own_imports(modules()["cli"])
-    assert {"errors", "api", "run", "merging.kernel"} <= cli, "inside functions too"
-    assert own_imports(modules()["della"]) == {"errors", "version", "api", "arrays", "verifying"}
-    assert own_imports(modules()["merging.tensor"]) >= {"merging.drop", "merging.methods", "random"}
+    cli = own_imports(modules()["cli.main"])
+    assert {"errors", "api", "running.run", "merging.kernels.compile"} <= cli, "inside functions too"
+    assert own_imports(modules()["della"]) == {"errors", "version", "api", "arrays", "running.verify"}
+    assert own_imports(modules()["merging.tensor"]) >= {"merging.kernels.drop", "merging.methods", "random"}
 
 
 def test_libraries_stay_behind_their_fences() -> None:
@@ -188,10 +174,8 @@ def test_no_module_runs_code_that_it_did_not_bring() -> None:
 
 def test_the_design_names_every_module() -> None:
     design = (ROOT / "docs/design.md").read_text()
-    names = {path.name for name, path in modules().items() if not name.startswith(("demo", "recipe_"))}
-    assert [
-        name for name in sorted(names - {"__init__.py"}) if name not in design and name != "recipe.py"
-    ] == []
+    names = {path.name for path in modules().values()} - {"__init__.py"}
+    assert [name for name in sorted(names) if name not in design] == []
 
 
 def test_what_is_public() -> None:
@@ -204,7 +188,7 @@ def test_what_is_public() -> None:
 
 
 def test_importing_any_module_does_not_replace_a_public_name() -> None:
-    names = [f"della.{name}" for name in ORDER if name != "della" and not name.startswith("demo")]
+    names = [f"della.{name}" for name in modules() if name not in ("della", "sandbox.harness")]
     program = f"import della, {', '.join(names)}; print(*(callable(getattr(della, n)) for n in {PUBLIC[6:]}))"
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert run.stdout.split() == ["True"] * 6

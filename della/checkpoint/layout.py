@@ -16,9 +16,9 @@ from typing import Any
 import xxhash
 
 from della.checkpoint.header import Header, parse_header, read_header
+from della.checkpoint.names import why_hostile
 from della.checkpoint.pickles import PICKLES, pickle_refusal, read_pickle
 from della.checkpoint.quantised import quantised_tensors, refuse_quantised_config
-from della.checkpoint.shard_names import why_hostile
 from della.checkpoint.strict import AGAIN, json_object
 from della.dtypes import Array, DType
 from della.errors import CheckpointError

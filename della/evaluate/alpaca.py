@@ -19,11 +19,11 @@ from typing import Any
 
 import xxhash
 
-from della.checkpoint import disk
 from della.errors import EvaluationError
 from della.evaluate.endpoint import key_in, public, without_key
 from della.evaluate.problems import Problem
-from della.evaluate.statistics import Interval
+from della.output import disk
+from della.report.intervals import Interval
 
 ANNOTATOR = "alpaca_eval_gpt4"  # the paper's
 _LOG, _CLIENT = "alpaca_eval.log", "judge.json"

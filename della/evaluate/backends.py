@@ -12,10 +12,10 @@ from typing import Protocol
 
 import xxhash
 
-from della.checkpoint.manifest import MANIFEST
 from della.checkpoint.source import HUB_FILES, HUB_ID
 from della.errors import EvaluationError
 from della.evaluate.templates import Prompt
+from della.output.manifest import MANIFEST
 
 # Takes finished answers by the id of their prompts, and returns once they are on the disk.
 Keep = Callable[[Mapping[str, str]], None]

@@ -15,15 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from della.checkpoint.disk import put
 from della.checkpoint.header import build_header
+from della.checkpoint.norms import checked
 from della.checkpoint.strict import json_object
-from della.demo.llama import Llama
 from della.dtypes import DTYPES, Array
 from della.errors import CheckpointError, EvaluationError, OutputError, nearest
 from della.evaluate import hf, numpy_backend
 from della.evaluate.backends import Model
-from della.norms import checked
+from della.evaluate.llama import Llama
+from della.output.disk import put
 
 MOST_TOKENS = 2048  # of one text, as in the paper; a model that knows fewer positions gets fewer
 FORM = "expected an object with 'text', or with 'prompt' and 'answer', all of them texts"

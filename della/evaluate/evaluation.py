@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from della.checkpoint import disk
 from della.errors import EvaluationError
 from della.evaluate import problems as benchmarks
 from della.evaluate import scoring
@@ -24,13 +23,14 @@ from della.evaluate.generations import Store
 from della.evaluate.problems import Problem
 from della.evaluate.scoring import Difference, Score, Scored
 from della.evaluate.settings import Settings, check, depends
-from della.evaluate.statistics import Interval
 from della.evaluate.templates import Prompt, cut, prompt_of
+from della.output import disk
+from della.report.intervals import Interval
 from della.version import __version__
 
 if TYPE_CHECKING:
     from della.evaluate.endpoint import Endpoint
-    from della.evaluate.sandbox import Sandbox
+    from della.sandbox.walls import Sandbox
 
 OPENAI_URL = "https://api.openai.com/v1"
 ANSWER_SECONDS = 600.0  # how long a server may be silent: it may have many requests to answer
@@ -322,7 +322,7 @@ def _served(base_url: str, name: str, settings: Settings, key_env: str, at_once:
 
 
 def _sandbox() -> Sandbox:
-    from della.evaluate.sandbox import open_sandbox
+    from della.sandbox.walls import open_sandbox
 
     return open_sandbox()
 

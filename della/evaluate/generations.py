@@ -17,9 +17,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from della.checkpoint import disk
 from della.errors import EvaluationError
 from della.evaluate.problems import parsed
+from della.output import disk
 
 FORMAT = 1
 Record = dict[str, Any]

@@ -18,7 +18,7 @@ from typing import Literal, cast
 from della.evaluate.endpoint import Endpoint
 from della.evaluate.generations import Store
 from della.evaluate.problems import Problem
-from della.evaluate.statistics import Interval, wilson
+from della.report.intervals import Interval, wilson
 
 Verdict = Literal["correct", "wrong"]
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from della.demo.llama import Llama
-from della.demo.score import Tokenizer, load_tokenizer
 from della.errors import DellaError, EvaluationError
 from della.evaluate.backends import Keep, batches
+from della.evaluate.llama import Llama
 from della.evaluate.problems import parsed, read_limited
 from della.evaluate.templates import Prompt
+from della.evaluate.tokenizer import Tokenizer, load_tokenizer
 
 
 def load(folder: str) -> tuple[Tokenizer, Llama]:

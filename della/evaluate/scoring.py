@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from della.evaluate.problems import Problem
-from della.evaluate.statistics import FEWEST, Interval, paired_bootstrap, wilson
 from della.evaluate.templates import program_in
+from della.report.intervals import FEWEST, Interval, paired_bootstrap, wilson
 
 if TYPE_CHECKING:
-    from della.evaluate.sandbox import Sandbox
+    from della.sandbox.walls import Sandbox
 
 Answers = Mapping[str, str]  # by the ids of the problems
 
@@ -110,7 +110,7 @@ def score_gsm8k(
 
 def score_mbpp(problems: Sequence[Problem], answers: Answers, sandbox: Sandbox) -> Scored:
     """pass@1: whether the program in an answer passes its asserts, in the sandbox."""
-    from della.evaluate.programs import check
+    from della.sandbox.programs import check
 
     def run(problem: Problem) -> dict[str, Any]:
         verdict = check(sandbox, program_in(answers[problem.id]), problem.tests, problem.setup)

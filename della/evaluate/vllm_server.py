@@ -19,9 +19,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from della.checkpoint import disk
 from della.errors import EvaluationError
 from della.evaluate.backends import Model
+from della.output import disk
 
 HOST = "127.0.0.1"
 START_SECONDS, END_SECONDS = 1800.0, 15.0

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from della.merging import drop as kernels
-from della.merging import fuse as fusing
-from della.merging import largest, reference
+from della.merging import reference
+from della.merging.kernels import drop as kernels
+from della.merging.kernels import fuse as fusing
+from della.merging.kernels import largest
 from della.merging.methods import OF_TENSOR, Choice, Expert
 from della.random import bits64, stream_key, systematic_shift
 

@@ -1,0 +1,1 @@
+"""The command: arguments, exit codes, progress; a thin layer over della.api."""

@@ -1,0 +1,156 @@
+"""How the command tells a run's story: a live bar on a terminal, plain lines in a pipe, JSON lines."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from della.errors import printable
+
+if TYPE_CHECKING:
+    from della.running.run import Progress, Result
+    from della.running.verify import Verdict
+
+
+def size_text(count: int) -> str:
+    """Bytes in words."""
+    return f"{count / 1e6:,.0f} MB" if count >= 1e7 else f"{count / 1e3:,.0f} kB"
+
+
+def print_json(**fields: Any) -> None:
+    """One JSON object on a line of stdout."""
+    sys.stdout.write(json.dumps(fields) + "\n")
+    sys.stdout.flush()
+
+
+def tell(line: str) -> None:
+    """A line on stderr, in one piece whatever other threads write."""
+    sys.stderr.write(printable(line) + "\n")
+    sys.stderr.flush()
+
+
+class Speaker:
+    """Tells what a command does; ``quiet`` says nothing but errors, ``as_json`` writes JSON lines."""
+
+    def __init__(self, quiet: bool, as_json: bool) -> None:
+        self.quiet, self.as_json = quiet, as_json
+        self.has_compiled = False
+
+    def note(self, text: str) -> None:
+        """Something that the user should know."""
+        if self.as_json:
+            print_json(event="note", message=text)
+        elif not self.quiet:
+            tell(f"note: {text}")
+
+    def compiling(self) -> None:
+        """Tell, once, that kernels are compiled on the first run."""
+        if not self.has_compiled:
+            self.has_compiled = True
+            self.note("compiling kernels for this processor; later runs find them on disk")
+
+    @contextmanager
+    def progress(
+        self, doing: str = "merging", counted: str = "tensors"
+    ) -> Iterator[Callable[[Progress], None] | None]:
+        """What to call with each Progress; ``counted`` is what its numbers count, in words."""
+        if self.as_json:
+            yield _paced(1.0, lambda p: print_json(
+                event="progress", bytes=p.done, total=p.total, tensors=p.tensors, of=p.of_tensors,
+                tensor=p.name,
+            ))  # fmt: skip
+        elif self.quiet:
+            yield None
+        elif sys.stderr.isatty():
+            with _bar(doing) as update:
+                yield update
+        else:
+            yield _paced(5.0, lambda p: tell(
+                f"{100 * p.done / max(p.total, 1):3.0f} %  {size_text(p.done)} of {size_text(p.total)}  "
+                f"{p.tensors} of {p.of_tensors} {counted}"
+            ), at_once=False)  # fmt: skip
+
+    def merged(self, result: Result, size: int, part: str | None) -> None:
+        """The end of a merge, or of one part of it."""
+        if self.as_json:
+            fields = {"part": part} if part else {}
+            print_json(
+                event="done",
+                out=str(result.out),
+                seconds=round(result.seconds, 3),
+                merging_seconds=round(result.merging_seconds, 3),
+                bytes_read=result.bytes_read,
+                bytes_written=result.bytes_written,
+                resumed=result.resumed,
+                **fields,
+            )
+        elif not self.quiet and part:
+            tell(f"{result.out}: part {part} in {result.seconds:.1f} s; when all parts are done: --finish")
+        elif not self.quiet:
+            tell(f"{result.out}: {size_text(size)} in {result.seconds:.1f} s")
+
+    def verified(self, verdict: Verdict) -> None:
+        """What `della verify` found: each fault on a line of its own."""
+        if self.as_json:
+            print_json(
+                event="verified", out=str(verdict.out), well=verdict.is_well, bad=verdict.bad,
+                notes=verdict.notes, tensors=verdict.tensors, files=verdict.files, bytes=verdict.nbytes,
+                recomputed=verdict.recomputed, inputs=verdict.inputs,
+            )  # fmt: skip
+            return
+        for text in verdict.notes if not self.quiet else ():
+            tell(f"note: {text}")
+        for text in verdict.bad:
+            tell(f"della: {text}")
+        if not verdict.is_well:
+            count = len(verdict.bad)
+            fix = "merge again, or get the files again"
+            tell(f"della: {verdict.out}: {count} fault{'s' * (count != 1)}; {fix}")
+        elif not self.quiet:
+            more = f"; {_tensors(verdict.recomputed)} computed again: the same" if verdict.recomputed else ""
+            more += f"; {_tensors(verdict.inputs)} of the inputs: as they were" if verdict.inputs else ""
+            print(printable(
+                f"{verdict.out}: all is well: {_tensors(verdict.tensors)} ({size_text(verdict.nbytes)}) in "
+                f"{verdict.files} file{'s' * (verdict.files != 1)}, as they were merged{more}"
+            ))  # fmt: skip
+
+
+def _tensors(count: int) -> str:
+    return f"{count:,} tensor{'s' * (count != 1)}"
+
+
+def _paced(
+    seconds: float, tell: Callable[[Progress], None], *, at_once: bool = True
+) -> Callable[[Progress], None]:
+    """``tell`` at most every so many seconds, at the beginning (``at_once``) and at the end."""
+    last = time.monotonic() - (seconds if at_once else 0)
+
+    def update(progress: Progress) -> None:
+        nonlocal last
+        if progress.tensors == progress.of_tensors or time.monotonic() - last >= seconds:
+            last = time.monotonic()
+            tell(progress)
+
+    return update
+
+
+@contextmanager
+def _bar(doing: str) -> Iterator[Callable[[Progress], None]]:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Bar(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(doing, total=None)
+        yield _paced(0.1, lambda p: bar.update(task, completed=p.done, total=p.total))

@@ -1,0 +1,262 @@
+"""The paper's experiment with its own models: every merge of the tables, scored, beside the paper's numbers.
+
+One merge at a time: recipe, merge, answers; then the merge is deleted, and its answers are scored.  What is
+finished is kept under ``out`` and used by the next run:
+
+    inputs/ copies of models that cannot be merged as they are     data/ the problems of both splits
+    norms/ input norms for WANDA                                   recipes/ every recipe that was merged
+    merges/ the merge at hand                                      answers/SPLIT/CELL/ answers and verdicts
+    scores/SPLIT/CELL.json                                         results.json, tables.md, index.html
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from della.errors import EvaluationError
+from della.evaluate.backends import Model
+from della.evaluate.evaluation import Progress, Result, evaluate
+from della.evaluate.generations import Store
+from della.evaluate.problems import load
+from della.evaluate.scoring import Score
+from della.evaluate.settings import Settings
+from della.experiments.paper import full_data
+from della.experiments.paper.full_grid import Cell, Grid, Row, rows
+from della.experiments.paper.full_models import prepare, references
+from della.experiments.paper.full_plan import Rates, plan_json
+from della.experiments.paper.full_report import Scores, numbers, report
+from della.experiments.paper.results import head, interval, write
+from della.output import disk
+from della.planning.job import default_threads
+
+# What is reported of a task: the first of these scores that there is.
+REPORTED = {"gsm8k": ("judge", "flexible"), "mbpp": ("pass@1",), "alpaca_eval": ("win_rate",)}
+
+
+@dataclass(frozen=True)
+class FullOptions:
+    """What is asked for.
+
+    models: references by role, of base, lm, math, code, coder and coder_base; the others are folders of
+    ``models_dir`` or ids on the Hub.  data: files by name (`full_data.FILES`).  scoring: how answers are made
+    and judged; its tasks, folder, data and whether to begin anew are of no account.  threads: of a merge.
+    command: what makes the results again, for the results.
+    """
+
+    out: Path
+    scoring: Settings
+    grid: Grid = field(default_factory=Grid)
+    models: Mapping[str, str] = field(default_factory=dict)
+    models_dir: Path | None = None
+    data: Mapping[str, Path] = field(default_factory=dict)
+    allow_pickle: bool = False
+    keep_merges: bool = False
+    threads: int | None = None
+    rates: Rates = field(default_factory=Rates)
+    command: str = "della paper --scale 13b"
+
+
+def plan_full(options: FullOptions) -> dict[str, Any]:
+    """What `run_full` would take, as JSON; nothing is downloaded or written.  Raises EvaluationError."""
+    wanted = rows(options.grid)
+    found = references(options.models, options.models_dir, _roles(wanted))
+    rates = replace(options.rates, threads=options.threads or default_threads())
+    return plan_json(wanted, found, options.scoring.limit, rates)
+
+
+def run_full(
+    options: FullOptions, tell: Callable[[str], None], progress: Callable[[Progress], None] | None = None
+) -> dict[str, Any]:
+    """Run the experiment, or go on with it, and write its report (`results.write`); returns its results.json.
+
+    tell: takes what is going on, a line at a time.  progress: takes how far a model's answers are.
+    Raises DellaError; the same call then goes on.
+    """
+    began, wanted = time.monotonic(), rows(options.grid)
+    run = _Run(options, wanted, tell, progress)
+    found = []
+    for number, row in enumerate(wanted, 1):
+        chosen = run.choose(row)
+        tell(f"[{number}/{len(wanted)}] table {row.table}, {row.models}, {row.label}: {chosen.name}")
+        scores = [run.score(cell, "test", row.tasks) for cell in row.reported(chosen)]
+        found.append((row, chosen, scores))
+    seed, seconds = options.scoring.seed, time.monotonic() - began
+    results = head("13b", options.command, seed, seconds) | numbers(found, seed)
+    write(options.out, results, report(results))
+    return results
+
+
+def _roles(wanted: Sequence[Row]) -> list[str]:
+    cells = [row.candidates[0] for row in wanted]
+    return list(dict.fromkeys(role for cell in cells for role in (cell.base, *cell.experts)))
+
+
+class _Run:
+    """One call of `run_full`: everything is looked at before the first merge."""
+
+    def __init__(
+        self, options: FullOptions, wanted: Sequence[Row], tell: Callable[[str], None],
+        progress: Callable[[Progress], None] | None,
+    ) -> None:  # fmt: skip
+        self._options, self._tell, self._progress = options, tell, progress
+        self._out = options.out
+        tasks = list(dict.fromkeys(task for row in wanted for task in row.tasks))
+        roles = _roles(wanted)
+        found = references(options.models, options.models_dir, roles)
+        _check_settings(self._out / "settings.json", options.scoring, found)
+        self._data = full_data.split(options.data, tasks, self._out / "data")
+        if "mbpp" in tasks:
+            from della.sandbox.walls import open_sandbox
+
+            open_sandbox()
+        self._models = {
+            role: prepare(role, found, self._out / "inputs", options.allow_pickle, tell) for role in roles
+        }
+        normed = {role for row in wanted for c in row.candidates if c.uses_norms for role in c.experts}
+        self._norms = {role: self._calibrated(role) for role in sorted(normed)}
+
+    def choose(self, row: Row) -> Cell:
+        """The candidate with the highest mean score on validation, the first of equals."""
+        if len(row.candidates) == 1:
+            return row.candidates[0]
+        means = {cell: self._mean(cell, row.tasks) for cell in row.candidates}
+        return max(means, key=means.__getitem__)
+
+    def _mean(self, cell: Cell, tasks: tuple[str, ...]) -> float:
+        scores = self.score(cell, "validation", tasks)
+        values = [scores[task].interval.value for task in tasks if task in scores]
+        if not values:
+            raise EvaluationError(
+                f"nothing to choose by: {', '.join(tasks)} has no score without a judge; give --annotator"
+            )
+        return sum(values) / len(values)
+
+    def score(self, cell: Cell, split: str, tasks: tuple[str, ...]) -> dict[str, Scores]:
+        """The scores of a cell by task; of a task that needs a judge and has none, none."""
+        settings = self._settings(split, tasks)
+        asked = {
+            "tasks": list(tasks), "limit": settings.limit, "judge": settings.judge,
+            "annotator": settings.annotator,
+        }  # fmt: skip
+        path = self._out / "scores" / split / f"{cell.name}.json"
+        stored = _read(path)
+        if stored.get("asked") != asked:
+            results = self._evaluated(cell, settings)
+            stored = {
+                "asked": asked,
+                "results": {r.task: {s.metric: _stored(s) for s in r.scores} for r in results},
+            }
+            disk.put(path, (json.dumps(stored) + "\n").encode())
+        scores = {task: _reported(task, stored["results"]) for task in tasks}
+        return {task: score for task, score in scores.items() if score is not None}
+
+    def _settings(self, split: str, tasks: tuple[str, ...]) -> Settings:
+        """GSM8K is judged on test alone: choosing by exact match costs nothing."""
+        scoring = self._options.scoring
+        return replace(
+            scoring, tasks=tasks, out=self._out / "answers" / split, data=self._data[split],
+            judge=scoring.judge if split == "test" else None, fresh=False, score_only=False,
+        )  # fmt: skip
+
+    def _evaluated(self, cell: Cell, settings: Settings) -> list[Result]:
+        """Answers first, then the merge may go, and then what a judge says of them."""
+        plain = replace(settings, judge=None, annotator=None)
+        model = Model(cell.name, self._place(cell))
+        if _is_answered(model, plain):
+            plain = replace(plain, score_only=True)
+        else:
+            self._make(cell)
+        results = {r.task: r for r in evaluate([model], plain, progress=self._progress)}
+        if cell.method and not self._options.keep_merges:
+            shutil.rmtree(self._place(cell), ignore_errors=True)
+        judged = [t for t, by in (("gsm8k", settings.judge), ("alpaca_eval", settings.annotator)) if by]
+        again = tuple(task for task in settings.tasks if task in judged)
+        if again:
+            scored = replace(settings, tasks=again, score_only=True)
+            results |= {r.task: r for r in evaluate([model], scored, tell=self._tell)}
+        return list(results.values())
+
+    def _place(self, cell: Cell) -> str:
+        return str(self._out / "merges" / cell.name) if cell.method else self._models[cell.experts[0]]
+
+    def _make(self, cell: Cell) -> None:
+        """Merge, unless the merge is there."""
+        if not cell.method:
+            return
+        from della.api import merge
+
+        recipe, place = self._out / "recipes" / f"{cell.name}.yml", Path(self._place(cell))
+        text = cell.recipe(self._models, self._norms)
+        is_there = place.is_dir()
+        if is_there and recipe.is_file() and recipe.read_text(encoding="utf-8") == text:
+            return
+        disk.put(recipe, text.encode())
+        merge(recipe, place, overwrite=is_there, threads=self._options.threads, fsync=False)
+
+    def _calibrated(self, role: str) -> str:
+        """The file of input norms of an expert."""
+        from della.evaluate.calibration import calibrate
+
+        path = self._out / "norms" / f"{Path(self._models[role]).name}.safetensors"
+        if not path.is_file():
+            self._tell(f"{self._models[role]}: collecting the norms of its inputs, for WANDA")
+            texts = full_data.calibration(self._options.data, role, self._out / "data")
+            backend = "numpy" if self._options.scoring.backend == "numpy" else "hf"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            calibrate(self._models[role], texts, path, backend=backend)
+        return str(path.absolute())
+
+
+def _check_settings(path: Path, scoring: Settings, found: Mapping[str, str]) -> None:
+    """Refuse to mix answers of other models or other settings with those that are there."""
+    now = {
+        "backend": scoring.backend, "templates": dict(scoring.templates), "prompt": scoring.prompt,
+        "max_tokens": scoring.max_tokens, "seed": scoring.seed, "dtype": scoring.dtype,
+    }  # fmt: skip
+    now |= {f"model {role}": reference for role, reference in found.items()}
+    then = _read(path)
+    changed = [name for name in now if name in then and then[name] != now[name]]
+    if changed:
+        told = "; ".join(f"{name} {then[name]}, now {now[name]}" for name in changed)
+        raise EvaluationError(f"{path.parent}: begun with other settings: {told}; choose another --out")
+    disk.put(path, (json.dumps(then | now, indent=1) + "\n").encode())
+
+
+def _is_answered(model: Model, settings: Settings) -> bool:
+    """Whether the answers to all problems are stored."""
+    for task in settings.tasks:
+        path = settings.out / model.name / f"{task}.jsonl"
+        if not path.is_file():
+            return False
+        with Store(path, None) as store:
+            asked = load(task, settings.data[task], settings.limit)
+            if any(problem.id not in store.records for problem in asked):
+                return False
+    return True
+
+
+def _stored(score: Score) -> dict[str, Any]:
+    found = score.interval
+    return {"value": found.value, "low": found.low, "high": found.high, "items": dict(score.items)}
+
+
+def _reported(task: str, results: Mapping[str, Any]) -> Scores | None:
+    for metric in REPORTED[task]:
+        if metric in results.get(task, {}):
+            found = results[task][metric]
+            return Scores(metric, interval(found), found["items"])
+    return None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

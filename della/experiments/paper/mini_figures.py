@@ -1,0 +1,90 @@
+"""The plots of the miniature, and its tables over p."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from della.experiments.paper.results import interval
+from della.report.plots import Mark, Plot, dots, lines
+from della.report.tables import Table, number, with_interval
+
+Found = Mapping[str, Any]
+BARS = "Bars are 95 % intervals over problems."
+
+
+def pruning_table(title: str, rows: Sequence[Found], note: str) -> Table:
+    """One expert over p: a row a p, for each label ours with its interval and the paper's number."""
+    labels = list(dict.fromkeys(row["label"] for row in rows))
+    columns = ("p", *(name for label in labels for name in (label, "paper")))
+    cells = []
+    for group in dict.fromkeys(row["group"] for row in rows):
+        by_label = {row["label"]: row for row in rows if row["group"] == group}
+        texts = [group.removeprefix("p=")]
+        for label in labels:
+            row = by_label[label]
+            texts += [with_interval(interval(row["value"])), number(next(iter(row["paper"].values()), None))]
+        cells.append(tuple(texts))
+    return Table(title, columns, tuple(cells), note=note)
+
+
+def gains(name: str, title: str, rows: Sequence[Found]) -> Plot:
+    """Kept gains of merges: a small plot a merge."""
+    marks = [_mark("", row, row["label"], row["group"]) for row in rows]
+    return dots(name, title, f"Kept gain, percent. {BARS}", marks, "kept gain, %")
+
+
+def figure3(found: Found) -> Plot:
+    """Pruning one expert: MAGPRUNE, DARE and top-K."""
+    series = {
+        ("6", "row"): "MAGPRUNE", ("figure 3", "row, wide"): "MAGPRUNE, wide range", ("6", "DARE"): "DARE",
+        ("figure 3", "top-K"): "top-K",
+    }  # fmt: skip
+    title = "Figure 3: pruning the Math expert"
+    text = f"MAGPRUNE, DARE and top-K without rescale (as in TIES), lambda 1. {BARS}"
+    return lines("figure3", title, text, _pruned(found, series), "drop rate p", "Math, % right", even=True)
+
+
+def figure4(found: Found) -> Plot:
+    """Ranks of the row and of the layer."""
+    series = {
+        ("6", "row"): "row", ("6", "layer"): "layer", ("figure 3", "row, wide"): "row, wide range",
+        ("figure 3", "layer, wide"): "layer, wide range",
+    }  # fmt: skip
+    title = "Figure 4: ranks within the row and within the layer"
+    text = f"The Math expert alone, lambda 1. {BARS}"
+    return lines("figure4", title, text, _pruned(found, series), "drop rate p", "Math, % right", even=True)
+
+
+def figure5(rows: Sequence[Found]) -> Plot:
+    """Constant and adaptive lambda."""
+    return gains("figure5", "Figure 5: DELLA with constant and with adaptive lambda", rows)
+
+
+def figure6(found: Found) -> Plot:
+    """MAGPRUNE, DARE and top-K in merges, over p."""
+    names = {"7": "MAGPRUNE (DELLA)", "DARE": "DARE", "TIES": "top-K (TIES)"}
+    marks = []
+    for row in found["rows"]:
+        if row["table"] in ("7", "figure 6"):
+            series = names["7" if row["table"] == "7" else row["label"].partition(" ")[0]]
+            marks.append(_mark(series, row, "", row["group"], row["model"]["p"]))
+    marks.sort(key=lambda mark: list(names.values()).index(mark.series))
+    text = f"Elect and the mean; lambda (and DELLA's epsilon) chosen for each p on validation. {BARS}"
+    return lines(
+        "figure6", "Figure 6: what is dropped, in merges", text, marks, "drop rate p", "kept gain, %"
+    )
+
+
+def _pruned(found: Found, series: Mapping[tuple[str, str], str]) -> list[Mark]:
+    marks = [
+        _mark(series[row["table"], row["label"]], row, "", "", row["model"]["p"])
+        for row in found["rows"]
+        if (row["table"], row["label"]) in series
+    ]
+    return sorted(marks, key=lambda mark: list(series.values()).index(mark.series))
+
+
+def _mark(series: str, row: Found, label: str, panel: str, x: float = 0.0) -> Mark:
+    value = row["value"]
+    return Mark(series, value["value"], value["low"], value["high"], x=x, label=label, panel=panel)

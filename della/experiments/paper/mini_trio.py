@@ -1,0 +1,190 @@
+"""The miniature's models and problems: a Cell is merged in memory, rounded as on disk, and scored."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from della.arrays import merge_state_dicts
+from della.checkpoint.source import open_source
+from della.dtypes import Array
+from della.errors import DellaError, EvaluationError
+from della.evaluate.calibration import llama_norms
+from della.evaluate.llama import Llama
+from della.evaluate.tokenizer import load_tokenizer
+from della.experiments.demo import EXPERTS, TRIO, tasks
+from della.experiments.demo.score import MOST_NEW_TOKENS
+from della.experiments.paper.mini_grid import Cell
+from della.sandbox.programs import calls
+from della.sandbox.walls import Limits, Sandbox, open_sandbox
+
+# The splits that are scored; the split "final" has the problems of "validation" and of "more".
+STORED = ("validation", "more", "test")
+CALIBRATION = 64  # training texts a task whose inputs make the norms of WANDA
+# Time for a busy machine: a function that runs into it would count as wrong.
+_LIMITS = Limits(seconds=5.0, processes=64)
+_ROWS = {"lm": 12, "math": 40, "code": 40}  # of a batch: what was fastest
+
+# By task, what one model scored: the loss of each problem's answer, and 1 or 0 for right or wrong.
+Scored = dict[str, dict[str, list[float]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Problems:
+    """The problems of one task and split, as tokens: pairs of prompt and answer."""
+
+    items: tuple[tasks.Item, ...]
+    pairs: tuple[tuple[list[int], list[int]], ...]
+
+    @property
+    def tokens(self) -> list[int]:
+        """Answer tokens by problem."""
+        return [len(answer) for _, answer in self.pairs]
+
+    def followed_by(self, more: Problems) -> Problems:
+        return Problems(self.items + more.items, self.pairs + more.pairs)
+
+
+class Programs:
+    """Runs the functions of the Code task in a sandbox, each text once; where there is none, reads them as
+    arithmetic and runs nothing.
+
+    ``kind`` is "sandbox" or "arithmetic"; ``asked`` and ``run`` count texts; ``why`` says why there is no
+    sandbox.
+    """
+
+    def __init__(self, sandbox: Sandbox | None, why: str = "") -> None:
+        self.name = sandbox.name if sandbox else ""
+        self.kind = "sandbox" if sandbox else "arithmetic"
+        self.why = why
+        self.asked = self.run = 0
+        self._sandbox = sandbox
+        self._known: dict[str, list[object]] = {}
+        self._counting = threading.Lock()
+
+    @staticmethod
+    def open() -> Programs:
+        """With the best sandbox of this machine, or without one."""
+        try:
+            return Programs(open_sandbox())
+        except EvaluationError as error:
+            return Programs(None, str(error))
+
+    def right(self, items: Sequence[tasks.Item], answers: Sequence[str]) -> list[float]:
+        """Of each problem, whether its answer returns what is asked for on every input."""
+        if self._sandbox is None:
+            return [float(tasks.correct(item, answer)) for item, answer in zip(items, answers, strict=True)]
+        texts = [item.prompt + answer for item, answer in zip(items, answers, strict=True)]
+        new = {text: item.group for item, text in zip(items, texts, strict=True) if text not in self._known}
+        if new:
+            found = calls(self._sandbox, list(new.items()), tasks.CODE_INPUTS, _LIMITS)
+            self._known.update(zip(new, found, strict=True))
+        with self._counting:
+            self.asked += len(texts)
+            self.run += len(new)
+        expected = [[tasks.apply(x, item.steps) for x in tasks.CODE_INPUTS] for item in items]
+        return [float(self._known[text] == values) for text, values in zip(texts, expected, strict=True)]
+
+
+class Trio:
+    """The trio's weights and problems, ready to merge and to score; it may be used by several threads.
+
+    items: how many problems a task in each split.  ``problems`` has them by split and task, and as "more"
+    those of "final" that are not of "validation".
+    """
+
+    def __init__(self, items: Mapping[str, int], programs: Programs) -> None:
+        try:
+            self._tokenizer = load_tokenizer(TRIO / "base")
+        except DellaError as error:
+            raise EvaluationError("the miniature needs tokenizers; pip install 'della[paper]'") from error
+        end = self._tokenizer.token_to_id("</s>")
+        assert end is not None, "the trio's tokenizer ends answers with </s>"
+        self._end = end
+        self.programs = programs
+        self._config = json.loads((TRIO / "base" / "config.json").read_text(encoding="utf-8"))
+        self._weights = {name: _weights(name) for name in ("base", *EXPERTS)}
+        self.problems: dict[tuple[str, str], Problems] = {}
+        for task in EXPERTS:
+            first = tasks.items(task, "validation", items["validation"])
+            more = tasks.items(task, "validation", max(items["validation"], items["final"]))[len(first) :]
+            validation, others = self._problems(first), self._problems(more)
+            self.problems["validation", task], self.problems["more", task] = validation, others
+            self.problems["final", task] = validation.followed_by(others)
+            self.problems["test", task] = self._problems(tasks.items(task, "test", items["test"]))
+        self._norms: dict[str, dict[str, Array]] = {}
+
+    @property
+    def digest(self) -> str:
+        """A hash of all weights and problems: what scores depend on."""
+        found = hashlib.sha256()
+        for weights in self._weights.values():
+            for name, array in weights.items():
+                found.update(name.encode() + array.tobytes())
+        found.update(repr([problems.pairs for problems in self.problems.values()]).encode())
+        return found.hexdigest()[:16]
+
+    def collect_norms(self) -> None:
+        """Input norms of each expert on training texts of its own task, for importance: wanda."""
+        for task in EXPERTS:
+            texts = [item.prompt + item.answer for item in tasks.items(task, "train", CALIBRATION)]
+            ids = [self._tokenizer.encode(text).ids for text in texts]
+            self._norms[task] = llama_norms(Llama(self._config, self._weights[task]), ids)
+
+    def merge(self, cell: Cell) -> dict[str, Array]:
+        """The tensors of a cell, in the base's dtype."""
+        if not cell.method:
+            return self._weights[cell.experts[0]]
+        options = cell.options()
+        if options.get("importance") == "wanda":
+            options["input_norms"] = [self._norms[name] for name in cell.experts]
+        experts = [self._weights[name] for name in cell.experts]
+        return merge_state_dicts(self._weights["base"], experts, **options)
+
+    def score(self, cell: Cell, split: str) -> Scored:
+        """Merge and score: losses in nats by problem of all the cell's tasks, and of Math and Code what is
+        right.
+        """
+        model = Llama(self._config, self.merge(cell))
+        found: Scored = {}
+        for task in cell.tasks:
+            problems = self.problems[split, task]
+            rows = _ROWS[task]
+            if task == "lm":
+                losses = model.losses(problems.pairs, rows)
+                found[task] = {"loss": _sums(losses)}
+                continue
+            losses, answers = model.answers(problems.pairs, MOST_NEW_TOKENS, self._end, rows)
+            texts = [self._tokenizer.decode(ids) for ids in answers]
+            found[task] = {"loss": _sums(losses), "right": self._right(task, problems.items, texts)}
+        return found
+
+    def _right(self, task: str, items: Sequence[tasks.Item], texts: Sequence[str]) -> list[float]:
+        if task == "code":
+            return self.programs.right(items, texts)
+        return [float(tasks.correct(item, text)) for item, text in zip(items, texts, strict=True)]
+
+    def _problems(self, items: Sequence[tasks.Item]) -> Problems:
+        paired = []
+        for item in items:
+            prompt = self._tokenizer.encode(item.prompt).ids
+            text = self._tokenizer.encode(item.prompt + item.answer).ids
+            paired.append((item, (prompt, text[len(prompt) :])))
+        paired.sort(key=lambda pair: len(pair[1][0]) + len(pair[1][1]))
+        return Problems(tuple(item for item, _ in paired), tuple(pair for _, pair in paired))
+
+
+def _weights(name: str) -> dict[str, Array]:
+    with open_source(str(TRIO / name)) as source:
+        return {tensor: source.read(tensor) for tensor in source.tensors}
+
+
+def _sums(losses: Sequence[Any]) -> list[float]:
+    """Losses of whole answers; rounded, as the last digits depend on the machine."""
+    return [round(float(np.sum(one, dtype=np.float64)), 5) for one in losses]

@@ -1,0 +1,1 @@
+"""The fast kernels behind reference.py, compiled by Numba."""

@@ -1,0 +1,1 @@
+"""The way to the disk: OUT is absent, old or new."""

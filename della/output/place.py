@@ -1,0 +1,152 @@
+"""The place that a result should go to, looked at before anything is read or written."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from della.errors import OutputError
+from della.output.disk import explained
+
+MANIFEST = "della.json"
+MOST_NAME_BYTES = 255 - len("..della-staging")  # what stands beside it has a longer name
+MARGIN_BYTES = 1 << 26  # for tokenizers and other side files, whose sizes are not known beforehand
+# What a folder without della.json may hold and still be taken for a model that --overwrite may replace.
+MODEL_FILES = (
+    ".safetensors",
+    ".json",
+    ".jinja",
+    ".md",
+    ".model",
+    ".txt",
+    ".tiktoken",
+    ".gitattributes",
+    "LICENSE",
+)
+
+
+def check_place(out: Path, overwrite: bool, single_file: bool, inputs: Iterable[Path] = ()) -> None:
+    """Refuses an OUT that is taken, cannot be written or replaced, or touches an input (OutputError)."""
+    with explained(out):
+        problems = list(_complaints(out, overwrite, single_file, inputs))
+    if problems:
+        raise OutputError(*problems)
+
+
+def _complaints(out: Path, overwrite: bool, single_file: bool, inputs: Iterable[Path]) -> Iterator[str]:
+    if not is_name(out):
+        said = f"cannot be the name of a model, which has 1 to {MOST_NAME_BYTES} bytes and no NUL"
+        yield f"{str(out)[:1000]!r} {said}"
+        return
+    if single_file and out.suffix != ".safetensors":
+        yield f"{out}: one file was asked for; its name must end in .safetensors"
+    if not single_file and out.suffix == ".safetensors":
+        yield f"{out}: a folder was asked for; its name must not end in .safetensors"
+    touched = next((place for place in inputs if _inside(out, place) or _inside(place, out)), None)
+    if touched:
+        yield f"{out}: touches the input {touched}; choose another place for the result"
+        return
+    home = next(step for step in out.parents if os.path.lexists(step))
+    if not home.is_dir():
+        yield f"{home}: not a folder, so nothing can be written in it; choose another place"
+    elif not os.access(home, os.W_OK | os.X_OK):
+        yield f"{home}: permission denied; choose a place that you may write to"
+    elif out.is_symlink():
+        yield f"{out}: a link; name the place that it leads to"
+    elif out.exists():
+        yield from _taken(out, overwrite, single_file)
+
+
+def is_name(out: Path) -> bool:
+    """Whether a model can have this name."""
+    return 0 < len(os.fsencode(out.name)) <= MOST_NAME_BYTES and "\0" not in str(out)
+
+
+def _taken(out: Path, overwrite: bool, single_file: bool) -> Iterator[str]:
+    if not overwrite:
+        yield f"{out}: exists already; choose another place, or allow it to be replaced: --overwrite"
+    elif single_file != out.is_file():
+        kind = "folder" if single_file else "file"
+        yield f"{out}: a {kind}, which is not replaced; choose another place"
+    elif os.path.ismount(out):
+        yield f"{out}: a mount point, which cannot be replaced in one step; choose a folder in it"
+    elif not _is_ours_to_move(out):
+        yield f"{out}: belongs to another user, so it cannot be replaced; choose another place"
+    elif not single_file and (text := refusal_to_replace(out, out)):
+        yield text
+
+
+def _is_ours_to_move(out: Path) -> bool:
+    """Whether the system lets this user rename ``out``: in a folder with the sticky bit only its owner may,
+    and a folder that moves must be writable.
+    """
+    mine, home, found = os.geteuid(), out.parent.stat(), out.stat()
+    if mine and home.st_mode & stat.S_ISVTX and mine not in (home.st_uid, found.st_uid):
+        return False
+    return not out.is_dir() or os.access(out, os.W_OK | os.X_OK)
+
+
+def refusal_to_replace(out: Path, found: Path) -> str:
+    """Why ``found``, which stands (or stood) at ``out``, may not be replaced, or ""."""
+    foreign = _foreign(found)
+    if not foreign:
+        return ""
+    return (
+        f"{out}: not replaced: it is not a model, or more (it holds {', '.join(sorted(foreign)[:5])}); "
+        "choose another place, or remove it yourself"
+    )
+
+
+def _foreign(out: Path) -> list[str]:
+    """What stands in a folder that does not belong to a model.
+
+    A folder that may be replaced is empty, or a model and nothing else; della.json tells of more files.
+    """
+    with explained(out):
+        names = [entry.name + "/" * entry.is_dir() for entry in os.scandir(out)]
+    ours: set[str] = set()
+    if MANIFEST in names:
+        with explained(out / MANIFEST):
+            raw = (out / MANIFEST).read_bytes()
+        with suppress(ValueError, LookupError, TypeError):  # of another version, or damaged
+            ours = set(json.loads(raw)["files"])
+    foreign = [name for name in names if not name.endswith(MODEL_FILES) and name not in ours]
+    a_model = MANIFEST in names or "config.json" in names or any(n.endswith(".safetensors") for n in names)
+    return foreign if a_model else names
+
+
+def _inside(path: Path, place: Path) -> bool:
+    """Whether ``path`` is ``place``, or lies in it, by device and inode."""
+    try:
+        there = place.stat()
+    except OSError:
+        return False
+    try:
+        real = path.resolve()
+    except RuntimeError:  # links in a circle
+        return False
+    for step in (real, *real.parents):
+        with suppress(OSError):
+            if os.path.samestat(step.stat(), there):
+                return True
+    return False
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Refuses when the disk of ``folder`` has less than ``needed`` bytes and a margin free (OutputError).
+
+    A ``folder`` that is not there yet lies on the disk of its nearest parent.
+    """
+    home = next(step for step in (folder, *folder.parents) if os.path.isdir(step))
+    with explained(home):
+        found = os.statvfs(home)
+    free = found.f_bavail * found.f_frsize
+    if found.f_blocks and free < needed + MARGIN_BYTES:  # some network file systems report nothing
+        raise OutputError(
+            f"{folder}: the result needs {needed + MARGIN_BYTES:,} bytes, {free:,} are free; "
+            "free some space, or write to another disk"
+        )

@@ -1,0 +1,140 @@
+"""Whether models fit the base they shall be merged into: names, shapes, types, tied heads.  Headers only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from della.checkpoint.layout import Tensor
+from della.checkpoint.source import Source
+from della.recipe.reader import Recipe
+
+HEAD, EMBEDDINGS = "lm_head.weight", "embed_tokens.weight"
+CODE = ("auto_map", "custom_pipelines")  # keys of config.json that name code outside the library
+
+
+def stand_in(recipe: Recipe, base: Source, model: Source, name: str) -> tuple[Source, Tensor] | None:
+    """The tensor that stands for ``name`` of ``model``: its own; the embeddings, for a head that is tied in
+    both models; the base's, if the recipe says so (missing: base).  None where there is none.
+    """
+    if name in model.tensors:
+        return model, model.tensors[name]
+    if name == HEAD and _is_tied(base) and _is_tied(model):
+        embeddings = [n for n in model.tensors if n.endswith(EMBEDDINGS)]
+        if len(embeddings) == 1:
+            return model, model.tensors[embeddings[0]]
+    return (base, base.tensors[name]) if recipe.missing == "base" else None
+
+
+def extras(base: Source, model: Source) -> list[str]:
+    """The tensors of ``model`` that the base lacks; a copy of tied embeddings is none."""
+    found = [name for name in model.tensors if name not in base.tensors]
+    return [name for name in found if name != HEAD or not _is_tied(model)]
+
+
+def check_fit(recipe: Recipe, base: Source, models: Sequence[Source]) -> tuple[list[str], list[str]]:
+    """(problems, notes): models that lack the base's tensors or their shapes, and what they have beyond."""
+    problems, notes = [], []
+    others = [model for model in dict.fromkeys(models) if model is not base]
+    for model in others:
+        where = f"{model.reference}: against {base.reference}"
+        missing = [n for n in base.tensors if stand_in(recipe, base, model, n) is None]
+        if missing == [HEAD]:
+            problems.append(
+                f"{where}: ties its head to the embeddings where the base has a {HEAD} of its own; "
+                "untie this model: save it with tie_word_embeddings: false"
+            )
+        elif missing:
+            fix = "; or 'missing: base' to take the base's" if recipe.method.needs_base else ""
+            problems.append(
+                f"{where}: lacks {some(missing, 20)}; all models must be fine-tunes of one base{fix}"
+            )
+        absent = [n for n in base.tensors if n not in model.tensors and n not in missing]
+        if absent:
+            notes.append(f"{model.reference}: lacks {some(absent)}; {_instead(recipe, base, model, absent)}")
+        problems += [f"{where}: {text}" for text in _misfits(base, model)]
+        said, told = _beyond(recipe, base, model)
+        problems += [f"{where}: {text}" for text in said]
+        notes += [f"{model.reference}: {text}" for text in told]
+    if recipe.extra == "copy":
+        problems += _claimed_twice(base, others)
+    return problems, notes
+
+
+def _instead(recipe: Recipe, base: Source, model: Source, names: Sequence[str]) -> str:
+    found = [stand_in(recipe, base, model, name) for name in names]
+    if any(each and each[0] is base for each in found):
+        return "the base's stands in its place (missing: base)"
+    return "its head is tied to its embeddings"
+
+
+def _beyond(recipe: Recipe, base: Source, model: Source) -> tuple[list[str], list[str]]:
+    """(problems, notes) about tensors that the base lacks."""
+    extra = extras(base, model)
+    problems, notes = [], []
+    if HEAD in model.tensors and HEAD not in base.tensors and HEAD not in extra:
+        notes.append(f"{HEAD} is a copy of its tied embeddings, and left out of the result")
+    if HEAD in extra and any(name.endswith(EMBEDDINGS) for name in base.tensors):
+        extra.remove(HEAD)
+        problems.append(
+            f"has a head of its own ({HEAD}) where the base ties it to the embeddings; "
+            "untie the base (save it with tie_word_embeddings: false) or tie this model"
+        )
+    if extra and recipe.extra == "error":
+        problems += _refused(extra)
+    elif extra:
+        end = "left out of the result" if recipe.extra == "ignore" else "copied into the result"
+        notes.append(f"{some(extra, 20)} not in the base, and {end} (extra: {recipe.extra})")
+    return problems, notes
+
+
+def _refused(extra: Sequence[str]) -> list[str]:
+    return [
+        f"has {some(extra, 20)} beyond the base's; "
+        "write 'extra: ignore' to leave that out, or 'extra: copy' to take it over"
+    ]
+
+
+def _claimed_twice(base: Source, models: Sequence[Source]) -> Iterator[str]:
+    homes: dict[str, Source] = {}
+    for model in models:
+        for name in extras(base, model):
+            if homes.setdefault(name, model) is not model:
+                yield (
+                    f"{name}: in {homes[name].reference} and in {model.reference}, but not in the base, so "
+                    "'extra: copy' cannot tell which one is meant; write 'extra: ignore'"
+                )
+
+
+def _misfits(base: Source, model: Source) -> Iterator[str]:
+    for name, ours in base.tensors.items():
+        theirs = model.tensors.get(name)
+        if theirs is None:
+            continue
+        if theirs.shape != ours.shape:
+            hint = ""
+            rows_alone = len(ours.shape) == 2 and theirs.shape[1:] == ours.shape[1:]
+            if rows_alone and ("embed" in name or "lm_head" in name):
+                hint = "; if the vocabulary was extended, merge a version of it without the added rows"
+            yield f"{name} has shape {list(theirs.shape)}, expected {list(ours.shape)}{hint}"
+        elif theirs.dtype.is_float != ours.dtype.is_float:
+            yield f"{name} is stored as {theirs.dtype.name}, expected {ours.dtype.name}"
+
+
+def _is_tied(source: Source) -> bool:
+    """Whether the configuration says so; what it does not say is not guessed."""
+    parts = (source.config, source.config.get("text_config"))
+    return any(isinstance(part, dict) and part.get("tie_word_embeddings") is True for part in parts)
+
+
+def some(names: Sequence[str], most: int = 3) -> str:
+    """Names in words: all of a few, the first ones and their number of many."""
+    shown = ", ".join(names[:most])
+    return f"{len(names)} tensors ({shown}, ...)" if len(names) > most else shown
+
+
+def foreign_code(base: Source, kept: bool) -> list[str]:
+    """A note where the base's configuration names code of its own."""
+    found = [key for key in CODE if key in base.config]
+    said = f"{base.reference}: config.json names code of its own ({', '.join(found)})"
+    end = "kept as you asked" if kept else "left out of the result"
+    return [f"{said}; it is never run, and {end}"] if found else []

@@ -1,0 +1,190 @@
+"""A Plan as text for people and as one JSON object for programs."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from della.planning.job import Job, Plan
+
+_NUMBER = re.compile(r"\.(\d+)(?=\.)")
+
+
+def plan_json(plan: Plan, threads: int) -> dict[str, Any]:
+    """``tensors`` in output order, each with its resolved parameters, beside bytes, memory and departures."""
+    references = _references(plan)
+    return {
+        "merge_method": plan.recipe.merge_method,
+        "base_model": plan.recipe.base_model,
+        "seed": plan.recipe.seed,
+        "tensors": [_tensor(job, references, plan.recipe.merge_method) for job in plan.jobs],
+        "bytes_read": plan.bytes_read,
+        "bytes_written": plan.bytes_written,
+        "memory": plan.memory(threads),
+        "seconds": round(plan.seconds(threads), 2),
+        "departures": list(plan.departures),
+        "notes": list(plan.notes),
+    }
+
+
+def _tensor(job: Job, references: list[str], method: str) -> dict[str, Any]:
+    copied = job.choice is None
+    return {
+        "name": job.name,
+        "shape": list(job.shape),
+        "dtype": job.dtype.torch_name,
+        "method": "copy" if copied else method,
+        "parameters": _shared(job),
+        "models": {} if copied else dict(zip(references, map(dict, _own(job)), strict=True)),
+    }
+
+
+def _references(plan: Plan) -> list[str]:
+    """The models as the recipe writes them; one that stands there twice is told apart by occurrence."""
+    names: list[str] = []
+    for model in plan.recipe.models:
+        name, count = model.reference, 1
+        while name in names:
+            count += 1
+            name = f"{model.reference}#{count}"
+        names.append(name)
+    return names
+
+
+def _shared(job: Job) -> dict[str, Any]:
+    """The shared parameters as they take effect: rescale and fuse resolved, normalize and fuse saying the
+    same.
+    """
+    if job.choice is None:
+        return {}
+    effect = {"rescale": job.choice.rescale, "fuse": job.choice.fuse, "normalize": job.choice.fuse != "sum"}
+    return {key: effect.get(key, value) for key, value in job.shared.items()}
+
+
+def _own(job: Job) -> Iterator[dict[str, Any]]:
+    """Each model's parameters in the order of the recipe; epsilon as it takes effect."""
+    experts = {each.model: each.expert for each in job.inputs}
+    for k, values in enumerate(job.values):
+        known = {key: value for key, value in values.items() if key != "window_size"}
+        yield known | {"epsilon": experts[k].epsilon} if "epsilon" in known else known
+
+
+def plan_text(plan: Plan, threads: int) -> str:
+    """What would be done: models, sizes, time, departures from mergekit, and every value along gradients."""
+    recipe = plan.recipe
+    lines = [f"{recipe.merge_method}, seed {recipe.seed}: {len(plan.jobs)} tensors"]
+    if recipe.base_model:
+        lines.append(f"  base    {recipe.base_model}")
+    kind = "expert" if recipe.method.needs_base else "model "
+    rows = _rows(plan)
+    for reference in _references(plan):
+        lines.append(f"  {kind}  {reference}  {_pairs(rows, reference)}")
+    lines.append(f"  shared  {_pairs(rows, '')}")
+    lines += [
+        "",
+        f"  read    {_bytes(plan.bytes_read)}",
+        f"  write   {_bytes(plan.bytes_written)} ({_dtypes(plan.jobs)})",
+        f"  disk    {_bytes(plan.bytes_written)} free beside OUT (an old OUT stays until all is done)",
+        f"  memory  {_bytes(plan.memory(threads))} with {threads} thread{'s' * (threads > 1)}",
+        f"  time    about {plan.seconds(threads):.0f} s",
+    ]
+    lines += _varying(rows)
+    for title, texts in (("Other than mergekit:", plan.departures), ("Notes:", plan.notes)):
+        if texts:
+            lines += ["", title, *(f"  - {text}" for text in texts)]
+    return "\n".join(lines)
+
+
+# Resolved parameters, as (the model or "", parameter) -> value, and the tensors that have them.
+_Rows = dict[tuple[tuple[tuple[str, str], Any], ...], list[str]]
+
+
+def _rows(plan: Plan) -> _Rows:
+    rows: _Rows = {}
+    for job in plan.jobs:
+        if job.choice is None:
+            continue
+        values = [(("", key), value) for key, value in _shared(job).items()]
+        for reference, own in zip(_references(plan), _own(job), strict=True):
+            values += [((reference, key), value) for key, value in own.items()]
+        rows.setdefault(tuple(values), []).append(job.name)
+    return rows
+
+
+def _pairs(rows: _Rows, model: str) -> str:
+    """The parameters of one model ("" for the shared ones) on one line."""
+    table = [dict(row) for row in rows]
+    own = {key: [row[key] for row in table] for key in (table[0] if table else {}) if key[0] == model}
+    same = {key: values[0] if _same(values) else "varies" for key, values in own.items()}
+    return ", ".join(f"{key} {_value(value)}" for (_, key), value in same.items() if value is not None)
+
+
+def _varying(rows: _Rows) -> list[str]:
+    """The parameters that are not the same for every tensor: each set of values, and who has it."""
+    if len(rows) < 2:
+        return []
+    table = [dict(row) for row in rows]
+    varying = [key for key in table[0] if not _same([row[key] for row in table])]
+    whole = Counter(_layer(name) for names in rows.values() for name in names)
+    lines = ["", "Values along gradients and filters:"]
+    for row, names in zip(table, rows.values(), strict=True):
+        shown = (f"{key[0]}: {key[1]} {_value(row[key])}".removeprefix(": ") for key in varying)
+        lines.append("  " + ", ".join(shown))
+        lines += [f"      {pattern}" for pattern in collapse(names, whole)]
+    return lines
+
+
+def _same(values: list[Any]) -> bool:
+    return all(value == values[0] for value in values)
+
+
+def collapse(names: Iterable[str], whole: Counter[str]) -> list[str]:
+    """Tensor names with their first number as a range, ``model.layers.0-3.mlp.up_proj.weight``; a layer of
+    which all tensors are there (``whole`` counts them) as ``model.layers.0-3.*``.
+    """
+    names = list(names)
+    here = Counter(map(_layer, names))
+    groups: dict[str, list[int]] = {}
+    for name in names:
+        match = _NUMBER.search(name)
+        if match is None:
+            groups.setdefault(name, [])
+            continue
+        tail = ".*" if here[_layer(name)] == whole[_layer(name)] else name[match.end(1) :]
+        groups.setdefault(f"{name[: match.start(1)]}\0{tail}", []).append(int(match[1]))
+    return [pattern.replace("\0", _ranges(numbers)) for pattern, numbers in groups.items()]
+
+
+def _layer(name: str) -> str:
+    """The part of a tensor's name that names its layer; the whole name outside of layers."""
+    match = _NUMBER.search(name)
+    return name[: match.end(1)] if match else name
+
+
+def _ranges(numbers: list[int]) -> str:
+    runs: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if runs and runs[-1][1] == number - 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _dtypes(jobs: Iterable[Job]) -> str:
+    return ", ".join(dict.fromkeys(job.dtype.torch_name for job in jobs))
+
+
+def _bytes(count: int) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count} bytes"

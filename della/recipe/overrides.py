@@ -1,0 +1,79 @@
+"""``--set KEY=VALUE``: changes to a recipe's tree before it is read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from della.merging.methods import ALL_PARAMETERS
+from della.recipe.settings import suggest
+from della.recipe.text import parse
+from della.recipe.tree import Entry, Items, Node, Place, Problems, Table, clip, show
+
+
+def apply_overrides(
+    root: Table, overrides: Sequence[str], keys: Sequence[str], problems: Problems
+) -> list[str]:
+    """Change ``root`` as the overrides say, in order; returns notes.  ``keys`` are those of the top level."""
+    notes: list[str] = []
+    for number, override in enumerate(overrides):
+        # Overrides are told after what stands in the file, in their own order.
+        place = Place(10**9 + number, 0, f"--set {clip(override, 80)}")
+        key, equals, text = override.partition("=")
+        key = key.strip()
+        if not equals or not all(key.split(".")):
+            problems.add(
+                place,
+                "an override has the form KEY=VALUE, such as lambda=0.9 or models.0.parameters.weight=1",
+            )
+            continue
+        value = parse(text, "", problems, place=place)
+        if key in ALL_PARAMETERS and key not in keys:
+            notes += _everywhere(root, key, value, place)
+        elif "." in key or key in keys:
+            _put(root, key.split("."), value, place, problems)
+        else:
+            problems.add(place, f"unknown key {clip(key)!r}{suggest(key, (*ALL_PARAMETERS, *keys))}")
+    return notes
+
+
+def _everywhere(root: Table, name: str, value: Node, place: Place) -> list[str]:
+    """Make ``value`` the parameter's only setting; a note if models had their own."""
+    removed = 0
+    models = root.entries["models"].node if "models" in root.entries else None
+    for model in models.nodes if isinstance(models, Items) else ():
+        own = model.entries.get("parameters") if isinstance(model, Table) else None
+        if own is not None and isinstance(own.node, Table) and own.node.entries.pop(name, None) is not None:
+            removed += 1
+    shared = root.entries.get("parameters")
+    if shared is None or not isinstance(shared.node, Table):
+        shared = root.entries["parameters"] = Entry(place, Table(place, {}))
+    assert isinstance(shared.node, Table)
+    shared.node.entries[name] = Entry(place, value)
+    what = "the setting of one model" if removed == 1 else f"the settings of {removed} models"
+    return [f"{place}: this holds for every model and replaces {what}"] if removed else []
+
+
+def _put(root: Table, steps: list[str], value: Node, place: Place, problems: Problems) -> None:
+    node: Node = root
+    for depth, step in enumerate(steps):
+        last = depth == len(steps) - 1
+        so_far = clip(".".join(steps[:depth]))
+        if isinstance(node, Items):
+            if not step.isdecimal() or len(step) > 9 or int(step) >= len(node.nodes):
+                count = len(node.nodes)
+                has = f"{so_far} has {count} entries, 0 to {count - 1}" if count else f"{so_far} is empty"
+                problems.add(place, f"{has}; {clip(step)!r} is none of them")
+                return
+            if last:
+                node.nodes[int(step)] = value
+            node = node.nodes[int(step)]
+        elif isinstance(node, Table):
+            old = node.entries.get(step)
+            if last:
+                node.entries[step] = Entry(place, value)
+            elif old is None or getattr(old.node, "value", "") is None:
+                node.entries[step] = Entry(place, Table(place, {}))
+            node = node.entries[step].node
+        else:
+            problems.add(place, f"{so_far} is {show(node)}, which has no {clip(step)!r} in it")
+            return

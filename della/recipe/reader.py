@@ -1,0 +1,388 @@
+"""Recipes: YAML or Python objects to a Recipe.  Strict: every mistake is told, with its line and what to do.
+
+The dialect is the one that mergekit's users write.  A setting may be a scalar, a gradient over the layers, or
+cases by tensor name (recipe_settings.py); a model's own setting goes before the recipe's, and that before the
+default.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from della.dtypes import RECIPE_NAMES, DType
+from della.errors import RecipeError
+from della.merging.methods import ALL_PARAMETERS, LATER_METHODS, METHODS, Method, Parameter
+from della.random import DEFAULT_SEED
+from della.recipe.models import ModelEntry, Recipe
+from della.recipe.overrides import apply_overrides
+from della.recipe.settings import Setting, read_setting, read_value, suggest
+from della.recipe.text import dump, load_text, parse
+from della.recipe.tree import Items, Leaf, Node, Place, Problems, Table, clip, from_objects, show
+
+__all__ = ["DEFAULT_SEED", "ModelEntry", "Recipe", "read_recipe"]
+
+_TOP_KEYS = (
+    *(
+        "models",
+        "base_model",
+        "merge_method",
+        "parameters",
+        "dtype",
+        "out_dtype",
+        "tokenizer_source",
+        "name",
+        "seed",
+    ),
+    *("compat", "nonfinite", "missing", "extra", "slices", "modules", "tokenizer", "chat_template"),
+)
+_MODEL_KEYS = ("model", "parameters", "input_norms")
+_LATER_KEYS = {
+    "slices": "list whole models under 'models' instead",
+    "modules": "list whole models under 'models' instead",
+    "tokenizer": "write 'tokenizer_source: base' instead to keep the base model's tokenizer",
+    "chat_template": "remove it, and the chat template is the base model's",
+}
+_BESIDE = "names a file of one model, so it belongs beside 'model:' in an entry of 'models'"
+_SEED = Parameter("seed", "shared", int, DEFAULT_SEED, "", low=0, high=2**64 - 1)
+_COMPAT = Parameter("compat", "shared", str, None, "", choices=("mergekit",))
+# What to do about inputs that are not as they should be; the first choice is the default.
+_POLICIES = {
+    name: Parameter(name, "shared", str, choices[0], "", choices=choices)
+    for name, choices in (
+        ("nonfinite", ("error", "keep", "zero")),
+        ("missing", ("error", "base")),
+        ("extra", ("error", "ignore", "copy")),
+    )
+}
+_WEIGHT_FILES = re.compile(r"\.(safetensors|bin|pt|pth|ckpt|gguf)$", re.IGNORECASE)
+_HUB_REVISION = re.compile(r"@refs/[\w./-]+$")
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+
+
+def read_recipe(
+    source: str | Path | Mapping[str, Any], *, overrides: Sequence[str] = (), check: bool = True
+) -> Recipe:
+    """Read a recipe: a path, YAML text (a str with a line break in it), or the same as Python objects.
+
+    ``overrides`` are ``KEY=VALUE``: KEY is a dotted path into the recipe (``models.0.parameters.weight``), or
+    the bare name of a parameter, which then has this value for every model; VALUE is YAML.
+
+    ``check=False`` leaves the rules that join several parameters to `planning.make_plan`, which tells of them
+    together with what is wrong about the models.
+
+    Raises RecipeError, which lists everything that is wrong, each with ``file:line:column``.
+    """
+    problems = Problems()
+    path, text, name = None, None, "recipe"
+    if isinstance(source, Mapping):
+        root = from_objects(source)
+    else:
+        path, name, text = load_text(source)
+        root = parse(text, name, problems)
+    if not isinstance(root, Table):
+        said = "a recipe is a mapping that begins with a key such as 'models:'"
+        found = "empty" if isinstance(root, Leaf) and root.value is None else show(root)
+        raise RecipeError(f"{root.place}: {said}, but this is {found}")
+    if isinstance(overrides, str):
+        overrides = (overrides,)
+    notes = apply_overrides(root, overrides, _TOP_KEYS, problems)
+    if overrides:
+        text = None
+    recipe = _Reader(problems, notes).recipe(root, path, text)
+    if check:
+        recipe.check_at_once()
+    return recipe
+
+
+class _Reader:
+    """Walks the tree of one recipe: what is wrong goes to ``problems``, what deserves a word to ``notes``."""
+
+    def __init__(self, problems: Problems, notes: list[str]) -> None:
+        self.problems, self.notes = problems, notes
+        self.method: Method | None = None
+        self.known: Mapping[str, Parameter] = {}
+        self.later = False
+        self.bases = 0
+        self.unused: dict[str, list[Place]] = {}
+
+    def recipe(self, root: Table, path: Path | None, text: str | None) -> Recipe:
+        """The Recipe in ``root``; ``text`` is its YAML, None where that must be made from ``root``."""
+        self._refuse_strange_keys(root, _TOP_KEYS, "at the top level", "")
+        for key, instead in _LATER_KEYS.items():
+            if self._entry(root, key):
+                said = f"{key!r} is not part of this version yet; {instead}"
+                self.problems.add(root.entries[key].key, said)
+        self._tokenizer_source(root)
+        self._method(root)
+        base = self._text(root, "base_model", "'base_model'")
+        if base is not None:
+            self._reference(base, "'base_model'")
+        shared = self._parameters(root, None)
+        models = self._models(root, base.text if base else None)
+        dtypes = [self._dtype(root, key) for key in ("dtype", "out_dtype")]
+        seed, compat = self._value(root, _SEED), self._value(root, _COMPAT)
+        policies = {name: self._value(root, row) or row.default for name, row in _POLICIES.items()}
+        name = self._text(root, "name", "'name'")
+        place = root.entries["merge_method"].node.place if "merge_method" in root.entries else root.place
+        if self.method is not None and self.method.needs_base and base is None:
+            self._missing(root, "base_model", place, f"merge_method {self.method.name} needs a base_model")
+        if self.method is not None and not self.method.needs_base and policies["missing"] == "base":
+            said = f"'missing: base' has no meaning: merge_method {self.method.name} has no base; remove it"
+            self.problems.add(root.entries["missing"].key, said)
+        self.problems.raise_any()
+        assert self.method is not None
+        self._tell_unused(self.method, base, models)
+        recipe = Recipe(
+            path=path,
+            text=dump(root) if text is None else text,
+            name=name.text if name else None,
+            base_model=base.text if base else None,
+            models=models,
+            merge_method=self.method.name,
+            method=self.method,
+            parameters=shared,
+            dtype=dtypes[0],
+            out_dtype=dtypes[1],
+            seed=DEFAULT_SEED if seed is None else int(seed),
+            compat=compat is not None,
+            **policies,
+            notes=tuple(self.notes),
+            place=place,
+        )
+        return recipe
+
+    def _refuse_strange_keys(self, table: Table, allowed: Sequence[str], where: str, owner: str) -> None:
+        """Tell of every key that may not stand in ``table``; ``owner`` is "model 2", or "" for the recipe."""
+        misplaced: dict[str, dict[str, Node]] = {"model": {}, "shared": {}}
+        for key, entry in table.entries.items():
+            if key in allowed:
+                continue
+            if key in ALL_PARAMETERS:
+                misplaced[ALL_PARAMETERS[key].scope if owner else "shared"][key] = entry.node
+            elif key in _TOP_KEYS:
+                self.problems.add(entry.key, f"{key!r} belongs at the top level of the recipe, not {where}")
+            elif key == "input_norms":
+                self.problems.add(entry.key, f"{key!r} {_BESIDE}")
+            else:
+                hint = suggest(key, (*allowed, *ALL_PARAMETERS))
+                self.problems.add(entry.key, f"unknown key {clip(key)!r} {where}{hint}")
+        for scope, nodes in misplaced.items():
+            self._belongs(table, nodes, owner if scope == "model" else "", "")
+
+    def _belongs(self, table: Table, nodes: Mapping[str, Node], owner: str, why: str) -> None:
+        if not nodes:
+            return
+        names = ", ".join(repr(key) for key in nodes)
+        verb = "belongs" if len(nodes) == 1 else "belong"
+        target = f"the parameters of {owner}" if owner else "the recipe's own parameters"
+        example = "".join(f"\n        {key}: {_example(node)}" for key, node in nodes.items())
+        place = table.entries[next(iter(nodes))].key
+        self.problems.add(place, f"{names} {verb} under {target}{why}:\n      parameters:{example}")
+
+    def _entry(self, table: Table, key: str) -> Node | None:
+        """The node of a key; None where it is absent or has no value."""
+        node = table.entries[key].node if key in table.entries else None
+        return None if isinstance(node, Leaf) and node.value is None else node
+
+    def _text(self, table: Table, key: str, subject: str) -> Leaf | None:
+        node = self._entry(table, key)
+        if node is None:
+            return None
+        if isinstance(node, Leaf) and node.text.strip():
+            return node
+        found = "empty text" if isinstance(node, Leaf) else show(node)
+        self.problems.add(node.place, f"{subject} must be text, found {found}")
+        return None
+
+    def _value(self, root: Table, parameter: Parameter) -> Any:
+        node = self._entry(root, parameter.name)
+        if node is None:
+            return None
+        if isinstance(node, Leaf):
+            return read_value(parameter, node, repr(parameter.name), self.problems)
+        self.problems.add(node.place, f"{parameter.name!r} must be a single value, found {show(node)}")
+        return None
+
+    def _missing(self, table: Table, key: str, place: Place, sentence: str) -> None:
+        """Tell that ``key`` is missing, unless a fault or a misspelling of it is told already."""
+        strange = [k for k in table.entries if k not in _TOP_KEYS and k not in ALL_PARAMETERS]
+        if self._entry(table, key) is None and not any(suggest(k, (key,)) for k in strange):
+            self.problems.add(place, sentence)
+
+    def _tokenizer_source(self, root: Table) -> None:
+        node = self._entry(root, "tokenizer_source")
+        if node is not None and not (isinstance(node, Leaf) and node.text == "base"):
+            said = f"'tokenizer_source' can only be base in this version, found {show(node)}"
+            self.problems.add(node.place, f"{said}; write 'tokenizer_source: base'")
+
+    def _method(self, root: Table) -> None:
+        self.known, there_is = ALL_PARAMETERS, ", ".join(METHODS)
+        leaf = self._text(root, "merge_method", "'merge_method'")
+        if leaf is None:
+            self._missing(root, "merge_method", root.place, f"'merge_method' is missing; there is {there_is}")
+        elif leaf.text in METHODS:
+            self.method = METHODS[leaf.text]
+            self.known = {**ALL_PARAMETERS, **self.method.parameters}
+        elif leaf.text in LATER_METHODS:
+            self.later = True
+            said = f"merge_method {leaf.text} is not part of this version yet; there is {there_is}"
+            self.problems.add(leaf.place, said)
+        else:
+            hint = suggest(leaf.text, (*METHODS, *sorted(LATER_METHODS))) or f"; there is {there_is}"
+            self.problems.add(leaf.place, f"unknown merge_method {clip(leaf.text)!r}{hint}")
+
+    def _dtype(self, root: Table, key: str) -> DType | None:
+        leaf = self._text(root, key, repr(key))
+        if leaf is None:
+            return None
+        name = leaf.text.removeprefix("torch.")
+        if name not in RECIPE_NAMES:
+            hint = suggest(name, tuple(RECIPE_NAMES)) or f"; write one of {', '.join(RECIPE_NAMES)}"
+            self.problems.add(leaf.place, f"unknown {key} {clip(leaf.text)!r}{hint}")
+        return RECIPE_NAMES.get(name)
+
+    def _reference(self, leaf: Leaf, subject: str) -> None:
+        if _CONTROL.search(leaf.text):
+            said = (
+                "holds a tab, line break or control character; in double quotes a backslash begins an escape,"
+            )
+            self.problems.add(leaf.place, f"{subject} {said} so write a path in single quotes or with /")
+        elif "+" in leaf.text:
+            said = f"{subject} {clip(leaf.text)!r} names a LoRA adapter (base+adapter)"
+            instead = "merge the adapter into its base first (or rename the folder)"
+            self.problems.add(leaf.place, f"{said}, which is not part of this version yet; {instead}")
+
+    def _parameters(self, table: Table, number: int | None, *, counts: bool = True) -> dict[str, Setting]:
+        node = self._entry(table, "parameters")
+        of = f" of model {number}" if number else ""
+        if node is None or self.later:
+            return {}
+        if not isinstance(node, Table):
+            said = f"must be a mapping of settings such as 'density: 0.5', found {show(node)}"
+            self.problems.add(node.place, f"'parameters'{of} {said}")
+            return {}
+        settings: dict[str, Setting] = {}
+        misplaced: dict[str, Node] = {}
+        for key, entry in node.entries.items():
+            parameter = self.known.get(key)
+            if parameter is None:
+                if key in _TOP_KEYS and key != "parameters":
+                    said = f"{key!r} belongs at the top level of the recipe, not in parameters{of}"
+                elif key == "input_norms":
+                    said = f"{key!r} {_BESIDE}"
+                else:
+                    said = f"unknown key {clip(key)!r} in parameters{of}{suggest(key, tuple(self.known))}"
+                self.problems.add(entry.key, said)
+            elif number and parameter.scope == "shared":
+                misplaced[key] = entry.node
+            else:
+                setting = read_setting(parameter, entry.node, f"{key!r}{of}", self.problems)
+                if self.method is not None and key not in self.method.parameters:
+                    if counts:
+                        self.unused.setdefault(key, []).append(entry.key)
+                elif setting is not None:
+                    settings[key] = setting
+        self._belongs(node, misplaced, "", f", not under model {number}")
+        return settings
+
+    def _models(self, root: Table, base: str | None) -> tuple[ModelEntry, ...]:
+        node = self._entry(root, "models")
+        if node is None:
+            if not self._entry(root, "slices") and not self._entry(root, "modules"):
+                place = root.entries["models"].key if "models" in root.entries else root.place
+                self._missing(root, "models", place, "the recipe lists no 'models' to merge")
+            return ()
+        if not isinstance(node, Items) or not node.nodes:
+            found = "an empty list" if isinstance(node, Items) else show(node)
+            said = f"'models' must be a list of entries that begin with '- model:', found {found}"
+            self.problems.add(node.place, said)
+            return ()
+        read = [self._model(child, number, base) for number, child in enumerate(node.nodes, 1)]
+        experts = [entry for entry in read if entry is not None]
+        if self.bases == len(read):
+            said = "'models' lists only the base model; add at least one expert to merge into it"
+            self.problems.add(node.place, said)
+        names = _identities([entry.reference for entry in experts])
+        self._tell_twice(experts)
+        return tuple(replace(entry, identity=name) for entry, name in zip(experts, names, strict=True))
+
+    def _model(self, node: Node, number: int, base: str | None) -> ModelEntry | None:
+        """One entry of ``models``; None if it is the base's own, or faulty."""
+        owner = f"model {number}"
+        if not isinstance(node, Table):
+            example = f"; write '- model: {clip(node.text)}'" if isinstance(node, Leaf) and node.value else ""
+            said = f"{owner} must be a mapping that begins with 'model:', found {show(node)}{example}"
+            self.problems.add(node.place, said)
+            return None
+        self._refuse_strange_keys(node, _MODEL_KEYS, f"in {owner}", owner)
+        leaf = self._text(node, "model", f"'model' of {owner}")
+        is_base = base is not None and leaf is not None and _same(leaf.text, base)
+        is_base = is_base and self.method is not None and self.method.needs_base
+        parameters = self._parameters(node, number, counts=not is_base)
+        norms = self._text(node, "input_norms", f"'input_norms' of {owner}")
+        if leaf is None:
+            said = f"{owner} does not say which model it is; add 'model: NAME'"
+            self._missing(node, "model", node.place, said)
+            return None
+        self._reference(leaf, f"'model' of {owner}")
+        if is_base:
+            self.bases += 1
+            for key, of in (("parameters", "parameters have"), ("input_norms", "input norms have")):
+                if self._entry(node, key):
+                    said = f"{owner} is the base model itself, so its {of} no effect"
+                    self.notes.append(f"{node.entries[key].key}: {said}")
+            return None
+        file, at = (norms.text, norms.place) if norms else (None, None)
+        return ModelEntry(leaf.text, "", parameters, file, node.place, at)
+
+    def _tell_twice(self, experts: Sequence[ModelEntry]) -> None:
+        first: dict[str, ModelEntry] = {}
+        for entry in experts:
+            earlier = first.setdefault(entry.reference.rstrip("/\\"), entry)
+            if earlier is not entry:
+                at = f", first in line {earlier.line}" if earlier.line else ""
+                said = f"{entry.reference} is listed twice{at}; it counts as two experts"
+                self.notes.append(f"{entry.place}: {said}")
+
+    def _tell_unused(self, method: Method, base: Leaf | None, models: Sequence[ModelEntry]) -> None:
+        for key, places in self.unused.items():
+            more = f" (it is set in {len(places)} places)" if len(places) > 1 else ""
+            self.notes.append(f"{places[0]}: {key!r} has no effect with merge_method {method.name}{more}")
+        if (
+            base is not None
+            and not method.needs_base
+            and not any(_same(m.reference, base.text) for m in models)
+        ):
+            said = f"base_model has no part in merge_method {method.name} unless 'models' lists it too"
+            self.notes.append(f"{base.place}: {said}")
+
+
+def _example(node: Node) -> str:
+    if isinstance(node, Items) and all(isinstance(child, Leaf) for child in node.nodes):
+        return clip("[" + ", ".join(child.text for child in node.nodes if isinstance(child, Leaf)) + "]")
+    return clip(node.text) if isinstance(node, Leaf) and node.text else "..."
+
+
+def _same(a: str, b: str) -> bool:
+    return a.rstrip("/\\") == b.rstrip("/\\")
+
+
+def _identities(references: Iterable[str]) -> list[str]:
+    """Each reference's last component, without revision; equal names are told apart by occurrence."""
+    given: list[str] = []
+    counts: dict[str, int] = {}
+    for reference in references:
+        whole = _HUB_REVISION.sub("", reference).rstrip("/\\")
+        last = re.split(r"[/\\]", whole)[-1]
+        name = _WEIGHT_FILES.sub("", last.split("@")[0]) or reference
+        unique = name
+        while unique in counts:
+            counts[name] += 1
+            unique = f"{name}#{counts[name]}"
+        counts[unique] = 1
+        given.append(unique)
+    return given

@@ -1,0 +1,313 @@
+"""YAML as far as a recipe needs it: text to a tree (recipe_tree.py) and back.  No other module knows YAML.
+
+Nothing is constructed from tags, and what a hostile text can cost is bounded: size, depth, number of values,
+and what aliases expand to.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from della.errors import RecipeError
+from della.recipe.tree import (
+    FORBIDDEN,
+    MAX_DEPTH,
+    MAX_VALUES,
+    Entry,
+    Items,
+    Leaf,
+    Node,
+    Place,
+    Problems,
+    Table,
+    clip,
+    make_leaf,
+    meaning,
+    show,
+)
+
+MAX_BYTES = 1 << 20
+MAX_EXPANDED = 10_000
+TOO_DEEP = f"nested more than {MAX_DEPTH} levels deep, which no recipe is"
+
+_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_RESOLVER: Any = yaml.SafeLoader("")
+_DUMPER: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+_BRACKET = re.compile(r"""[\[{}\]]|"(?:[^"\\]|\\.)*"|'[^']*'""")
+_LINE_BREAK = re.compile("\r\n|[\n\r\x85\u2028\u2029]")
+
+
+def load_text(source: str | Path) -> tuple[Path | None, str, str]:
+    """(path, name for messages, text) of a recipe file, or of YAML text, which is told by its line break."""
+    if isinstance(source, str) and "\n" in source:
+        data, name, path = source.encode("utf-8", "surrogatepass"), "recipe", None
+    else:
+        name, path = clip(str(source), 1000), Path(source)
+        try:
+            with open(path, "rb") as file:
+                data = file.read(MAX_BYTES + 1)
+        except FileNotFoundError:
+            hint = "; YAML given as text must hold a line break" if ": " in name else ""
+            raise RecipeError(f"{name}: no such file{hint}") from None
+        except IsADirectoryError:
+            raise RecipeError(f"{name}: this is a folder; name the recipe file in it") from None
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            raise RecipeError(f"{name}: cannot be read: {reason}") from None
+    if len(data) > MAX_BYTES:
+        raise RecipeError(f"{name}: larger than 1 MiB, which no recipe is; is this the right file?")
+    return path, name, _decode(data, name)
+
+
+def _decode(data: bytes, name: str) -> str:
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise RecipeError(f"{name}:1:1: saved as UTF-16; save the file as UTF-8")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        before = data[: error.start].decode("utf-8-sig", "replace")
+        place = _place_at(before, len(before), name)
+        byte = data[error.start]
+        raise RecipeError(f"{place}: not UTF-8 (byte 0x{byte:02x}); save the file as UTF-8") from None
+    fence = text.lstrip()[:3]
+    if fence in ("'''", '"""', "```"):
+        place = _place_at(text, text.index(fence), name)
+        first = clip(text.lstrip().splitlines()[0].rstrip())
+        raise RecipeError(
+            f"{place}: a recipe is a mapping that begins with a key such as 'models:', but this begins with "
+            f"{first!r}; remove the line with {fence} at the beginning and the one at the end"
+        )
+    return text
+
+
+def _place_at(text: str, index: int, name: str) -> Place:
+    breaks = [match.end() for match in _LINE_BREAK.finditer(text, 0, index)]
+    return Place(len(breaks) + 1, index - (breaks[-1] if breaks else 0) + 1, name)
+
+
+def parse(text: str, name: str, problems: Problems, *, place: Place | None = None) -> Node:
+    """The tree of one YAML document.  Every node is placed at ``place`` if it is given (an override)."""
+    bad = FORBIDDEN.search(text)
+    if bad:
+        at = place or _place_at(text, bad.start(), name)
+        raise RecipeError(f"{at}: the character U+{ord(bad[0]):04X} is not allowed in a recipe; remove it")
+    try:
+        return _Composer(text, name, problems, place).document()
+    except yaml.MarkedYAMLError as error:
+        if "nesting depth" in str(error.problem):
+            at, said = _too_deep(text, error.problem_mark, name), TOO_DEEP
+        else:
+            at, said = _explain(error, text, name)
+    except yaml.YAMLError as error:
+        at, said = Place(0, 0, name), f"this is not valid YAML: {clip(str(error).splitlines()[0])}"
+    raise RecipeError(f"{place or at}: {said}")
+
+
+def _too_deep(text: str, mark: Any, name: str) -> Place:
+    """Where a recipe's deepest level is left, in a text whose nesting made libyaml give up at ``mark``.
+
+    It gives up in looking ahead for the ':' of a key, which must come in the same line and within 1,024
+    characters.  So all that opens before them has been told as an event, and what opens in them is counted.
+    """
+    depth = begin = 0
+    try:
+        for event in _events(text):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            begin = event.end_mark.index
+    except yaml.YAMLError:
+        pass
+    index = mark.index
+    for match in _BRACKET.finditer(text, max(begin, index - mark.column), index):
+        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(match[0], 0)
+        if depth > MAX_DEPTH:
+            index = match.start()
+            break
+    return _place_at(text, index, name)
+
+
+def _events(text: str) -> Iterator[Any]:
+    return iter(_LOADER(text).get_event, None)
+
+
+class _Composer:
+    """Parser events to nodes, with the bounds that PyYAML's own composer lacks."""
+
+    def __init__(self, text: str, name: str, problems: Problems, place: Place | None) -> None:
+        self.events = _events(text)
+        self.name, self.problems, self.fixed = name, problems, place
+        self.values = self.expanded = 0
+        self.anchors: dict[str, tuple[Node, int] | None] = {}
+
+    def document(self) -> Node:
+        root: Node | None = None
+        for event in self.events:
+            if isinstance(event, yaml.DocumentStartEvent):
+                if root is not None:
+                    said = "a second document (---) begins here, which is not part of this version yet"
+                    self.refuse(self.place(event), f"{said}; use one file each")
+                root = self.node(next(self.events), 1)
+        return root if root is not None else Leaf(self.fixed or Place(1, 1, self.name), "", True, None)
+
+    def place(self, event: Any) -> Place:
+        mark = event.start_mark
+        return self.fixed or Place(mark.line + 1, mark.column + 1, self.name)
+
+    def refuse(self, place: Place, sentence: str) -> NoReturn:
+        raise RecipeError(f"{place}: {sentence}")
+
+    def node(self, event: Any, depth: int) -> Node:
+        place, before, anchor = self.place(event), self.values, event.anchor
+        self.values += 1
+        if depth > MAX_DEPTH:
+            self.refuse(place, TOO_DEEP)
+        if self.values > MAX_VALUES:
+            self.refuse(place, f"more than {MAX_VALUES:,} values, which no recipe has")
+        if isinstance(event, yaml.AliasEvent):
+            return self.alias(anchor, place, depth)
+        if event.tag is not None:
+            tag = clip(event.tag.replace("tag:yaml.org,2002:", "!!"))
+            self.refuse(place, f"the tag {tag} is not read in a recipe; remove it")
+        if anchor:
+            self.anchors[anchor] = None
+        node: Node
+        if isinstance(event, yaml.ScalarEvent):
+            node = make_leaf(place, event.value, event.implicit[0])
+        elif isinstance(event, yaml.SequenceStartEvent):
+            node = Items(place, [])
+            while not isinstance(event := next(self.events), yaml.SequenceEndEvent):
+                node.nodes.append(self.node(event, depth + 1))
+        else:
+            node = Table(place, {})
+            while not isinstance(event := next(self.events), yaml.MappingEndEvent):
+                self.entry(node, self.node(event, depth + 1), depth)
+        if anchor:
+            self.anchors[anchor] = node, self.values - before
+        return node
+
+    def entry(self, table: Table, key: Node, depth: int) -> None:
+        value = self.node(next(self.events), depth + 1)
+        if not isinstance(key, Leaf):
+            self.refuse(key.place, f"{show(key)} cannot be a key; a key is a word such as 'weight'")
+        elif key.plain and key.text == "<<":
+            self.problems.add(key.place, "merge keys (<<) are not read in a recipe; write the keys out here")
+        elif key.text in table.entries:
+            first = table.entries[key.text].key
+            at = f"in line {first.line}" if first.column else "before"
+            said = f"the key {clip(key.text)!r} stands twice, here and {at}; keep one of them"
+            self.problems.add(key.place, said)
+        else:
+            table.entries[key.text] = Entry(key.place, value)
+
+    def alias(self, name: str, place: Place, depth: int) -> Node:
+        if name not in self.anchors:
+            self.refuse(place, f"the alias *{clip(name)} has no anchor &{clip(name)} before it")
+        target = self.anchors[name]
+        if target is None:
+            self.refuse(place, f"the alias *{clip(name)} refers to itself")
+        self.expanded += target[1]
+        if self.expanded > MAX_EXPANDED:
+            self.refuse(place, f"aliases expand to more than {MAX_EXPANDED:,} values, which no recipe needs")
+        self.values += target[1]
+        return self.copy(target[0], depth)
+
+    def copy(self, node: Node, depth: int) -> Node:
+        """An alias becomes a copy, so that an override of one model does not reach another."""
+        if depth > MAX_DEPTH:
+            self.refuse(node.place, TOO_DEEP)
+        if isinstance(node, Items):
+            return Items(node.place, [self.copy(child, depth + 1) for child in node.nodes])
+        if isinstance(node, Table):
+            copied = {key: Entry(e.key, self.copy(e.node, depth + 1)) for key, e in node.entries.items()}
+            return Table(node.place, copied)
+        return node
+
+
+_LOST_INDENT = (
+    "the indentation does not fit the lines before it; "
+    "what belongs to a list item stands under its first key:\n"
+    "      - model: NAME\n"
+    "        parameters:\n"
+    "          density: 0.5"
+)
+
+
+def _explain(error: yaml.MarkedYAMLError, text: str, name: str) -> tuple[Place, str]:
+    """A parser's complaint in plain words; libyaml and PyYAML's own parser word theirs differently."""
+    problem, context = str(error.problem or ""), str(error.context or "")
+    mark = error.problem_mark
+    here = Place(mark.line + 1, mark.column + 1, name) if mark else Place(1, 1, name)
+    opened = error.context_mark
+    start = Place(opened.line + 1, opened.column + 1, name) if opened else here
+    lines = _LINE_BREAK.split(text)
+    line = lines[here.line - 1] if here.line <= len(lines) else ""
+    character = line[here.column - 1 : here.column]
+    rules: tuple[tuple[bool, Place, str], ...] = (
+        (
+            character == "\t" or "a tab" in problem,
+            here,
+            "a tab stands here; YAML is indented with spaces only",
+        ),
+        (
+            "mapping values" in problem,
+            here,
+            "a ':' cannot stand here: the line is indented too far, or a text with ': ' in it needs quotes",
+        ),
+        (
+            any(word in problem for word in ("escape", "hexdecimal")),
+            start,
+            "in double quotes a backslash begins an escape; write a path in single quotes, or with / instead",
+        ),
+        ("start any token" in problem, here, f"a value cannot begin with {character!r}; put it into quotes"),
+        ("scalar" in context and "quote" in context, start, "the quote that opens here is never closed"),
+        (
+            "flow" in context,
+            here,
+            "a bracket before this is not closed, or a comma is missing",
+        ),
+        (character in ("]", "}"), here, f"this {character!r} closes nothing"),
+        ("block" in context and "scalar" not in context, here, _LOST_INDENT),
+        ("expected ':'" in problem, start, "this line is not of the form 'key: value'"),
+    )
+    for applies, place, sentence in rules:
+        if applies:
+            return place, sentence
+    return here, f"this is not valid YAML: {clip(problem or context)}"
+
+
+def dump(node: Node) -> str:
+    """The tree as clean YAML text, which reads back as the same tree."""
+    known: dict[tuple[str, bool], tuple[str, str, str | None]] = {}
+
+    def scalar(text: str, plain: bool) -> yaml.Node:
+        if (text, plain) not in known:
+            known[text, plain] = _written(text, plain)
+        tag, value, style = known[text, plain]
+        return yaml.ScalarNode(tag, value, style=style)
+
+    def convert(node: Node) -> yaml.Node:
+        if isinstance(node, Table):
+            pairs = [(scalar(key, False), convert(entry.node)) for key, entry in node.entries.items()]
+            return yaml.MappingNode("tag:yaml.org,2002:map", pairs, flow_style=False)
+        if isinstance(node, Items):
+            flow = all(isinstance(child, Leaf) for child in node.nodes)
+            return yaml.SequenceNode(
+                "tag:yaml.org,2002:seq", [convert(n) for n in node.nodes], flow_style=flow
+            )
+        return scalar(node.text, node.plain)
+
+    text: str = yaml.serialize(convert(node), Dumper=_DUMPER, allow_unicode=True, width=1 << 20)
+    return text
+
+
+def _written(text: str, plain: bool) -> tuple[str, str, str | None]:
+    """(tag, text, style) with which the dumper writes a scalar so that it reads back as it was."""
+    if plain:
+        return _RESOLVER.resolve(yaml.ScalarNode, text or "null", (True, False)), text or "null", None
+    # What this module, unlike YAML 1.1, reads as a number must keep its quotes; double ones keep breaks.
+    style = None if isinstance(meaning(text), str) else "'"
+    return "tag:yaml.org,2002:str", text, '"' if _LINE_BREAK.search(text) else style

@@ -1,0 +1,1 @@
+"""What is told of results: intervals, tables, plots, the page."""

@@ -1,0 +1,1 @@
+"""Carrying out a Plan: reading, computing, writing; and verifying what was merged."""

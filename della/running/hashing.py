@@ -1,0 +1,111 @@
+"""Hash many stretches of bytes in several threads, hold each against what it was, and tell how far it is."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import xxhash
+
+from della.checkpoint.layout import Tensor
+from della.checkpoint.source import Source
+from della.errors import CheckpointError, DellaError
+from della.running.compute import Stopped
+from della.running.run import Progress
+
+PIECE_BYTES = 1 << 22
+
+
+@dataclass(frozen=True)
+class Check:
+    """Bytes and the hash (xxh3_128, hex) that they should have.
+
+    ``what`` names them and ``fault`` says what it means if they have another; ``name`` is for progress.
+    """
+
+    name: str
+    what: str
+    fault: str
+    nbytes: int
+    hash: str
+    pieces: Callable[[], Iterator[memoryview]]
+
+
+class Hashing:
+    """Runs checks in ``threads`` threads; setting ``stop`` ends them after their current piece."""
+
+    def __init__(self, threads: int, progress: Callable[[Progress], None] | None) -> None:
+        self.threads, self.progress = threads, progress
+        self.stop = threading.Event()
+        self._lock = threading.Lock()
+        self._done = self._total = self._finished = self._count = 0
+
+    def faults(self, checks: Sequence[Check]) -> list[str]:
+        """What is wrong, in the order of ``checks``; progress begins anew with each call."""
+        self._done, self._total = 0, sum(check.nbytes for check in checks)
+        self._finished, self._count = 0, len(checks)
+        # The largest go first, so that no thread ends much later.
+        order = sorted(range(len(checks)), key=lambda number: -checks[number].nbytes)
+        with ThreadPoolExecutor(self.threads, thread_name_prefix="della") as pool:
+            try:
+                said = pool.map(self._fault, [checks[number] for number in order])
+                found = dict(zip(order, said, strict=True))
+            except BaseException:
+                self.stop.set()
+                pool.shutdown(cancel_futures=True)
+                raise
+        return [found[number] for number in range(len(checks)) if found[number]]
+
+    def _fault(self, check: Check) -> str:
+        digest, left, said = xxhash.xxh3_128(), check.nbytes, ""
+        try:
+            for piece in check.pieces():
+                if self.stop.is_set():
+                    raise Stopped
+                digest.update(piece)
+                left -= piece.nbytes
+                self._advance(check, piece.nbytes)
+            if digest.hexdigest() != check.hash:
+                said = f"{check.what} {check.fault}"
+        except DellaError as error:
+            said = f"{check.what} cannot be checked: {error}"
+        self._advance(check, left, finished=1)
+        return said
+
+    def _advance(self, check: Check, count: int, finished: int = 0) -> None:
+        with self._lock:
+            self._done += count
+            self._finished += finished
+            if self.progress is not None:
+                self.progress(Progress(self._done, self._total, self._finished, self._count, check.name))
+
+
+def of_file(path: Path, offset: int, nbytes: int) -> Iterator[memoryview]:
+    """``nbytes`` bytes of a file, in pieces that are void when the next one is asked for.
+
+    Raises CheckpointError.
+    """
+    buffer = memoryview(bytearray(min(PIECE_BYTES, nbytes)))
+    try:
+        with open(path, "rb", buffering=0) as file:
+            file.seek(offset)
+            while nbytes:
+                count = file.readinto(buffer[:nbytes])
+                if not count:
+                    raise CheckpointError("the file ends too early; is something writing to it?")
+                yield buffer[:count]
+                nbytes -= count
+    except OSError as error:
+        raise CheckpointError(f"the file cannot be read ({error.strerror})") from error
+
+
+def of_input(source: Source, tensor: Tensor) -> Iterator[memoryview]:
+    """A tensor of an input, likewise."""
+    buffer = memoryview(bytearray(min(PIECE_BYTES, tensor.nbytes)))
+    for start in range(0, tensor.nbytes, PIECE_BYTES):
+        piece = buffer[: tensor.nbytes - start]
+        source.read_into(tensor, start, piece)
+        yield piece

@@ -1,0 +1,303 @@
+"""Execute a Plan: compute its tensors, a job each, several at a time, and write them.
+
+What an earlier run of the same merge has finished is used again; a part of n does its share of the files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from della.checkpoint.layout import STEMS
+from della.checkpoint.source import Source
+from della.errors import CheckpointError, DellaError, OutputError
+from della.merging.kernels import cast
+from della.merging.tensor import Band
+from della.output.journal import Done
+from della.output.manifest import MANIFEST, UNKNOWN, build_manifest, dump, embed, sealed, versions
+from della.output.writer import StagedOutput
+from della.planning.card import config_json, model_card, side_file
+from della.planning.job import TILE, Job, Plan
+from della.running.compute import Compute, Stopped, digests_of, needs_bands
+from della.version import __version__
+
+Part = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is: bytes read and written of their totals, tensors finished of all."""
+
+    done: int
+    total: int
+    tensors: int
+    of_tensors: int
+    name: str
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished merge: where it is, its manifest without the seal ({} for a part), the seconds of wall time
+    that it took, those of them in which tensors were merged (without staging, side files and the wait for the
+    disk), the number of tensors that an earlier run had finished, and the bytes read and written for the
+    others.
+    """
+
+    out: Path
+    manifest: dict[str, Any]
+    seconds: float
+    merging_seconds: float
+    resumed: int
+    bytes_read: int
+    bytes_written: int
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a plan is executed; none of this changes a byte of the weights."""
+
+    threads: int
+    overwrite: bool = False
+    fsync: bool = True
+    shard_bytes: int = 5_000_000_000
+    tile: int = TILE
+    part: Part = (1, 1)
+    finish: bool = False
+    auto_map: bool = False
+    progress: Callable[[Progress], None] | None = None
+    tell: Callable[[str], None] | None = None
+
+
+def run(plan: Plan, out: Path, options: Options) -> Result:
+    """Merge into ``out``: a folder, or a single file where its name ends in .safetensors.
+
+    Until the last step ``out`` is what it was.  With ``part`` (i, n) only that share is computed, and
+    ``finish`` puts the parts together.  Raises CheckpointError and OutputError.
+    """
+    started = time.monotonic()
+    single = out.suffix == ".safetensors"
+    stamps = _stamps(plan)
+    unknown = {job.name: Done(UNKNOWN, (UNKNOWN,) * len(job.reads)) for job in plan.jobs}
+    staged = StagedOutput(
+        out, _tensors(plan), options.shard_bytes, options.overwrite, single, options.fsync,
+        metadata=embed(_manifest(plan, unknown, {})) if single else None,
+        inputs=[path for source in plan.sources for path in source.places],
+        stem=next((s for s in STEMS if plan.base.files[0].name.startswith(s)), STEMS[0]),
+        key=_key(plan, stamps),
+        part=options.part,
+        finish=options.finish,
+    )  # fmt: skip
+    try:
+        with staged:
+            cast.widen_bf16(np.zeros(0, np.uint16), np.zeros(0, np.uint32))  # Numba's own start takes 0.1 s
+            staged_at = time.monotonic()
+            work = _Run(plan, staged, options)
+            resumed = work.all()
+            merging = time.monotonic() - staged_at
+            _check_unchanged(plan, stamps)
+            manifest: dict[str, Any] = {}
+            if options.part[1] > 1:
+                staged.end_part()
+            else:
+                manifest = _complete(plan, staged, single, options.auto_map)
+                staged.commit()
+    except (DellaError, KeyboardInterrupt) as error:
+        is_stopped = isinstance(error, KeyboardInterrupt)
+        if is_stopped and staged.committed:
+            raise KeyboardInterrupt(f"{out} is complete") from error
+        if staged.kept and not options.finish:
+            said = "the output is as it was" if is_stopped else str(error)
+            end = f"{len(staged.done)} finished tensors are kept in {staged.kept}; the same command goes on"
+            raise type(error)(f"{said}; {end}") from error
+        raise
+    seconds = time.monotonic() - started
+    return Result(out, manifest, seconds, merging, resumed, work.bytes_read, work.bytes_written)
+
+
+def _tensors(plan: Plan) -> list[tuple[str, Any, tuple[int, ...]]]:
+    return [(job.name, job.dtype, job.shape) for job in plan.jobs]
+
+
+def _stamps(plan: Plan) -> dict[str, str]:
+    """By which a changed input is noticed: of a model of the Hub its commit, else size and time of change."""
+    stamps = {}
+    for source in plan.sources:
+        for file in source.files:
+            try:
+                found = os.stat(file.path)
+            except OSError as error:
+                raise CheckpointError(f"{file.path}: cannot be read ({error.strerror})") from error
+            stamp = source.revision or f"{found.st_size} {found.st_mtime_ns}"
+            stamps[str(file.path)] = f"{file.fingerprint} {stamp}"
+    return stamps
+
+
+def _check_unchanged(plan: Plan, stamps: Mapping[str, str]) -> None:
+    now = _stamps(plan)
+    names = ", ".join(path for path, stamp in stamps.items() if now.get(path) != stamp)
+    if names:
+        raise CheckpointError(
+            f"{names}: changed while it was merged; is something writing to it? Start again"
+        )
+
+
+def _key(plan: Plan, stamps: Mapping[str, str]) -> str:
+    """What the bytes of the weights depend on."""
+    identities = [model.identity for model in plan.recipe.models]
+    parts = [__version__, versions(), plan.recipe.text, identities, list(stamps.values())]
+    return json.dumps(parts, sort_keys=True)
+
+
+def _manifest(plan: Plan, done: Mapping[str, Done], files: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    inputs: dict[Source, dict[str, str]] = {}
+    for job in plan.jobs:
+        for (source, tensor), digest in zip(job.reads, done[job.name].inputs, strict=True):
+            inputs.setdefault(source, {})[tensor.name] = digest
+    return build_manifest(
+        recipe=plan.recipe.text,
+        method=plan.recipe.merge_method,
+        seed=plan.recipe.seed,
+        base=plan.base,
+        models=plan.models,
+        norms=plan.norms,
+        identities=[m.identity for m in plan.recipe.models],
+        hashes={job.name: done[job.name].hash for job in plan.jobs},
+        inputs=inputs,
+        departures=plan.departures,
+        files=files,
+    )
+
+
+def _complete(plan: Plan, staged: StagedOutput, single: bool, auto_map: bool) -> dict[str, Any]:
+    """Everything but the weights: side files and the manifest.  Returns the manifest."""
+    if single:
+        manifest = _manifest(plan, staged.done, {})
+        staged.rewrite_header(_tensors(plan), embed(manifest), sealed)
+        return manifest
+    files = {"README.md": model_card(plan)}
+    if plan.base.config:
+        files["config.json"] = config_json(plan.base.config, plan.jobs, auto_map)
+    files |= {path.name: side_file(path, auto_map) for path in plan.base.side_files()}
+    for name, content in files.items():
+        staged.add_file(name, content)
+    table = {shard.name: _entry(shard.header, shard.size) for shard in staged.shards}
+    index = dict([found]) if (found := staged.index()) else {}
+    table |= {name: _entry(content) for name, content in sorted({**files, **index}.items())}
+    manifest = _manifest(plan, staged.done, table)
+    staged.add_file(MANIFEST, dump(manifest))
+    return manifest
+
+
+def _entry(content: bytes, size: int | None = None) -> dict[str, Any]:
+    """Size and hash of a file; with ``size``, ``content`` is only the header of a file of tensors."""
+    digest = xxhash.xxh3_128_hexdigest(content)
+    if size is None:
+        return {"size": len(content), "hash": digest}
+    return {"size": size, "header_hash": digest}
+
+
+class _Run:
+    """One run over the jobs of a writer."""
+
+    def __init__(self, plan: Plan, staged: StagedOutput, options: Options) -> None:
+        self.staged, self.options = staged, options
+        mine = {tensor for shard in staged.mine for tensor in shard.spans}
+        # The largest go first, so that no thread ends much later.
+        self.jobs = sorted((j for j in plan.jobs if j.name in mine), key=lambda job: -job.elements)
+        self.compute = Compute(plan, options.tile)
+        self.total = sum(job.bytes_read + job.nbytes for job in self.jobs)
+        self.done = self.finished = self.bytes_read = self.bytes_written = 0
+        self.lock = threading.Lock()
+        self.bands: dict[str, list[Band]] = {}
+
+    def all(self) -> int:
+        """Finish every job; how many were finished before."""
+        tell = self.options.tell or (lambda text: None)
+        if self.staged.has_replaced:
+            tell("what an unfinished run of another merge had left for this place was removed")
+        if not self.jobs and self.options.part[1] > 1:
+            files = len(self.staged.shards)
+            end = f"the result has {files} files; a smaller --shard-size makes more"
+            tell(f"nothing to do for this part: {end}")
+        self._each(self._look, [job for job in self.jobs if job.name in self.staged.done])
+        before = self.finished
+        left = [job for job in self.jobs if job.name not in self.staged.done]
+        if before and left:
+            tell(f"{before} of {len(self.jobs)} tensors were finished before; going on with the others")
+        if self.options.finish and left:
+            raise OutputError(
+                f"{self.staged.out}: {len(left)} of {len(self.jobs)} tensors are not finished "
+                f"({left[0].name}, ...); run the parts that are missing, or leave out --finish"
+            )
+        if any(map(needs_bands, left)):
+            self.bands = self._bands()
+        self._each(self._one, left)
+        return before
+
+    def _bands(self) -> dict[str, list[Band]]:
+        if not self.staged.bands:
+            found = self.compute.model_bands()
+            rows = {n: [(b.high, b.skip, b.low, b.take) for b in bands] for n, bands in found.items()}
+            self.staged.note_bands(rows)
+            return found
+        return {name: [Band(*row) for row in rows] for name, rows in self.staged.bands.items()}
+
+    def _each(self, work: Callable[[Job], None], jobs: Iterable[Job]) -> None:
+        if self.options.threads == 1:
+            for job in jobs:
+                work(job)
+            return
+        with ThreadPoolExecutor(self.options.threads, thread_name_prefix="della") as pool:
+            futures = [pool.submit(work, job) for job in jobs]
+            try:
+                wait(futures, return_when=FIRST_EXCEPTION)
+            finally:
+                if any(not f.done() or f.exception() for f in futures):
+                    self.compute.stop.set()
+                pool.shutdown(cancel_futures=True)
+            failures = [e for f in futures if not f.cancelled() and (e := f.exception())]
+        for failure in sorted(failures, key=lambda e: isinstance(e, Stopped)):
+            raise failure
+
+    def _look(self, job: Job) -> None:
+        """A tensor that the journal calls finished: is it?"""
+        if self.compute.stop.is_set():
+            raise Stopped
+        if self.staged.holds(job.name):
+            self._advance(job, job.bytes_read + job.nbytes, finished=1)
+
+    def _one(self, job: Job) -> None:
+        digest, inputs = xxhash.xxh3_128(), digests_of(job)
+        start = told = 0
+        for stored in self.compute.pieces(job, self.bands.get(job.name), inputs):
+            raw = stored.reshape(-1).view(np.uint8).data
+            self.staged.write(job.name, start, raw)
+            digest.update(raw)
+            start += raw.nbytes
+            now = (job.bytes_read + job.nbytes) * start // job.nbytes
+            self._advance(job, now - told)
+            told = now
+        self.staged.finish(job.name, Done(digest.hexdigest(), tuple(d.hexdigest() for d in inputs)))
+        self._advance(job, 0, finished=1)
+        with self.lock:
+            self.bytes_read += job.bytes_read
+            self.bytes_written += job.nbytes
+
+    def _advance(self, job: Job, count: int, finished: int = 0) -> None:
+        with self.lock:
+            self.done += count
+            self.finished += finished
+            if self.options.progress is not None:
+                self.options.progress(
+                    Progress(self.done, self.total, self.finished, len(self.jobs), job.name)
+                )

@@ -1,0 +1,334 @@
+"""`della verify`: is a merged model, byte for byte, what was merged; and would its sources give it again?
+
+A manifest is believed no more than any other file: what it says is checked before it is used.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import xxhash
+
+from della.checkpoint.header import Header, read_header
+from della.checkpoint.layout import MOST_INDEX_BYTES, confined, read_small, why_no_file
+from della.checkpoint.pickles import PICKLES
+from della.checkpoint.source import SIDE_FILES, Source
+from della.checkpoint.strict import json_object
+from della.errors import CheckpointError, DellaError, OutputError, RecipeError, printable
+from della.output.manifest import MANIFEST, Entry, Manifest, Recorded, read_manifest, versions
+from della.output.shards import INDEX
+from della.output.staging import unfinished
+from della.planning.job import Job, Plan, default_threads
+from della.planning.planner import Permissions, make_plan
+from della.recipe.reader import Recipe, read_recipe
+from della.running.compute import Compute, needs_bands
+from della.running.hashing import Check, Hashing, of_file, of_input
+from della.running.run import Progress
+from della.version import __version__
+
+# What programs load from a model's folder unasked: a stranger of such a name changes the model.
+_LOADED = (".safetensors", INDEX, ".bin.index.json", ".tiktoken", *PICKLES)
+_LOADED_NAMES = {*SIDE_FILES, "config.json", "adapter_config.json"}
+
+
+@dataclass
+class Verdict:
+    """What was found: ``bad`` is empty if all is well; ``notes`` are no faults.  Each is one line of text.
+
+    ``tensors`` (``nbytes`` bytes) and ``files`` of the model were checked, ``recomputed`` tensors were merged
+    again, ``inputs`` tensors of the inputs were compared.
+    """
+
+    out: Path
+    bad: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    tensors: int = 0
+    files: int = 0
+    nbytes: int = 0
+    recomputed: int = 0
+    inputs: int = 0
+
+    @property
+    def is_well(self) -> bool:
+        return not self.bad
+
+
+def verify(
+    out: str | Path,
+    *,
+    sources: float | None = None,
+    inputs: bool = False,
+    base_dir: str | Path | None = None,
+    allow_pickle: bool = False,
+    threads: int | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> Verdict:
+    """Compare every byte of ``out`` (a folder or file that `della.merge` wrote) with its manifest.
+
+    sources: also compute this share (0 to 1, at least one tensor) of the tensors again, chosen at random.
+    inputs: also compare the inputs with what was read when they were merged.  Both open the models that the
+    recipe in the manifest names; its relative paths start from ``base_dir``, by default the working
+    directory.  allow_pickle: as for `della.merge`.  progress: called with a Progress, from worker threads,
+    one at a time; it begins anew for what is computed again.
+
+    Raises OutputError where there is nothing to verify, RecipeError for an argument that cannot be and for a
+    recipe that is none, CheckpointError where inputs cannot be opened.
+    """
+    if sources is not None and not 0 < sources <= 1:
+        raise RecipeError(f"sources {sources}: expected a share above 0 and at most 1 (100%)")
+    if threads is not None and threads < 1:
+        raise RecipeError(f"threads {threads}: expected a whole number from 1 up")
+    out = Path(out)
+    if not os.path.lexists(out):
+        raise OutputError("; ".join([f"{out}: nothing is there", *unfinished(Path(os.path.abspath(out)))]))
+    try:
+        manifest, single = read_manifest(out)
+    except (OSError, CheckpointError) as error:
+        return Verdict(out, [_line(text) for text in _problems(error, out)])
+    verdict, hashing = Verdict(out), Hashing(threads or default_threads(), progress)
+    with ExitStack() as stack:
+        plan = None
+        if sources is not None or inputs:
+            plan = stack.enter_context(_plan(out, manifest, base_dir, allow_pickle))
+        checks = _Model(out, manifest, single, verdict).checks()
+        if plan and inputs:
+            checks += _input_checks(plan, manifest, verdict)
+        verdict.bad += hashing.faults(checks)
+        if plan and sources is not None:
+            _recompute(plan, manifest, sources, verdict, hashing)
+    verdict.bad = [_line(text) for text in dict.fromkeys(verdict.bad)]
+    verdict.notes = [_line(text) for text in verdict.notes]
+    return verdict
+
+
+def _line(text: str) -> str:
+    """``text`` as one line: names of files and tensors may hold anything."""
+    return printable(text).replace("\n", "\\n")
+
+
+def _problems(error: OSError | CheckpointError, place: Path) -> Sequence[str]:
+    if isinstance(error, CheckpointError):
+        return error.problems
+    return [f"{place}: cannot be read ({error.strerror})"]
+
+
+# ---- the model itself -------------------------------------------------------------------------------------
+
+
+class _Model:
+    """The files of ``out``, held against its manifest.
+
+    Files that are missing, strange, or have another size or header are told to ``verdict`` at once.
+    """
+
+    def __init__(self, out: Path, manifest: Manifest, single: Header | None, verdict: Verdict) -> None:
+        self.out, self.manifest, self.verdict = out, manifest, verdict
+        self.headers: dict[Path, tuple[Path, Header]] = {}  # by the place to name, where links lead to
+        self.damaged: list[Path] = []  # files whose tensors cannot be found
+        if single is not None:
+            self.headers[out] = out, single
+
+    def checks(self) -> list[Check]:
+        """One for every tensor and every other file."""
+        found: list[Check] = []
+        if self.headers:
+            self.verdict.files = 1
+        else:
+            self.verdict.files = len(self.manifest.files) + 1
+            for name, entry in self.manifest.files.items():
+                place = self.out / name
+                try:
+                    found += self._file(place, entry)
+                except (OSError, CheckpointError) as error:
+                    self.verdict.bad += _problems(error, place)
+                    self.damaged += [place] if entry.holds_tensors else []
+            self._strangers()
+        return [*self._tensors(), *found]
+
+    def _file(self, place: Path, entry: Entry) -> list[Check]:
+        """The check of a side file; of a file of tensors the header is read, and checked at once."""
+        path = confined(self.out, place.name)
+        if not os.path.lexists(place):
+            raise CheckpointError(f"{place}: missing")
+        if not path.is_file():
+            raise CheckpointError(f"{place}: {why_no_file(path)}")
+        size = path.stat().st_size
+        if size != entry.size:
+            raise CheckpointError(f"{place}: has {size:,} bytes, expected {entry.size:,}")
+        if not entry.holds_tensors:
+            pieces = partial(of_file, path, 0, size)
+            return [Check(place.name, f"{place}:", "has changed", size, entry.hash, pieces)]
+        header, raw, _ = read_header(path, str(place))
+        if xxhash.xxh3_128_hexdigest(raw) != entry.hash:
+            raise CheckpointError(f"{place}: its header has changed")
+        self.headers[place] = path, header
+        return []
+
+    def _tensors(self) -> Iterator[Check]:
+        found: set[str] = set()
+        for place, (path, header) in self.headers.items():
+            for name, info in header.tensors.items():
+                expected = self.manifest.tensors.get(name)
+                if expected is None or name in found:
+                    self.verdict.bad.append(f"{place}: tensor {name!r} is not in the manifest")
+                    continue
+                found.add(name)
+                self.verdict.tensors += 1
+                self.verdict.nbytes += info.nbytes
+                pieces = partial(of_file, path, header.data_start + info.begin, info.nbytes)
+                what = f"{place}: tensor {name!r}"
+                yield Check(name, what, "has changed", info.nbytes, expected, pieces)
+        self._lost([name for name in self.manifest.tensors if name not in found])
+
+    def _lost(self, names: Sequence[str]) -> None:
+        """Tensors that cannot be found, each with the file that held it as far as that can be known."""
+        homes = self._index() if names and len(self.damaged) > 1 else {}
+        for name in names:
+            home = self.out / homes.get(name, "")
+            places = [home] if home in self.damaged else self.damaged or [self.out]
+            self.verdict.bad.append(f"{' or '.join(map(str, places))}: tensor {name!r} is lost")
+
+    def _index(self) -> dict[str, str]:
+        """tensor -> file, as the model's index says; {} where it says nothing that can be used."""
+        for name in self.manifest.files:
+            if name.endswith(INDEX):
+                try:
+                    raw = read_small(confined(self.out, name), MOST_INDEX_BYTES)
+                    homes = json_object(raw, name).get("weight_map")
+                except (OSError, CheckpointError):
+                    continue
+                if isinstance(homes, dict):
+                    return {tensor: home for tensor, home in homes.items() if isinstance(home, str)}
+        return {}
+
+    def _strangers(self) -> None:
+        """Files that were not merged."""
+        try:
+            names = sorted(entry.name for entry in self.out.iterdir())
+        except OSError as error:
+            self.verdict.bad.append(f"{self.out}: cannot be listed ({error.strerror})")
+            return
+        for name in names:
+            if name in self.manifest.files or name == MANIFEST:
+                continue
+            if name.endswith(_LOADED) or name in _LOADED_NAMES:
+                said = "not part of this model, but programs may load it; move it away"
+                self.verdict.bad.append(f"{self.out / name}: {said}")
+            else:
+                self.verdict.notes.append(f"{self.out / name}: not part of what was merged, and not verified")
+
+
+# ---- its inputs -------------------------------------------------------------------------------------------
+
+
+def _plan(out: Path, manifest: Manifest, base_dir: str | Path | None, allow_pickle: bool) -> Plan:
+    """The plan of the merge that made ``out``; its inputs are opened."""
+    text = manifest.recipe
+    try:
+        recipe = read_recipe(text if "\n" in text else text + "\n")
+        if base_dir is not None:
+            recipe = replace(recipe, path=Path(base_dir) / "recipe.yml")
+        try:
+            return make_plan(recipe, permissions=Permissions(pickle=allow_pickle))
+        except CheckpointError as error:
+            raise CheckpointError(*error.problems, *_hint(recipe, base_dir)) from error
+    except RecipeError as error:
+        raise RecipeError(*(f"{out}: in its manifest: {problem}" for problem in error.problems)) from error
+    except OSError as error:
+        raise CheckpointError(f"{out}: an input cannot be opened ({error})") from error
+
+
+def _hint(recipe: Recipe, base_dir: str | Path | None) -> Iterator[str]:
+    """What to do where a relative path leads nowhere."""
+    references = filter(None, (recipe.base_model, *(model.reference for model in recipe.models)))
+    for reference in references:
+        path = Path(reference)
+        is_path = reference.startswith(".") or len(path.parts) != 2  # two parts may be a model of the Hub
+        is_relative = is_path and not path.is_absolute() and not reference.startswith("~")
+        if is_relative and not any(os.path.lexists(Path(root) / path) for root in (base_dir or "", "")):
+            yield f"{reference}: a path that starts where the recipe was; name that folder: --from FOLDER"
+            return
+
+
+def _input_checks(plan: Plan, manifest: Manifest, verdict: Verdict) -> list[Check]:
+    """One for every tensor of the inputs that was read; other files than those that were merged are told."""
+    if (now := len(plan.models)) != (told := len(manifest.models)):
+        verdict.bad.append(f"{verdict.out}: models in its recipe: {now}, in its manifest: {told}")
+    found: dict[tuple[Source, str, str], Check] = {}
+    pairs = [(plan.base, manifest.base), *zip(plan.models, manifest.models)]
+    for source, model in zip(plan.norms, manifest.models):
+        if source and model.norms:
+            pairs.append((source, model.norms))
+        elif source or model.norms:
+            said = "input norms are in its recipe or in its manifest, and not in both"
+            verdict.bad.append(f"{verdict.out}: {model.reference}: {said}")
+    for source, was in pairs:
+        _compare_files(source, was, verdict)
+        for name, expected in was.tensors.items():
+            tensor = source.tensors.get(name)
+            if tensor is None:
+                verdict.bad.append(f"{source.reference}: tensor {name!r}, which was merged, is missing")
+                continue
+            what, pieces = f"{tensor.file}: tensor {name!r}", partial(of_input, source, tensor)
+            fault = "is not what was merged"
+            found[source, name, expected] = Check(name, what, fault, tensor.nbytes, expected, pieces)
+    verdict.inputs = len(found)
+    return list(found.values())
+
+
+def _compare_files(source: Source, was: Recorded, verdict: Verdict) -> None:
+    now = {file.name: file.fingerprint for file in source.files}
+    for name in sorted(was.files.keys() | now.keys()):
+        if name not in now:
+            verdict.bad.append(f"{source.folder / name}: was merged, and is no part of the model any more")
+        elif name not in was.files:
+            verdict.bad.append(f"{source.folder / name}: not among the files that were merged")
+        elif was.files[name] != now[name]:
+            verdict.bad.append(f"{source.folder / name}: not the file that was merged (its size or header)")
+    if was.revision and source.revision and was.revision != source.revision:
+        verdict.notes.append(
+            f"{source.reference}: merged at revision {was.revision}, compared with {source.revision}"
+        )
+
+
+# ---- the merge, again -------------------------------------------------------------------------------------
+
+
+def _recompute(plan: Plan, manifest: Manifest, share: float, verdict: Verdict, hashing: Hashing) -> None:
+    """A sample of the tensors, merged again."""
+    out, known = verdict.out, manifest.tensors
+    made = {job.name for job in plan.jobs}
+    verdict.bad += [f"{out}: tensor {n!r} does not come from its sources" for n in known if n not in made]
+    verdict.bad += [f"{out}: lacks tensor {n!r}, which its sources give" for n in sorted(made - known.keys())]
+    jobs = [job for job in plan.jobs if job.name in known]
+    jobs = random.sample(jobs, min(len(jobs), max(1, round(share * len(jobs)))))
+    compute = Compute(plan)
+    compute.stop = hashing.stop
+    try:
+        bands = compute.model_bands() if any(map(needs_bands, jobs)) else {}
+    except DellaError as error:
+        verdict.bad += [f"{out}: cannot be merged again: {problem}" for problem in error.problems]
+        return
+
+    def merged(job: Job) -> Iterator[memoryview]:
+        for stored in compute.pieces(job, bands.get(job.name)):
+            yield stored.reshape(-1).view("u1").data
+
+    def check(job: Job) -> Check:
+        what, fault = f"{out}: tensor {job.name!r}", "is not what its sources give"
+        return Check(job.name, what, fault, job.nbytes, known[job.name], partial(merged, job))
+
+    bad = hashing.faults([check(job) for job in jobs])
+    verdict.bad += bad
+    verdict.recomputed = len(jobs)
+    then, now = manifest.versions, {"della": __version__} | versions()
+    if bad and then != now:
+        changed = sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
+        told = ", ".join(f"{n} {then.get(n, 'unknown')} (here {now.get(n, 'none')})" for n in changed)
+        verdict.notes.append(f"{out}: merged with {told}, which may be why its sources give other bytes")

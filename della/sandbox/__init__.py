@@ -1,0 +1,1 @@
+"""Walls for generated code, and what runs inside them."""
