@@ -298,7 +298,7 @@ def slow(tmp_path_factory: pytest.TempPathFactory) -> Path:
 LISTENING = """
 import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from della.cli import main
+from della.cli.main import main
 main()
 """
 

@@ -18,7 +18,7 @@ import pytest
 from paper_stand_in import COUNT, judge, make_data, make_options
 from stub_server import Reply, Request, Status, StubServer
 
-import della
+from della import api
 from della.errors import EvaluationError
 from della.evaluate.settings import Settings
 from della.experiments.paper import full_data
@@ -139,13 +139,13 @@ def test_answers_outlive_a_judge_that_fails(
     dare, row = "math-dare-l1-p0.5-s42", "math-della-l1-p0.5-w0.14-s42"
     assert len((options.out / f"answers/test/{dare}/gsm8k.jsonl").read_text().splitlines()) == 1 + COUNT
     assert not (options.out / f"scores/test/{dare}.json").exists()
-    rule.rule, made, merge = judge, [], della.merge
+    rule.rule, made, merge = judge, [], api.merge
 
     def noted(recipe: Path, *rest: Any, **more: Any) -> Any:
         made.append(recipe.stem)
         return merge(recipe, *rest, **more)
 
-    monkeypatch.setattr(della, "merge", noted)
+    monkeypatch.setattr(api, "merge", noted)
     results, _ = run(options)
     assert made[0] == row, "the first merge, and its answers, were there"
     assert [row["label"] for row in results["rows"]] == ["DARE", "row", "layer", "random row", "random layer"]
@@ -154,10 +154,12 @@ def test_answers_outlive_a_judge_that_fails(
 
 def test_a_run_that_is_killed_goes_on_where_it_was(tmp_path: Path, server: StubServer) -> None:
     program = (
-        "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; import test_paper_full as t;"
+        "import os, sys; from pathlib import Path; sys.path[:0] = sys.argv[1].split(os.pathsep);"
+        "import test_paper_full as t;"
         "t.run_full(t.make_options(Path(sys.argv[2]), sys.argv[3], **t.TWO), lambda line: None)"
     )
-    command = [sys.executable, "-c", program, str(Path(__file__).parents[1]), str(tmp_path / "a"), server.url]
+    homes = os.pathsep.join(map(str, Path(__file__).parents[:2]))
+    command = [sys.executable, "-c", program, homes, str(tmp_path / "a"), server.url]
     answers = tmp_path / "a/out/answers/validation"
     process = subprocess.Popen(command, stderr=subprocess.PIPE)
     until = time.monotonic() + 120

@@ -100,8 +100,8 @@ def test_parts_work_side_by_side_but_not_twice(out: Path, claim: Held, locks: st
 DEAD = """
 import os, sys
 from pathlib import Path
-from della.checkpoint.journal import Done
-from della.checkpoint.staging import Staging
+from della.output.journal import Done
+from della.output.staging import Staging
 staging = Staging(Path(sys.argv[1]), "k", int(sys.argv[2]), int(sys.argv[3]))
 staging.claim()
 staging.journal.finished("w", Done("h", ()))

@@ -255,7 +255,7 @@ def test_a_second_run_stops_at_once(tmp_path: Path) -> None:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from della.checkpoint.writer import StagedOutput
+from della.output.writer import StagedOutput
 from della.dtypes import DTYPES
 plan = [("w", DTYPES["F64"], (2,)), ("v", DTYPES["F64"], (2,))]
 with StagedOutput(Path(sys.argv[1]), plan, overwrite=True) as output:

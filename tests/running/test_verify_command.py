@@ -131,7 +131,8 @@ def test_exit_codes(made: Path, della_verify: Run, monkeypatch: pytest.MonkeyPat
 SLOW = """
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from della import cli, verifying
+from della.cli import main as cli
+from della.running import verify as verifying
 def slow(path, offset, nbytes):
     print("ready", flush=True)
     while True:

@@ -198,7 +198,7 @@ except OSError: print(made)
 def test_a_locked_child_starts_nothing_and_ends_on_time(sandbox: Sandbox) -> None:
     source = """
 import os, signal, time
-from della.evaluate.guard import lock_child
+from della.sandbox.guard import lock_child
 child = os.fork()
 if child == 0:
     lock_child(0.3)
@@ -258,7 +258,7 @@ def test_an_interrupt_ends_the_program(sandbox: Sandbox, monkeypatch: pytest.Mon
 def test_a_program_ends_with_its_parent(sandbox: Sandbox) -> None:
     memory = (303 << 20) + 4096
     program = f"""
-from della.evaluate.sandbox import Limits, open_sandbox
+from della.sandbox.walls import Limits, open_sandbox
 open_sandbox({sandbox.name!r}).run("while True: pass", limits=Limits(seconds=60, memory={memory}))
 """
     parent = subprocess.Popen([sys.executable, "-c", program])
