@@ -121,7 +121,7 @@ def test_what_is_chosen_on_validation_is_reported_on_test(
     assert not list((out / "merges").iterdir()), "merges are deleted once their answers are stored"
 
     asked, before = len(server.requests), files(out)
-    monkeypatch.setattr(della, "merge", never)
+    monkeypatch.setattr(api, "merge", never)
     monkeypatch.setattr("della.evaluate.numpy_backend.NumpyModel.answer", never)
     assert without_time(run(options)[0]) == without_time(results)
     assert (len(server.requests), files(out)) == (asked, before), "nothing is asked for twice"
