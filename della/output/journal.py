@@ -20,6 +20,7 @@ import xxhash
 from della.errors import OutputError
 
 Record = dict[str, Any]
+FORMAT = 2  # of the records below; the journals of version 0.1.0 name none, and are of format 1
 # tensor -> for every expert (high, skip, low, take): see merging.tensor.Band
 Bands = Mapping[str, Sequence[Sequence[int]]]
 
@@ -55,7 +56,8 @@ class Journal:
             os.write(self.fd, b"\n")  # ends a torn line
         pid = os.getpid()
         host, started = os.uname().nodename, _start_of(pid)
-        self._append({"key": key, "part": part, "pid": pid, "host": host, "started": started})
+        who = {"part": part, "pid": pid, "host": host, "started": started}
+        self._append({"key": key, **who, "format": FORMAT})
 
     def finished(self, name: str, done: Done) -> None:
         """All bytes of tensor ``name`` are written."""
@@ -118,11 +120,12 @@ def _parsed(text: bytes) -> Record | None:
 
 @dataclass
 class Told:
-    """What journals say together: the keys of all writers, finished tensors, thresholds of the whole model,
-    whether a swap has begun, and by which of the journals something was finished.
+    """What journals say together: the keys and journal formats of all writers, finished tensors, thresholds of
+    the whole model, whether a swap has begun, and by which of the journals something was finished.
     """
 
     keys: set[str]
+    formats: set[int]
     done: dict[str, Done]
     bands: Bands
     swapped: bool
@@ -131,7 +134,7 @@ class Told:
 
 def told(paths: Sequence[Path]) -> Told:
     """Everything that the journals at ``paths`` say.  Raises OutputError for what is no journal."""
-    found = Told(set(), {}, {}, False, set())
+    found = Told(set(), set(), {}, {}, False, set())
     for path in paths:
         for record in records(path):
             if "tensor" in record:
@@ -139,6 +142,7 @@ def told(paths: Sequence[Path]) -> Told:
                 found.authors.add(path.name)
             elif "key" in record:
                 found.keys.add(record["key"])
+                found.formats.add(record.get("format", 1))
             found.bands = record.get("bands", found.bands)
             found.swapped = record.get("swap", found.swapped)
     return found

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from della.errors import OutputError
 from della.output import disk
-from della.output.journal import Bands, Done, Journal, may_live, named, told, writer_of
+from della.output.journal import FORMAT, Bands, Done, Journal, may_live, named, told, writer_of
 
 PATIENCE = 2.0  # seconds that a writer waits for another one that has just begun
 WHOLE = "journal-1-of-1"
@@ -115,6 +115,11 @@ class Staging:
         if alone:
             self._recover()
         found = told(self._journals())
+        if found.formats - {FORMAT}:
+            raise OutputError(
+                f"{self.folder}: an unfinished merge of another version of della; end it with that version, or "
+                "remove the folder to begin anew"
+            )
         if found.swapped and self.finish:
             raise OutputError(
                 f"{self.out}: an earlier run was cut short while it put the new model there; see what `della "
