@@ -115,13 +115,14 @@ def _parsed(text: bytes) -> Record | None:
     kind = next(iter(record), None) if isinstance(record, dict) else None
     fields = _KINDS.get(str(kind), {})
     right = bool(fields) and all(isinstance(record.get(name), of) for name, of in fields.items())
+    right = right and isinstance(record.get("format", 1), int)
     return record if right else None
 
 
 @dataclass
 class Told:
-    """What journals say together: the keys and journal formats of all writers, finished tensors, thresholds of
-    the whole model, whether a swap has begun, and by which of the journals something was finished.
+    """What journals say together: keys and formats of all writers, finished tensors, thresholds of the whole
+    model, whether a swap has begun, and by which of the journals something was finished.
     """
 
     keys: set[str]

@@ -117,8 +117,8 @@ class Staging:
         found = told(self._journals())
         if found.formats - {FORMAT}:
             raise OutputError(
-                f"{self.folder}: an unfinished merge of another version of della; end it with that version, or "
-                "remove the folder to begin anew"
+                f"{self.folder}: an unfinished merge of another version of della; end it with that version, "
+                "or remove the folder to begin anew"
             )
         if found.swapped and self.finish:
             raise OutputError(

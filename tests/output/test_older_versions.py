@@ -1,5 +1,5 @@
-"""What version 0.1.0 of della left on disk (tests/data/format2, made by it): its models are verified, its staging is
-refused."""
+"""What version 0.1.0 of della left on disk (tests/data/format2, made by it): models that are verified, and
+staging that is refused."""
 
 from __future__ import annotations
 
