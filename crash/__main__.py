@@ -14,7 +14,9 @@ from crash.campaigns import all_campaigns
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="scripts/crash", description=__doc__)
-    parser.add_argument("--sample", type=int, metavar="N", help="N kills and N/4 of the others, not all")
+    parser.add_argument(
+        "--sample", type=int, metavar="N", help="N kills at a call and N/4 of the others, not all"
+    )
     parser.add_argument("--seed", type=int, default=0, help="which cases the sample holds (default 0)")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--report", type=Path, metavar="FILE", help="write the outcome as a Markdown table")

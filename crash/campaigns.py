@@ -1,4 +1,4 @@
-"""The campaigns: kills, full and failing disks, two writers, permutations."""
+"""The campaigns: kills at a call or at any moment, full and failing disks, two writers, permutations."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import della
-from crash.scene import EXPERTS, OPTIONS, SCENARIOS, Scenario, Scene, run, save_model, tensors, tree
+from crash.scene import EXPERTS, SCENARIOS, Scenario, Scene, run, save_model, tensors, tree
 from crash.trace import Call, not_synced, record, sabotaged
 
 Case = tuple[Scenario, Call]
@@ -163,6 +164,10 @@ WAITING = (
 )
 
 
+def _waiting(arguments: Sequence[str]) -> list[str]:
+    return [sys.executable, "-c", WAITING, *arguments]
+
+
 def writers(folder: Path, rounds: int) -> Outcome:
     """Two merges into one OUT at the same moment: one wins, the other names it at once."""
     outcome = Outcome("two writers at once")
@@ -172,7 +177,7 @@ def writers(folder: Path, rounds: int) -> Outcome:
     recipe = {"merge_method": "della", "base_model": "large/base", "models": models}
     (folder / "large.yml").write_text(json.dumps(recipe))
     out = folder / "contested/out"
-    command = [sys.executable, "-c", WAITING, "merge", str(folder / "large.yml"), str(out), "--quiet"]
+    command = _waiting(["merge", str(folder / "large.yml"), str(out), "--quiet"])
     wanted: dict[str, bytes] = {}
     for _ in range(rounds):
         both = [subprocess.Popen(command, stdin=-1, stdout=-1, stderr=-1, text=True) for _ in range(2)]
@@ -197,6 +202,57 @@ def writers(folder: Path, rounds: int) -> Outcome:
     return outcome
 
 
+def moments(folder: Path, most: int, rng: random.Random) -> Outcome:
+    """Merges of two threads, killed at moments that no call marks, ``most`` times.  One that ended before its
+    kill is none: it is counted, and another moment is drawn; 10 times, then it is a failure.
+    """
+    outcome = Outcome("two threads, killed at any moment")
+    scene = Scene(folder, layers=8, width=800, shard=6_000_000, threads=2).build()
+    scenarios = [scenario for scenario in SCENARIOS if scenario.name in ("absent", "old", "one file")]
+    place = folder / "place"
+    span = {scenario.name: _killed(scene, place, scenario, 120.0)[1] for scenario in scenarios}
+    for number in range(most):
+        scenario = scenarios[number % len(scenarios)]
+        for _ in range(10):
+            moment = rng.uniform(0, span[scenario.name])
+            is_killed, _ = _killed(scene, place, scenario, moment)
+            state = scene.state(place, scenario)
+            if is_killed or state != scenario.end:
+                break
+            outcome.count("ended before the kill, drawn again")
+        told, resumed = scene.again(place, scenario)
+        wrong = "" if is_killed else "was never killed"
+        wrong = wrong or (state if state not in (scenario.start, scenario.end) else told)
+        outcome.tried += 1
+        outcome.count(f"then {state}" if state in scene.trees else "then wrong")
+        outcome.count("tensors found done", resumed)
+        outcome.count("killed between the first tensor and the last", bool(resumed))
+        if wrong:
+            outcome.failures.append(f"{scenario.name}, killed after {moment:.3f} s: {wrong}")
+    return outcome
+
+
+def _killed(scene: Scene, place: Path, scenario: Scenario, moment: float) -> tuple[bool, float]:
+    """Start the scenario's command and kill it after ``moment`` seconds of merging; whether it came to that,
+    and after how many seconds it ended.
+    """
+    scene.set_up(place, scenario)
+    with subprocess.Popen(
+        _waiting(scene.arguments(place, scenario)), stdin=-1, stdout=-1, text=True
+    ) as merge:
+        assert merge.stdin is not None
+        assert merge.stdout is not None
+        merge.stdout.readline()
+        started = time.monotonic()
+        merge.stdin.write("\n")
+        merge.stdin.flush()
+        try:
+            merge.wait(moment)
+        except subprocess.TimeoutExpired:
+            merge.kill()
+    return merge.returncode == -signal.SIGKILL, time.monotonic() - started
+
+
 def permutations(stage: Stage) -> Outcome:
     """Threads x parts x orders of the experts: the same files, but for the recipe's text."""
     outcome = Outcome("threads x parts x orders")
@@ -209,7 +265,7 @@ def permutations(stage: Stage) -> Outcome:
     for threads, parts, order in chosen:
         out = stage.folder / "permuted/out"
         listed = {**recipe, "models": [{"model": m, "parameters": {"density": 0.5}} for m in order]}
-        options: dict[str, Any] = {**OPTIONS, "threads": threads, "fsync": False}
+        options: dict[str, Any] = {**stage.scene.options, "threads": threads}
         for part in reversed(range(1, parts + 1)) if parts > 1 else ():
             della.merge(listed, out, part=(part, parts), **options)
         della.merge(listed, out, finish=parts > 1, **options)
@@ -233,3 +289,4 @@ def all_campaigns(folder: Path, most: int | None, workers: int, seed: int) -> It
     yield errors(stage, "ENOSPC", few, rng)
     yield errors(stage, "EIO", few, rng)
     yield kills(stage, most, rng)
+    yield moments(folder / "moments", 200 if most is None else max(3, most // 4), rng)

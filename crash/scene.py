@@ -20,8 +20,6 @@ import della
 from della.errors import OutputError
 
 EXPERTS = ("math", "code", "story")
-OPTIONS: dict[str, Any] = {"shard_bytes": 4000, "threads": 1}
-ARGUMENTS = ("--shard-size", "4000B", "--threads", "1", "--quiet")
 ASIDE = ".out.della-old"
 Tree = dict[str, bytes]
 
@@ -72,16 +70,26 @@ SCENARIOS = (
 
 @dataclass
 class Scene:
-    """A folder with models, recipes of the ``new`` and the ``old`` merge, and copies of all results."""
+    """A folder with models of ``layers`` and ``width``, recipes of the ``new`` and the ``old`` merge, and
+    copies of all results; merges have ``threads`` and write shards of ``shard`` bytes.
+    """
 
     folder: Path
     layers: int = 10
+    width: int = 16
+    shard: int = 4000
+    threads: int = 1
     trees: dict[str, Tree] = field(default_factory=dict)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """How every merge here runs."""
+        return {"shard_bytes": self.shard, "threads": self.threads, "fsync": False}
 
     def build(self) -> Scene:
         """Make the models, and the merges undisturbed."""
         for seed, name in enumerate(("base", *EXPERTS)):
-            save_model(self.folder / "models" / name, tensors(self.layers, 16, seed))
+            save_model(self.folder / "models" / name, tensors(self.layers, self.width, seed))
         for which, method, density in (("new", "della", 0.5), ("old", "ties", 0.3)):
             recipe = {
                 "merge_method": method,
@@ -95,7 +103,7 @@ class Scene:
         return self
 
     def _merge(self, which: str, out: Path, **options: Any) -> Path:
-        della.merge(self.folder / f"{which}.yml", out, fsync=False, **OPTIONS, **options)
+        della.merge(self.folder / f"{which}.yml", out, **self.options, **options)
         return out
 
     def set_up(self, place: Path, scenario: Scenario) -> None:
@@ -111,8 +119,13 @@ class Scene:
 
     def command(self, place: Path, scenario: Scenario) -> list[str]:
         """The merge, as a user would start it."""
-        places = [str(self.folder / "new.yml"), str(place / scenario.out)]
-        return [sys.executable, "-m", "della.cli.main", "merge", *places, *ARGUMENTS, *scenario.arguments]
+        return [sys.executable, "-m", "della.cli.main", *self.arguments(place, scenario)]
+
+    def arguments(self, place: Path, scenario: Scenario) -> list[str]:
+        """What the user says to the command."""
+        words = ["merge", str(self.folder / "new.yml"), str(place / scenario.out), "--quiet"]
+        words += ["--shard-size", f"{self.shard}B", "--threads", str(self.threads)]
+        return words + scenario.arguments
 
     def state(self, place: Path, scenario: Scenario) -> str:
         """Which of absent, old and new OUT is, to the byte and by `della verify`; else what is wrong."""
@@ -123,14 +136,14 @@ class Scene:
         known = [name for name, wanted in self.trees.items() if wanted == found]
         if not known:
             return f"OUT is neither absent, old nor new: {sorted(found)}"
-        if found and not (verdict := della.verify(out, threads=1)).is_well:
+        if found and not (verdict := della.verify(out, threads=self.threads)).is_well:
             return f"verify finds fault with a whole model: {verdict.bad}"
         return known[0]
 
     def again(self, place: Path, scenario: Scenario) -> tuple[str, int]:
         """The same once more, to the end: what is then wrong, and the tensors that were found done."""
         out = place / scenario.out
-        options: dict[str, Any] = {"fsync": False, "overwrite": scenario.old or out.exists(), **OPTIONS}
+        options: dict[str, Any] = {**self.options, "overwrite": scenario.old or out.exists()}
         recipe = self.folder / "new.yml"
         if scenario.part[1] > 1:
             della.merge(recipe, out, part=scenario.part, **options)
@@ -157,8 +170,8 @@ def tensors(layers: int, width: int, seed: int) -> dict[str, Any]:
         ]
     made: dict[str, Any] = {}
     for name in names:
-        values, change = base.standard_normal((width, width)), own.standard_normal((width, width))
-        made[name] = (values + 0.1 * change * bool(seed)).astype(ml_dtypes.bfloat16)
+        values, change = (rng.standard_normal((width, width), np.float32) for rng in (base, own))
+        made[name] = (values + np.float32(0.1 * bool(seed)) * change).astype(ml_dtypes.bfloat16)
     return made
 
 
