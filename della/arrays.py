@@ -16,7 +16,7 @@ import numpy as np
 
 from della.checkpoint.norms import checked, misfit
 from della.dtypes import Array, DType, of_array, round_to, widen
-from della.errors import CheckpointError, OutputError, RecipeError, nearest
+from della.errors import CheckpointError, OutputError, Problem, RecipeError, nearest
 from della.merging import reference
 from della.merging.methods import METHODS, Choice, Expert, Method, check_settings, choice
 from della.merging.methods import expert as make_expert
@@ -44,7 +44,7 @@ def magprune(
     given = {"rank_by": rank_by, "ladder": ladder, "rescale": rescale}
     shared = _shared(method, given | ({} if input_norms is None else {"importance": "wanda"}))
     own = {"weight": 1.0, "density": density, "epsilon": epsilon}
-    _check(method, shared, [own])
+    _check(method, shared, {expert: own})
     picked = replace(choice(method, shared), vote="none", fuse="sum")
     norms = None if input_norms is None else _norms(input_norms, name, values.shape, "input_norms")
     made = replace(make_expert(expert, own), norms=norms)
@@ -90,10 +90,11 @@ def merge_tensors(
     columns = {"weight": weights, "density": density, "epsilon": epsilon, "gamma": gamma}
     own = [{k: _pick(k, v, t, len(models)) for k, v in columns.items()} for t in range(len(models))]
     own = [{k: v for k, v in one.items() if v is not None} for one in own]
-    _check(row, shared, own)
     identities = list(names) if names is not None else [f"expert{k}" for k in range(1, len(models) + 1)]
     if len(identities) != len(models) or len(set(identities)) != len(models):
-        raise RecipeError(f"names: expected {len(models)} different names, found {identities}")
+        said = f"names: expected {len(models)} different names, found {identities}"
+        raise RecipeError(Problem(said, parameter="names"))
+    _check(row, shared, dict(zip(identities, own, strict=True)))
     norms = _all_norms(shared, input_norms, name, root.shape, len(models))
     made = [replace(make_expert(i, o), norms=n) for i, o, n in zip(identities, own, norms, strict=True)]
     merged = _merge(choice(row, shared), None if base is None else root, models, made, seed, name)
@@ -294,14 +295,15 @@ def _pick(name: str, value: Sequence[float] | float | None, t: int, experts: int
     return float(value[t])
 
 
-def _check(method: Method, shared: Mapping[str, Any], models: Sequence[Mapping[str, Any]]) -> None:
-    for own in models:
+def _check(method: Method, shared: Mapping[str, Any], models: Mapping[str, Mapping[str, Any]]) -> None:
+    for own in models.values():
         for key, value in own.items():
             p = method.parameters.get(key)
             if not math.isfinite(value):
                 raise RecipeError(f"{key}: expected a finite number, found {value:g}")
             if p and p.low is not None and p.high is not None and not p.low <= value <= p.high:
                 raise RecipeError(f"{key} {value:g}: expected a value from {p.low:g} to {p.high:g}")
-    said = check_settings(method, shared, [{**own, "input_norms": "as arrays"} for own in models])
-    if said:
-        raise RecipeError(said)
+    given = {identity: {**own, "input_norms": "as arrays"} for identity, own in models.items()}
+    problems = tuple(check_settings(method, shared, given))
+    if problems:
+        raise RecipeError(*problems)

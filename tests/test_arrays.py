@@ -189,8 +189,8 @@ def said(kind: type[DellaError], call: Callable[[], object]) -> str:
         ([W, W], {"weights": [1]}, "weight: 1 values for 2 experts"),
         ([W, W], {"names": ["a", "a"]}, "names: expected 2 different names, found ['a', 'a']"),
         ([W, W], {"names": ["a"]}, "names: expected 2 different names, found ['a']"),
-        ([W], {"density": 0.9}, "density 0.9 with epsilon 0.15 gives keep probabilities from 0.75 to 1.05, "
-         "which leave [0, 1]; use an epsilon of at most 0.1"),
+        ([W], {"density": 0.9}, "expert1: density 0.9 with epsilon 0.15 gives keep probabilities from 0.75 "
+         "to 1.05, which leave [0, 1]; use an epsilon of at most 0.1"),
         ([W], {"method": "ties", "scope": "model"}, "scope: model needs the whole model; merge checkpoints "
          "instead, or use scope: tensor"),
         ([W, W], {"method": "linear", "weights": [1, -1]}, "the weights add up to 0, so they have no mean; "

@@ -6,12 +6,13 @@ A new method of the family is one row of METHODS; what its choices mean is in re
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
 from della.dtypes import Array, DType
+from della.errors import Problem
 
 TOLERANCE = 1e-9  # 0.7 + 0.3 may be a rounding error above 1
 NORMS_CURE = "write 'input_norms: FILE' beside 'model:' (`della calibrate` makes the file)"
@@ -237,54 +238,67 @@ def expert(identity: str, own: Mapping[str, Any]) -> Expert:
 
 
 def check_settings(
-    method: Method, shared: Mapping[str, Any], models: Sequence[Mapping[str, Any]]
-) -> str | None:
-    """The rules that join several parameters: one sentence that says what is wrong, or None.
+    method: Method, shared: Mapping[str, Any], models: Mapping[str, Mapping[str, Any]]
+) -> Iterator[Problem]:
+    """The rules that join several parameters: what breaks them, with the parameter that is at fault and, as
+    ``subject``, the model whose it is.
 
-    Beside its parameters a model has ``input_norms`` where it brings such a file.
+    ``models`` are the resolved settings of each by its identity; beside its parameters a model has
+    ``input_norms`` where it brings such a file.
     """
     what = choice(method, shared)
+    yield from _check_fuse(method, shared, what, len(models))
+    if what.rescale == "per_element" and method.drop in ("top", "band"):
+        said = f"rescale: per_element needs keep probabilities, and {method.name} has none"
+        yield Problem(said, "use l1 or none", parameter="rescale")
+    if method.drop == "average" and what.fuse != "sum" and models:
+        total = sum(expert(identity, own).weight for identity, own in models.items())
+        if abs(total) < 1e-8:
+            said = f"the weights add up to {total:g}, so they have no mean"
+            yield Problem(said, "use normalize: false", parameter="weight")
+    if what.importance == "wanda" and what.rank_by in RANDOM:
+        said = f"importance: wanda has no part in rank_by: {what.rank_by}, which ranks nothing"
+        yield Problem(said, "remove one", parameter="importance")
+    elif what.importance == "wanda":
+        said = "importance: wanda needs the norms of each model's inputs"
+        for identity, own in models.items():
+            if not own.get("input_norms"):
+                yield Problem(said, NORMS_CURE, identity, parameter="input_norms")
+    for identity, own in models.items() if method.drop == "magprune" else ():
+        yield from _check_probabilities(identity, own)
+
+
+def _check_fuse(method: Method, shared: Mapping[str, Any], what: Choice, experts: int) -> Iterator[Problem]:
     normalize = shared.get("normalize")
     written = shared.get("fuse") if shared.get("fuse") != method.defaults.get("fuse") else None
     if normalize is not None and written is not None and (written == "sum") == bool(normalize):
-        return f"normalize: {str(normalize).lower()} contradicts fuse: {written}; keep one of them"
-    if what.fuse == "calibrated" and what.vote == "none":
-        return "fuse: calibrated corrects what Elect inflates, so it needs a vote other than none"
-    if what.fuse == "calibrated" and method.drop not in ("magprune", "bernoulli"):
-        return f"fuse: calibrated needs keep probabilities, and {method.name} has none; use fuse: mean"
-    if what.fuse == "calibrated" and len(models) > 8:
-        return (
-            f"fuse: calibrated is computed for at most 8 experts, and here are {len(models)}; use fuse: mean"
-        )
-    if method.drop == "average" and what.fuse != "sum" and models:
-        total = sum(expert("", own).weight for own in models)
-        if abs(total) < 1e-8:
-            return f"the weights add up to {total:g}, so they have no mean; use normalize: false"
-    if what.rescale == "per_element" and method.drop in ("top", "band"):
-        return f"rescale: per_element needs keep probabilities, and {method.name} has none; use l1 or none"
-    if what.importance == "wanda" and what.rank_by in RANDOM:
-        return f"importance: wanda has no part in rank_by: {what.rank_by}, which ranks nothing; remove one"
-    if what.importance == "wanda" and not all(own.get("input_norms") for own in models):
-        return f"importance: wanda needs the norms of each model's inputs; {NORMS_CURE}"
-    for own in models:
-        reason = _check_model(method, own)
-        if reason:
-            return reason
-    return None
+        said = f"normalize: {str(normalize).lower()} contradicts fuse: {written}"
+        yield Problem(said, "keep one of them", parameter="normalize")
+    elif what.fuse == "calibrated" and what.vote == "none":
+        said = "fuse: calibrated corrects what Elect inflates, so it needs a vote other than none"
+        yield Problem(said, parameter="fuse")
+    elif what.fuse == "calibrated" and method.drop not in ("magprune", "bernoulli"):
+        said = f"fuse: calibrated needs keep probabilities, and {method.name} has none"
+        yield Problem(said, "use fuse: mean", parameter="fuse")
+    elif what.fuse == "calibrated" and experts > 8:
+        said = f"fuse: calibrated is computed for at most 8 experts, and here are {experts}"
+        yield Problem(said, "use fuse: mean", parameter="fuse")
 
 
-def _check_model(method: Method, own: Mapping[str, Any]) -> str | None:
-    if method.drop != "magprune":
-        return None
+def _check_probabilities(identity: str, own: Mapping[str, Any]) -> Iterator[Problem]:
     if own.get("window_size") is not None and own.get("epsilon") is not None:
-        return "window_size is 2 * epsilon, so only one of them may be given"
-    e = expert("", own)
+        said = "window_size is 2 * epsilon, so only one of them may be given"
+        yield Problem(said, subject=identity, parameter="window_size")
+        return
+    e = expert(identity, own)
     if e.density in (0.0, 1.0):  # nothing or everything is kept, whatever epsilon says
-        return None
+        return
     low, high = e.density - e.epsilon, e.density + e.epsilon
     if low < -TOLERANCE or high > 1 + TOLERANCE:
-        return (
+        yield Problem(
             f"density {e.density:g} with epsilon {e.epsilon:g} gives keep probabilities from {low:g} to "
-            f"{high:g}, which leave [0, 1]; use an epsilon of at most {min(e.density, 1 - e.density):g}"
+            f"{high:g}, which leave [0, 1]",
+            f"use an epsilon of at most {min(e.density, 1 - e.density):g}",
+            identity,
+            parameter="density",
         )
-    return None

@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from della.checkpoint.layout import Tensor
@@ -162,8 +162,8 @@ def _open_file(model: ModelEntry, folder: Path | None) -> Source:
     try:
         return open_file(str(model.input_norms), base_dir=folder)
     except CheckpointError as error:
-        where = f"{model.norms_place}: 'input_norms'"
-        raise CheckpointError(*(f"{where}: {problem}" for problem in error.problems)) from error
+        told = [replace(p, location=model.norms_location, parameter="input_norms") for p in error.problems]
+        raise CheckpointError(*told) from error
 
 
 def _check_target(target: Target | None, sources: Iterable[Source]) -> None:

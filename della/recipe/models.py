@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from della.dtypes import DType
-from della.errors import RecipeError
+from della.errors import Location, Problem, RecipeError
 from della.merging.methods import Method, check_settings
 from della.recipe.settings import Filtered, Gradient, Scalar, Setting, choose, possible
-from della.recipe.tree import MAX_PROBLEMS, Place, clip
+from della.recipe.tree import MAX_PROBLEMS, clip
 
 _MOST_COMPLAINTS = 5
 
@@ -29,13 +28,13 @@ class ModelEntry:
     identity: str
     parameters: Mapping[str, Setting]
     input_norms: str | None
-    place: Place = field(compare=False, repr=False)
-    norms_place: Place | None = field(compare=False, repr=False)
+    location: Location = field(compare=False, repr=False)
+    norms_location: Location | None = field(compare=False, repr=False)
 
     @property
     def line(self) -> int:
         """The line of the recipe in which it begins; 0 for a recipe that was not read from text."""
-        return self.place.line if self.place.column else 0
+        return self.location.line if self.location.column else 0
 
 
 @dataclass(frozen=True)
@@ -63,88 +62,75 @@ class Recipe:
     missing: str
     extra: str
     notes: tuple[str, ...]
-    place: Place = field(compare=False, repr=False)
+    location: Location = field(compare=False, repr=False)
 
-    def resolve(self, tensor_name: str, t: float) -> tuple[dict[str, Any], tuple[dict[str, Any], ...]]:
+    def resolve(self, tensor_name: str, depth: float) -> tuple[dict[str, Any], tuple[dict[str, Any], ...]]:
         """The settings of one tensor: (shared values, values of each model in the order of ``models``).
 
-        ``t`` is the tensor's depth: 0 at the first layer, 1 at the last; 0 for tensors outside the layers.
+        ``depth`` is 0 at the first layer, 1 at the last, and 0 for tensors outside the layers.
         Every parameter of the method is there, with the method's default where the recipe says nothing; and a
         model's ``input_norms``, if it has such a file.
         """
-        shared, *models = (plan.values(tensor_name, t) for plan in self._plans)
+        shared, *models = (plan.values(tensor_name, depth) for plan in self._plans)
         for entry, own in zip(self.models, models, strict=True):
             if entry.input_norms is not None:
                 own["input_norms"] = entry.input_norms
         return shared, tuple(models)
 
     def check(self, points: Iterable[tuple[str, float, str]]) -> None:
-        """Hold the rules that join several parameters at every ``(tensor name, t, label such as "layer 7")``.
+        """Hold the rules that join several parameters at every ``(tensor name, depth, label as "layer 7")``.
 
-        Raises RecipeError with the first few places where they break.
+        Raises RecipeError with the first few points where they break; the same everywhere is told once.
         """
         seen: set[Any] = set()
-        complaints: dict[tuple[Place, str, str], str] = {}
-        for tensor, t, label in points:
-            shared, models = self.resolve(tensor, t)
+        complaints: dict[Problem, Problem] = {}
+        for tensor, depth, label in points:
+            shared, models = self.resolve(tensor, depth)
             key = (tuple(shared.values()), *(tuple(own.values()) for own in models))
             if key in seen:
                 continue
             seen.add(key)
-            if check_settings(self.method, shared, models):
-                where = f"at {label} ({clip(tensor)})" if label and tensor else f"at {label}" if label else ""
-                for place, who, said in islice(self._complaints(tensor, shared, models), MAX_PROBLEMS):
-                    at = ", ".join(part for part in (where, who) if part)
-                    text = f"{place}: {at}: {said}" if at else f"{place}: {said}"
-                    complaints.setdefault((place, who, said), text)  # the same everywhere is told once
+            at = (f", at {label}" + (f" ({clip(tensor)})" if tensor else "")) if label else ""
+            own = {entry.identity: values for entry, values in zip(self.models, models, strict=True)}
+            for problem in islice(check_settings(self.method, shared, own), MAX_PROBLEMS):
+                told = replace(problem, location=self._location(problem, tensor))
+                complaints.setdefault(told, replace(told, said=told.said + at, tensor=tensor or None))
             if len(complaints) >= _MOST_COMPLAINTS:
                 break
         if complaints:
             raise RecipeError(*complaints.values())
 
-    def _complaints(
-        self, tensor: str, shared: Mapping[str, Any], models: Sequence[Mapping[str, Any]]
-    ) -> Iterable[tuple[Place, str, str]]:
-        said, alone = check_settings(self.method, shared, []), False
-        for entry, own in () if said else zip(self.models, models, strict=True):
-            reason = check_settings(self.method, shared, [own])
-            if reason:
-                alone = True
-                place = self._cause(reason, entry.parameters, tensor) or entry.place
-                yield place, f"for {entry.identity!r}", reason
-        if not alone:
-            said = said or check_settings(self.method, shared, models)
-            yield self._cause(str(said), {}, tensor) or self.place, "", str(said)
-
-    def _cause(self, sentence: str, own: Mapping[str, Setting], tensor: str) -> Place | None:
-        """Where the first parameter that the sentence names was written."""
-        for word in re.findall(r"\w+", sentence):
-            chain = tuple(source[word] for source in (own, self.parameters) if word in source)
-            setting = choose(chain, tensor)
+    def _location(self, problem: Problem, tensor: str) -> Location:
+        """Where the parameter that is at fault was written: by its model, by any, or for all."""
+        entries = [m for m in self.models if problem.subject in (None, m.identity)]
+        for source in (*(m.parameters for m in entries), self.parameters):
+            setting = choose(tuple(filter(None, [source.get(str(problem.parameter))])), tensor)
             if setting is not None:
-                return setting.place
-        return None
+                return setting.location
+        return entries[0].location if problem.subject else self.location
 
     def check_at_once(self) -> None:
         """Hold the rules already while reading, where no tensor's name is needed."""
-        idle = [model.norms_place for model in self.models if model.input_norms is not None]
+        idle = [model.norms_location for model in self.models if model.input_norms is not None]
         if idle and "wanda" not in possible(self.parameters.get("importance")):
-            raise RecipeError(*(f"{place}: {self._idle_norms}" for place in idle))
+            raise RecipeError(*(replace(self._idle_norms, location=location) for location in idle))
         settings = [
             s for source in (self.parameters, *(m.parameters for m in self.models)) for s in source.values()
         ]
         if any(isinstance(s, Filtered) for s in settings):
             return
         if any(isinstance(s, Gradient) for s in settings):
-            self.check([("", 0.0, "the first layer (t = 0)"), ("", 1.0, "the last layer (t = 1)")])
+            self.check([("", 0.0, "the first layer (depth 0)"), ("", 1.0, "the last layer (depth 1)")])
         else:
             self.check([("", 0.0, "")])
 
     @property
-    def _idle_norms(self) -> str:
+    def _idle_norms(self) -> Problem:
         if "importance" in self.method.parameters:
-            return "'input_norms' has no effect without 'importance: wanda' in the recipe's own parameters"
-        return f"'input_norms' has no effect with merge_method {self.merge_method}; remove it"
+            said = "'input_norms' has no effect without 'importance: wanda' in the recipe's own parameters"
+            return Problem(said, parameter="input_norms")
+        said = f"'input_norms' has no effect with merge_method {self.merge_method}"
+        return Problem(said, "remove it", parameter="input_norms")
 
     @cached_property
     def _plans(self) -> tuple[_Plan, ...]:
@@ -174,10 +160,10 @@ class _Plan:
                 varying.append((name, chain))
         return cls(constant, tuple(varying))
 
-    def values(self, tensor_name: str, t: float) -> dict[str, Any]:
+    def values(self, tensor_name: str, depth: float) -> dict[str, Any]:
         values = dict(self.constant)
         for name, chain in self.varying:
             setting = choose(chain, tensor_name)
             if setting is not None:
-                values[name] = setting.at(t)
+                values[name] = setting.at(depth)
         return values

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from della.errors import Location
 from della.merging.methods import ALL_PARAMETERS
 from della.recipe.settings import suggest
 from della.recipe.text import parse
-from della.recipe.tree import Entry, Items, Node, Place, Problems, Table, clip, show
+from della.recipe.tree import Entry, Items, Node, Problems, Table, clip, show
 
 
 def apply_overrides(
@@ -17,26 +18,26 @@ def apply_overrides(
     notes: list[str] = []
     for number, override in enumerate(overrides):
         # Overrides are told after what stands in the file, in their own order.
-        place = Place(10**9 + number, 0, f"--set {clip(override, 80)}")
+        location = Location(10**9 + number, 0, f"--set {clip(override, 80)}")
         key, equals, text = override.partition("=")
         key = key.strip()
         if not equals or not all(key.split(".")):
             problems.add(
-                place,
+                location,
                 "an override has the form KEY=VALUE, such as lambda=0.9 or models.0.parameters.weight=1",
             )
             continue
-        value = parse(text, "", problems, place=place)
+        value = parse(text, "", problems, location=location)
         if key in ALL_PARAMETERS and key not in keys:
-            notes += _everywhere(root, key, value, place)
+            notes += _everywhere(root, key, value, location)
         elif "." in key or key in keys:
-            _put(root, key.split("."), value, place, problems)
+            _put(root, key.split("."), value, location, problems)
         else:
-            problems.add(place, f"unknown key {clip(key)!r}{suggest(key, (*ALL_PARAMETERS, *keys))}")
+            problems.add(location, f"unknown key {clip(key)!r}{suggest(key, (*ALL_PARAMETERS, *keys))}")
     return notes
 
 
-def _everywhere(root: Table, name: str, value: Node, place: Place) -> list[str]:
+def _everywhere(root: Table, name: str, value: Node, location: Location) -> list[str]:
     """Make ``value`` the parameter's only setting; a note if models had their own."""
     removed = 0
     models = root.entries["models"].node if "models" in root.entries else None
@@ -46,14 +47,14 @@ def _everywhere(root: Table, name: str, value: Node, place: Place) -> list[str]:
             removed += 1
     shared = root.entries.get("parameters")
     if shared is None or not isinstance(shared.node, Table):
-        shared = root.entries["parameters"] = Entry(place, Table(place, {}))
+        shared = root.entries["parameters"] = Entry(location, Table(location, {}))
     assert isinstance(shared.node, Table)
-    shared.node.entries[name] = Entry(place, value)
+    shared.node.entries[name] = Entry(location, value)
     what = "the setting of one model" if removed == 1 else f"the settings of {removed} models"
-    return [f"{place}: this holds for every model and replaces {what}"] if removed else []
+    return [f"{location}: this holds for every model and replaces {what}"] if removed else []
 
 
-def _put(root: Table, steps: list[str], value: Node, place: Place, problems: Problems) -> None:
+def _put(root: Table, steps: list[str], value: Node, location: Location, problems: Problems) -> None:
     node: Node = root
     for depth, step in enumerate(steps):
         last = depth == len(steps) - 1
@@ -62,7 +63,7 @@ def _put(root: Table, steps: list[str], value: Node, place: Place, problems: Pro
             if not step.isdecimal() or len(step) > 9 or int(step) >= len(node.nodes):
                 count = len(node.nodes)
                 has = f"{so_far} has {count} entries, 0 to {count - 1}" if count else f"{so_far} is empty"
-                problems.add(place, f"{has}; {clip(step)!r} is none of them")
+                problems.add(location, f"{has}; {clip(step)!r} is none of them")
                 return
             if last:
                 node.nodes[int(step)] = value
@@ -70,10 +71,10 @@ def _put(root: Table, steps: list[str], value: Node, place: Place, problems: Pro
         elif isinstance(node, Table):
             old = node.entries.get(step)
             if last:
-                node.entries[step] = Entry(place, value)
+                node.entries[step] = Entry(location, value)
             elif old is None or getattr(old.node, "value", "") is None:
-                node.entries[step] = Entry(place, Table(place, {}))
+                node.entries[step] = Entry(location, Table(location, {}))
             node = node.entries[step].node
         else:
-            problems.add(place, f"{so_far} is {show(node)}, which has no {clip(step)!r} in it")
+            problems.add(location, f"{so_far} is {show(node)}, which has no {clip(step)!r} in it")
             return

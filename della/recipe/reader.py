@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from della.dtypes import RECIPE_NAMES, DType
-from della.errors import RecipeError
+from della.errors import Location, RecipeError
 from della.merging.methods import ALL_PARAMETERS, LATER_METHODS, METHODS, Method, Parameter
 from della.random import DEFAULT_SEED
 from della.recipe.models import ModelEntry, Recipe
 from della.recipe.overrides import apply_overrides
 from della.recipe.settings import Setting, read_setting, read_value, suggest
 from della.recipe.text import dump, load_text, parse
-from della.recipe.tree import Items, Leaf, Node, Place, Problems, Table, clip, from_objects, show
+from della.recipe.tree import Items, Leaf, Node, Problems, Table, clip, from_objects, show
 
 __all__ = ["DEFAULT_SEED", "ModelEntry", "Recipe", "read_recipe"]
 
@@ -86,7 +86,7 @@ def read_recipe(
     if not isinstance(root, Table):
         said = "a recipe is a mapping that begins with a key such as 'models:'"
         found = "empty" if isinstance(root, Leaf) and root.value is None else show(root)
-        raise RecipeError(f"{root.place}: {said}, but this is {found}")
+        raise RecipeError(f"{root.location}: {said}, but this is {found}")
     if isinstance(overrides, str):
         overrides = (overrides,)
     notes = apply_overrides(root, overrides, _TOP_KEYS, problems)
@@ -107,7 +107,7 @@ class _Reader:
         self.known: Mapping[str, Parameter] = {}
         self.later = False
         self.bases = 0
-        self.unused: dict[str, list[Place]] = {}
+        self.unused: dict[str, list[Location]] = {}
 
     def recipe(self, root: Table, path: Path | None, text: str | None) -> Recipe:
         """The Recipe in ``root``; ``text`` is its YAML, None where that must be made from ``root``."""
@@ -127,9 +127,11 @@ class _Reader:
         seed, compat = self._value(root, _SEED), self._value(root, _COMPAT)
         policies = {name: self._value(root, row) or row.default for name, row in _POLICIES.items()}
         name = self._text(root, "name", "'name'")
-        place = root.entries["merge_method"].node.place if "merge_method" in root.entries else root.place
+        location = (
+            root.entries["merge_method"].node.location if "merge_method" in root.entries else root.location
+        )
         if self.method is not None and self.method.needs_base and base is None:
-            self._missing(root, "base_model", place, f"merge_method {self.method.name} needs a base_model")
+            self._missing(root, "base_model", location, f"merge_method {self.method.name} needs a base_model")
         if self.method is not None and not self.method.needs_base and policies["missing"] == "base":
             said = f"'missing: base' has no meaning: merge_method {self.method.name} has no base; remove it"
             self.problems.add(root.entries["missing"].key, said)
@@ -151,7 +153,7 @@ class _Reader:
             compat=compat is not None,
             **policies,
             notes=tuple(self.notes),
-            place=place,
+            location=location,
         )
         return recipe
 
@@ -180,8 +182,8 @@ class _Reader:
         verb = "belongs" if len(nodes) == 1 else "belong"
         target = f"the parameters of {owner}" if owner else "the recipe's own parameters"
         example = "".join(f"\n        {key}: {_example(node)}" for key, node in nodes.items())
-        place = table.entries[next(iter(nodes))].key
-        self.problems.add(place, f"{names} {verb} under {target}{why}:\n      parameters:{example}")
+        location = table.entries[next(iter(nodes))].key
+        self.problems.add(location, f"{names} {verb} under {target}{why}:\n      parameters:{example}")
 
     def _entry(self, table: Table, key: str) -> Node | None:
         """The node of a key; None where it is absent or has no value."""
@@ -195,7 +197,7 @@ class _Reader:
         if isinstance(node, Leaf) and node.text.strip():
             return node
         found = "empty text" if isinstance(node, Leaf) else show(node)
-        self.problems.add(node.place, f"{subject} must be text, found {found}")
+        self.problems.add(node.location, f"{subject} must be text, found {found}")
         return None
 
     def _value(self, root: Table, parameter: Parameter) -> Any:
@@ -204,36 +206,38 @@ class _Reader:
             return None
         if isinstance(node, Leaf):
             return read_value(parameter, node, repr(parameter.name), self.problems)
-        self.problems.add(node.place, f"{parameter.name!r} must be a single value, found {show(node)}")
+        self.problems.add(node.location, f"{parameter.name!r} must be a single value, found {show(node)}")
         return None
 
-    def _missing(self, table: Table, key: str, place: Place, sentence: str) -> None:
+    def _missing(self, table: Table, key: str, location: Location, sentence: str) -> None:
         """Tell that ``key`` is missing, unless a fault or a misspelling of it is told already."""
         strange = [k for k in table.entries if k not in _TOP_KEYS and k not in ALL_PARAMETERS]
         if self._entry(table, key) is None and not any(suggest(k, (key,)) for k in strange):
-            self.problems.add(place, sentence)
+            self.problems.add(location, sentence)
 
     def _tokenizer_source(self, root: Table) -> None:
         node = self._entry(root, "tokenizer_source")
         if node is not None and not (isinstance(node, Leaf) and node.text == "base"):
             said = f"'tokenizer_source' can only be base in this version, found {show(node)}"
-            self.problems.add(node.place, f"{said}; write 'tokenizer_source: base'")
+            self.problems.add(node.location, f"{said}; write 'tokenizer_source: base'")
 
     def _method(self, root: Table) -> None:
         self.known, there_is = ALL_PARAMETERS, ", ".join(METHODS)
         leaf = self._text(root, "merge_method", "'merge_method'")
         if leaf is None:
-            self._missing(root, "merge_method", root.place, f"'merge_method' is missing; there is {there_is}")
+            self._missing(
+                root, "merge_method", root.location, f"'merge_method' is missing; there is {there_is}"
+            )
         elif leaf.text in METHODS:
             self.method = METHODS[leaf.text]
             self.known = {**ALL_PARAMETERS, **self.method.parameters}
         elif leaf.text in LATER_METHODS:
             self.later = True
             said = f"merge_method {leaf.text} is not part of this version yet; there is {there_is}"
-            self.problems.add(leaf.place, said)
+            self.problems.add(leaf.location, said)
         else:
             hint = suggest(leaf.text, (*METHODS, *sorted(LATER_METHODS))) or f"; there is {there_is}"
-            self.problems.add(leaf.place, f"unknown merge_method {clip(leaf.text)!r}{hint}")
+            self.problems.add(leaf.location, f"unknown merge_method {clip(leaf.text)!r}{hint}")
 
     def _dtype(self, root: Table, key: str) -> DType | None:
         leaf = self._text(root, key, repr(key))
@@ -242,7 +246,7 @@ class _Reader:
         name = leaf.text.removeprefix("torch.")
         if name not in RECIPE_NAMES:
             hint = suggest(name, tuple(RECIPE_NAMES)) or f"; write one of {', '.join(RECIPE_NAMES)}"
-            self.problems.add(leaf.place, f"unknown {key} {clip(leaf.text)!r}{hint}")
+            self.problems.add(leaf.location, f"unknown {key} {clip(leaf.text)!r}{hint}")
         return RECIPE_NAMES.get(name)
 
     def _reference(self, leaf: Leaf, subject: str) -> None:
@@ -250,11 +254,11 @@ class _Reader:
             said = (
                 "holds a tab, line break or control character; in double quotes a backslash begins an escape,"
             )
-            self.problems.add(leaf.place, f"{subject} {said} so write a path in single quotes or with /")
+            self.problems.add(leaf.location, f"{subject} {said} so write a path in single quotes or with /")
         elif "+" in leaf.text:
             said = f"{subject} {clip(leaf.text)!r} names a LoRA adapter (base+adapter)"
             instead = "merge the adapter into its base first (or rename the folder)"
-            self.problems.add(leaf.place, f"{said}, which is not part of this version yet; {instead}")
+            self.problems.add(leaf.location, f"{said}, which is not part of this version yet; {instead}")
 
     def _parameters(self, table: Table, number: int | None, *, counts: bool = True) -> dict[str, Setting]:
         node = self._entry(table, "parameters")
@@ -263,7 +267,7 @@ class _Reader:
             return {}
         if not isinstance(node, Table):
             said = f"must be a mapping of settings such as 'density: 0.5', found {show(node)}"
-            self.problems.add(node.place, f"'parameters'{of} {said}")
+            self.problems.add(node.location, f"'parameters'{of} {said}")
             return {}
         settings: dict[str, Setting] = {}
         misplaced: dict[str, Node] = {}
@@ -293,19 +297,19 @@ class _Reader:
         node = self._entry(root, "models")
         if node is None:
             if not self._entry(root, "slices") and not self._entry(root, "modules"):
-                place = root.entries["models"].key if "models" in root.entries else root.place
-                self._missing(root, "models", place, "the recipe lists no 'models' to merge")
+                location = root.entries["models"].key if "models" in root.entries else root.location
+                self._missing(root, "models", location, "the recipe lists no 'models' to merge")
             return ()
         if not isinstance(node, Items) or not node.nodes:
             found = "an empty list" if isinstance(node, Items) else show(node)
             said = f"'models' must be a list of entries that begin with '- model:', found {found}"
-            self.problems.add(node.place, said)
+            self.problems.add(node.location, said)
             return ()
         read = [self._model(child, number, base) for number, child in enumerate(node.nodes, 1)]
         experts = [entry for entry in read if entry is not None]
         if self.bases == len(read):
             said = "'models' lists only the base model; add at least one expert to merge into it"
-            self.problems.add(node.place, said)
+            self.problems.add(node.location, said)
         names = _identities([entry.reference for entry in experts])
         self._tell_twice(experts)
         return tuple(replace(entry, identity=name) for entry, name in zip(experts, names, strict=True))
@@ -316,7 +320,7 @@ class _Reader:
         if not isinstance(node, Table):
             example = f"; write '- model: {clip(node.text)}'" if isinstance(node, Leaf) and node.value else ""
             said = f"{owner} must be a mapping that begins with 'model:', found {show(node)}{example}"
-            self.problems.add(node.place, said)
+            self.problems.add(node.location, said)
             return None
         self._refuse_strange_keys(node, _MODEL_KEYS, f"in {owner}", owner)
         leaf = self._text(node, "model", f"'model' of {owner}")
@@ -326,7 +330,7 @@ class _Reader:
         norms = self._text(node, "input_norms", f"'input_norms' of {owner}")
         if leaf is None:
             said = f"{owner} does not say which model it is; add 'model: NAME'"
-            self._missing(node, "model", node.place, said)
+            self._missing(node, "model", node.location, said)
             return None
         self._reference(leaf, f"'model' of {owner}")
         if is_base:
@@ -336,8 +340,8 @@ class _Reader:
                     said = f"{owner} is the base model itself, so its {of} no effect"
                     self.notes.append(f"{node.entries[key].key}: {said}")
             return None
-        file, at = (norms.text, norms.place) if norms else (None, None)
-        return ModelEntry(leaf.text, "", parameters, file, node.place, at)
+        file, at = (norms.text, norms.location) if norms else (None, None)
+        return ModelEntry(leaf.text, "", parameters, file, node.location, at)
 
     def _tell_twice(self, experts: Sequence[ModelEntry]) -> None:
         first: dict[str, ModelEntry] = {}
@@ -346,19 +350,19 @@ class _Reader:
             if earlier is not entry:
                 at = f", first in line {earlier.line}" if earlier.line else ""
                 said = f"{entry.reference} is listed twice{at}; it counts as two experts"
-                self.notes.append(f"{entry.place}: {said}")
+                self.notes.append(f"{entry.location}: {said}")
 
     def _tell_unused(self, method: Method, base: Leaf | None, models: Sequence[ModelEntry]) -> None:
-        for key, places in self.unused.items():
-            more = f" (it is set in {len(places)} places)" if len(places) > 1 else ""
-            self.notes.append(f"{places[0]}: {key!r} has no effect with merge_method {method.name}{more}")
+        for key, locations in self.unused.items():
+            more = f" (it is set in {len(locations)} locations)" if len(locations) > 1 else ""
+            self.notes.append(f"{locations[0]}: {key!r} has no effect with merge_method {method.name}{more}")
         if (
             base is not None
             and not method.needs_base
             and not any(_same(m.reference, base.text) for m in models)
         ):
             said = f"base_model has no part in merge_method {method.name} unless 'models' lists it too"
-            self.notes.append(f"{base.place}: {said}")
+            self.notes.append(f"{base.location}: {said}")
 
 
 def _example(node: Node) -> str:

@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from della.errors import nearest
+from della.errors import Location, nearest
 from della.merging.methods import Parameter
-from della.recipe.tree import Items, Leaf, Node, Place, Problems, Table, Value, clip, number, show
+from della.recipe.tree import Items, Leaf, Node, Problems, Table, Value, clip, number, show
 
 
 @dataclass(frozen=True)
@@ -16,25 +16,25 @@ class Scalar:
     """One value for every layer."""
 
     value: Value
-    place: Place = field(compare=False, repr=False)
+    location: Location = field(compare=False, repr=False)
 
-    def at(self, t: float) -> Value:
+    def at(self, depth: float) -> Value:
         return self.value
 
 
 @dataclass(frozen=True)
 class Gradient:
-    """Values spread evenly over the layers, t = 0 at the first layer and 1 at the last.
+    """Values spread evenly over the layers, from depth 0 at the first layer to 1 at the last.
 
-    Numbers are interpolated linearly (whole numbers then rounded); of other values the one at or before t
-    holds.
+    Numbers are interpolated linearly (whole numbers then rounded); of other values the one at or before the
+    depth holds.
     """
 
     values: tuple[Value, ...]
-    place: Place = field(compare=False, repr=False)
+    location: Location = field(compare=False, repr=False)
 
-    def at(self, t: float) -> Value:
-        scaled = t * (len(self.values) - 1)
+    def at(self, depth: float) -> Value:
+        scaled = depth * (len(self.values) - 1)
         i = int(scaled)
         a, b = self.values[i], self.values[min(i + 1, len(self.values) - 1)]
         if isinstance(a, (bool, str)) or isinstance(b, (bool, str)):
@@ -49,7 +49,7 @@ class Filtered:
     """Cases ``(part of the tensor's name, setting)``: the first that fits holds; an empty part fits all."""
 
     cases: tuple[tuple[str, Scalar | Gradient], ...]
-    place: Place = field(compare=False, repr=False)
+    location: Location = field(compare=False, repr=False)
 
 
 Setting = Scalar | Gradient | Filtered
@@ -79,9 +79,9 @@ def read_setting(parameter: Parameter, node: Node, subject: str, problems: Probl
     before = len(problems)
     setting: Setting | None
     if isinstance(node, Table):
-        setting = _filtered(parameter, [node], node.place, subject, problems)
+        setting = _filtered(parameter, [node], node.location, subject, problems)
     elif isinstance(node, Items) and node.nodes and all(isinstance(n, Table) for n in node.nodes):
-        setting = _filtered(parameter, node.nodes, node.place, subject, problems)
+        setting = _filtered(parameter, node.nodes, node.location, subject, problems)
     else:
         setting = _unfiltered(parameter, node, subject, problems)
     return setting if len(problems) == before else None
@@ -91,13 +91,13 @@ def _unfiltered(
     parameter: Parameter, node: Node, subject: str, problems: Problems
 ) -> Scalar | Gradient | None:
     if isinstance(node, Table):
-        problems.add(node.place, f"{subject} must be {expected(parameter)} here, found a mapping")
+        problems.add(node.location, f"{subject} must be {expected(parameter)} here, found a mapping")
         return None
     if isinstance(node, Leaf):
         value = read_value(parameter, node, subject, problems)
-        return None if value is None else Scalar(value, node.place)
+        return None if value is None else Scalar(value, node.location)
     if not node.nodes:
-        problems.add(node.place, f"{subject} is an empty list; write at least one value")
+        problems.add(node.location, f"{subject} is an empty list; write at least one value")
         return None
     values: list[Value] = []
     for child in node.nodes:
@@ -107,12 +107,14 @@ def _unfiltered(
                 values.append(value)
         else:
             said = "holds either values for the layers or {filter, value} cases"
-            problems.add(child.place, f"the list of {subject} {said}, found {show(child)} among the others")
-    return Gradient(tuple(values), node.place)
+            problems.add(
+                child.location, f"the list of {subject} {said}, found {show(child)} among the others"
+            )
+    return Gradient(tuple(values), node.location)
 
 
 def _filtered(
-    parameter: Parameter, tables: list[Node], place: Place, subject: str, problems: Problems
+    parameter: Parameter, tables: list[Node], location: Location, subject: str, problems: Problems
 ) -> Filtered | None:
     cases: list[tuple[str, Scalar | Gradient]] = []
     for table in tables:
@@ -123,18 +125,19 @@ def _filtered(
                 problems.add(entry.key, f"unknown key {clip(key)!r} in a case of {subject}{hint}")
         if "value" not in table.entries:
             if not any(suggest(key, ("value",)) for key in table.entries):
-                problems.add(table.place, f"this case of {subject} has no 'value'")
+                problems.add(table.location, f"this case of {subject} has no 'value'")
             continue
         setting = _unfiltered(parameter, table.entries["value"].node, subject, problems)
         part = table.entries["filter"].node if "filter" in table.entries else None
         if part is not None and not isinstance(part, Leaf):
             problems.add(
-                part.place, f"the filter of {subject} must be a part of a tensor's name, found {show(part)}"
+                part.location,
+                f"the filter of {subject} must be a part of a tensor's name, found {show(part)}",
             )
         elif setting is not None:
             everything = part is None or part.value is None or part.text == "*"
             cases.append(("" if everything or part is None else part.text, setting))
-    return Filtered(tuple(cases), place)
+    return Filtered(tuple(cases), location)
 
 
 def expected(parameter: Parameter) -> str:
@@ -157,7 +160,7 @@ def _kinds(parameter: Parameter) -> tuple[type, ...]:
 def read_value(parameter: Parameter, leaf: Leaf, subject: str, problems: Problems) -> Value | None:
     """The leaf as the parameter's type, within its bounds; None after adding to ``problems``."""
     if leaf.value is None:
-        problems.add(leaf.place, f"{subject} has no value")
+        problems.add(leaf.location, f"{subject} has no value")
         return None
     for kind in _kinds(parameter):
         value = _AS[kind](leaf)
@@ -165,11 +168,11 @@ def read_value(parameter: Parameter, leaf: Leaf, subject: str, problems: Problem
             continue
         said = _out_of_bounds(parameter, value)
         if said:
-            problems.add(leaf.place, f"{subject} {said}, found {show(leaf)}")
+            problems.add(leaf.location, f"{subject} {said}, found {show(leaf)}")
             return None
         return value
     hint = suggest(leaf.text, parameter.choices) if isinstance(leaf.value, str) else ""
-    problems.add(leaf.place, f"{subject} must be {expected(parameter)}, found {show(leaf)}{hint}")
+    problems.add(leaf.location, f"{subject} must be {expected(parameter)}, found {show(leaf)}{hint}")
     return None
 
 

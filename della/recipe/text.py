@@ -7,13 +7,13 @@ and what aliases expand to.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 
-from della.errors import RecipeError
+from della.errors import Location, Problem, RecipeError
 from della.recipe.tree import (
     FORBIDDEN,
     MAX_DEPTH,
@@ -22,10 +22,10 @@ from della.recipe.tree import (
     Items,
     Leaf,
     Node,
-    Place,
     Problems,
     Table,
     clip,
+    from_objects,
     make_leaf,
     meaning,
     show,
@@ -71,44 +71,43 @@ def _decode(data: bytes, name: str) -> str:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         before = data[: error.start].decode("utf-8-sig", "replace")
-        place = _place_at(before, len(before), name)
+        location = _location_at(before, len(before), name)
         byte = data[error.start]
-        raise RecipeError(f"{place}: not UTF-8 (byte 0x{byte:02x}); save the file as UTF-8") from None
+        raise RecipeError(f"{location}: not UTF-8 (byte 0x{byte:02x}); save the file as UTF-8") from None
     fence = text.lstrip()[:3]
     if fence in ("'''", '"""', "```"):
-        place = _place_at(text, text.index(fence), name)
+        location = _location_at(text, text.index(fence), name)
         first = clip(text.lstrip().splitlines()[0].rstrip())
-        raise RecipeError(
-            f"{place}: a recipe is a mapping that begins with a key such as 'models:', but this begins with "
-            f"{first!r}; remove the line with {fence} at the beginning and the one at the end"
-        )
+        said = "a recipe is a mapping that begins with a key such as 'models:', but this begins with"
+        fix = f"remove the line with {fence} at the beginning and the one at the end"
+        raise RecipeError(Problem(f"{said} {first!r}", fix, location=location))
     return text
 
 
-def _place_at(text: str, index: int, name: str) -> Place:
+def _location_at(text: str, index: int, name: str) -> Location:
     breaks = [match.end() for match in _LINE_BREAK.finditer(text, 0, index)]
-    return Place(len(breaks) + 1, index - (breaks[-1] if breaks else 0) + 1, name)
+    return Location(len(breaks) + 1, index - (breaks[-1] if breaks else 0) + 1, name)
 
 
-def parse(text: str, name: str, problems: Problems, *, place: Place | None = None) -> Node:
-    """The tree of one YAML document.  Every node is placed at ``place`` if it is given (an override)."""
+def parse(text: str, name: str, problems: Problems, *, location: Location | None = None) -> Node:
+    """The tree of one YAML document.  Every node is placed at ``location`` if it is given (an override)."""
     bad = FORBIDDEN.search(text)
     if bad:
-        at = place or _place_at(text, bad.start(), name)
+        at = location or _location_at(text, bad.start(), name)
         raise RecipeError(f"{at}: the character U+{ord(bad[0]):04X} is not allowed in a recipe; remove it")
     try:
-        return _Composer(text, name, problems, place).document()
+        return _Composer(text, name, problems, location).document()
     except yaml.MarkedYAMLError as error:
         if "nesting depth" in str(error.problem):
             at, said = _too_deep(text, error.problem_mark, name), TOO_DEEP
         else:
             at, said = _explain(error, text, name)
     except yaml.YAMLError as error:
-        at, said = Place(0, 0, name), f"this is not valid YAML: {clip(str(error).splitlines()[0])}"
-    raise RecipeError(f"{place or at}: {said}")
+        at, said = Location(0, 0, name), f"this is not valid YAML: {clip(str(error).splitlines()[0])}"
+    raise RecipeError(f"{location or at}: {said}")
 
 
-def _too_deep(text: str, mark: Any, name: str) -> Place:
+def _too_deep(text: str, mark: Any, name: str) -> Location:
     """Where a recipe's deepest level is left, in a text whose nesting made libyaml give up at ``mark``.
 
     It gives up in looking ahead for the ':' of a key, which must come in the same line and within 1,024
@@ -127,7 +126,7 @@ def _too_deep(text: str, mark: Any, name: str) -> Place:
         if depth > MAX_DEPTH:
             index = match.start()
             break
-    return _place_at(text, index, name)
+    return _location_at(text, index, name)
 
 
 def _events(text: str) -> Iterator[Any]:
@@ -137,9 +136,9 @@ def _events(text: str) -> Iterator[Any]:
 class _Composer:
     """Parser events to nodes, with the bounds that PyYAML's own composer lacks."""
 
-    def __init__(self, text: str, name: str, problems: Problems, place: Place | None) -> None:
+    def __init__(self, text: str, name: str, problems: Problems, location: Location | None) -> None:
         self.events = _events(text)
-        self.name, self.problems, self.fixed = name, problems, place
+        self.name, self.problems, self.fixed = name, problems, location
         self.values = self.expanded = 0
         self.anchors: dict[str, tuple[Node, int] | None] = {}
 
@@ -149,40 +148,40 @@ class _Composer:
             if isinstance(event, yaml.DocumentStartEvent):
                 if root is not None:
                     said = "a second document (---) begins here, which is not part of this version yet"
-                    self.refuse(self.place(event), f"{said}; use one file each")
+                    self.refuse(self.location(event), f"{said}; use one file each")
                 root = self.node(next(self.events), 1)
-        return root if root is not None else Leaf(self.fixed or Place(1, 1, self.name), "", True, None)
+        return root if root is not None else Leaf(self.fixed or Location(1, 1, self.name), "", True, None)
 
-    def place(self, event: Any) -> Place:
+    def location(self, event: Any) -> Location:
         mark = event.start_mark
-        return self.fixed or Place(mark.line + 1, mark.column + 1, self.name)
+        return self.fixed or Location(mark.line + 1, mark.column + 1, self.name)
 
-    def refuse(self, place: Place, sentence: str) -> NoReturn:
-        raise RecipeError(f"{place}: {sentence}")
+    def refuse(self, location: Location, sentence: str) -> NoReturn:
+        raise RecipeError(f"{location}: {sentence}")
 
     def node(self, event: Any, depth: int) -> Node:
-        place, before, anchor = self.place(event), self.values, event.anchor
+        location, before, anchor = self.location(event), self.values, event.anchor
         self.values += 1
         if depth > MAX_DEPTH:
-            self.refuse(place, TOO_DEEP)
+            self.refuse(location, TOO_DEEP)
         if self.values > MAX_VALUES:
-            self.refuse(place, f"more than {MAX_VALUES:,} values, which no recipe has")
+            self.refuse(location, f"more than {MAX_VALUES:,} values, which no recipe has")
         if isinstance(event, yaml.AliasEvent):
-            return self.alias(anchor, place, depth)
+            return self.alias(anchor, location, depth)
         if event.tag is not None:
             tag = clip(event.tag.replace("tag:yaml.org,2002:", "!!"))
-            self.refuse(place, f"the tag {tag} is not read in a recipe; remove it")
+            self.refuse(location, f"the tag {tag} is not read in a recipe; remove it")
         if anchor:
             self.anchors[anchor] = None
         node: Node
         if isinstance(event, yaml.ScalarEvent):
-            node = make_leaf(place, event.value, event.implicit[0])
+            node = make_leaf(location, event.value, event.implicit[0])
         elif isinstance(event, yaml.SequenceStartEvent):
-            node = Items(place, [])
+            node = Items(location, [])
             while not isinstance(event := next(self.events), yaml.SequenceEndEvent):
                 node.nodes.append(self.node(event, depth + 1))
         else:
-            node = Table(place, {})
+            node = Table(location, {})
             while not isinstance(event := next(self.events), yaml.MappingEndEvent):
                 self.entry(node, self.node(event, depth + 1), depth)
         if anchor:
@@ -192,38 +191,42 @@ class _Composer:
     def entry(self, table: Table, key: Node, depth: int) -> None:
         value = self.node(next(self.events), depth + 1)
         if not isinstance(key, Leaf):
-            self.refuse(key.place, f"{show(key)} cannot be a key; a key is a word such as 'weight'")
+            self.refuse(key.location, f"{show(key)} cannot be a key; a key is a word such as 'weight'")
         elif key.plain and key.text == "<<":
-            self.problems.add(key.place, "merge keys (<<) are not read in a recipe; write the keys out here")
+            self.problems.add(
+                key.location, "merge keys (<<) are not read in a recipe; write the keys out here"
+            )
         elif key.text in table.entries:
             first = table.entries[key.text].key
             at = f"in line {first.line}" if first.column else "before"
             said = f"the key {clip(key.text)!r} stands twice, here and {at}; keep one of them"
-            self.problems.add(key.place, said)
+            self.problems.add(key.location, said)
         else:
-            table.entries[key.text] = Entry(key.place, value)
+            table.entries[key.text] = Entry(key.location, value)
 
-    def alias(self, name: str, place: Place, depth: int) -> Node:
+    def alias(self, name: str, location: Location, depth: int) -> Node:
         if name not in self.anchors:
-            self.refuse(place, f"the alias *{clip(name)} has no anchor &{clip(name)} before it")
+            self.refuse(location, f"the alias *{clip(name)} has no anchor &{clip(name)} before it")
         target = self.anchors[name]
         if target is None:
-            self.refuse(place, f"the alias *{clip(name)} refers to itself")
+            self.refuse(location, f"the alias *{clip(name)} refers to itself")
         self.expanded += target[1]
         if self.expanded > MAX_EXPANDED:
-            self.refuse(place, f"aliases expand to more than {MAX_EXPANDED:,} values, which no recipe needs")
+            self.refuse(
+                location, f"aliases expand to more than {MAX_EXPANDED:,} values, which no recipe needs"
+            )
         self.values += target[1]
         return self.copy(target[0], depth)
 
     def copy(self, node: Node, depth: int) -> Node:
         """An alias becomes a copy, so that an override of one model does not reach another."""
         if depth > MAX_DEPTH:
-            self.refuse(node.place, TOO_DEEP)
+            self.refuse(node.location, TOO_DEEP)
         if isinstance(node, Items):
-            return Items(node.place, [self.copy(child, depth + 1) for child in node.nodes])
+            return Items(node.location, [self.copy(child, depth + 1) for child in node.nodes])
         if isinstance(node, Table):
             copied = {key: Entry(e.key, self.copy(e.node, depth + 1)) for key, e in node.entries.items()}
-            return Table(node.place, copied)
+            return Table(node.location, copied)
         return node
 
 
@@ -236,17 +239,17 @@ _LOST_INDENT = (
 )
 
 
-def _explain(error: yaml.MarkedYAMLError, text: str, name: str) -> tuple[Place, str]:
+def _explain(error: yaml.MarkedYAMLError, text: str, name: str) -> tuple[Location, str]:
     """A parser's complaint in plain words; libyaml and PyYAML's own parser word theirs differently."""
     problem, context = str(error.problem or ""), str(error.context or "")
     mark = error.problem_mark
-    here = Place(mark.line + 1, mark.column + 1, name) if mark else Place(1, 1, name)
+    here = Location(mark.line + 1, mark.column + 1, name) if mark else Location(1, 1, name)
     opened = error.context_mark
-    start = Place(opened.line + 1, opened.column + 1, name) if opened else here
+    start = Location(opened.line + 1, opened.column + 1, name) if opened else here
     lines = _LINE_BREAK.split(text)
     line = lines[here.line - 1] if here.line <= len(lines) else ""
     character = line[here.column - 1 : here.column]
-    rules: tuple[tuple[bool, Place, str], ...] = (
+    rules: tuple[tuple[bool, Location, str], ...] = (
         (
             character == "\t" or "a tab" in problem,
             here,
@@ -273,9 +276,9 @@ def _explain(error: yaml.MarkedYAMLError, text: str, name: str) -> tuple[Place, 
         ("block" in context and "scalar" not in context, here, _LOST_INDENT),
         ("expected ':'" in problem, start, "this line is not of the form 'key: value'"),
     )
-    for applies, place, sentence in rules:
+    for applies, location, sentence in rules:
         if applies:
-            return place, sentence
+            return location, sentence
     return here, f"this is not valid YAML: {clip(problem or context)}"
 
 
@@ -302,6 +305,22 @@ def dump(node: Node) -> str:
 
     text: str = yaml.serialize(convert(node), Dumper=_DUMPER, allow_unicode=True, width=1 << 20)
     return text
+
+
+def to_yaml(recipe: Mapping[str, Any]) -> str:
+    """A recipe given as Python objects (NumPy values, tuples and paths are welcome) as YAML text.
+
+    Raises RecipeError for what no recipe can hold.
+
+    >>> print(to_yaml({"merge_method": "linear", "models": [{"model": "a", "parameters": {"weight": 0.5}}]}))
+    merge_method: linear
+    models:
+    - model: a
+      parameters:
+        weight: 0.5
+    <BLANKLINE>
+    """
+    return dump(from_objects(recipe))
 
 
 def _written(text: str, plain: bool) -> tuple[str, str, str | None]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
-from della.errors import RecipeError
+from della.errors import Location, RecipeError
 
 MAX_DEPTH = 32
 MAX_VALUES = 10_000
@@ -27,23 +27,11 @@ _TRUE, _FALSE = ("true", "yes", "on"), ("false", "no", "off")
 Value = bool | int | float | str
 
 
-class Place(NamedTuple):
-    """Where something was written.  ``column`` 0 means that ``source`` alone says it (an override, a Python
-    object); ``line`` then only keeps the order."""
-
-    line: int
-    column: int
-    source: str
-
-    def __str__(self) -> str:
-        return f"{self.source}:{self.line}:{self.column}" if self.column else self.source
-
-
 @dataclass(frozen=True)
 class Leaf:
     """One scalar: what it means, and its ``text`` as written; ``plain`` is False for quoted text."""
 
-    place: Place
+    location: Location
     text: str
     plain: bool
     value: Value | None
@@ -53,14 +41,14 @@ class Leaf:
 class Items:
     """A list."""
 
-    place: Place
+    location: Location
     nodes: list[Node]
 
 
 class Entry(NamedTuple):
     """One ``key: value`` of a Table."""
 
-    key: Place
+    key: Location
     node: Node
 
 
@@ -68,7 +56,7 @@ class Entry(NamedTuple):
 class Table:
     """A mapping; keys are text as written."""
 
-    place: Place
+    location: Location
     entries: dict[str, Entry]
 
 
@@ -79,10 +67,10 @@ class Problems:
     """What is wrong with a recipe, collected so that all of it is told at once, in the order of its lines."""
 
     def __init__(self) -> None:
-        self._found: list[tuple[Place, str]] = []
+        self._found: list[tuple[Location, str]] = []
 
-    def add(self, place: Place, sentence: str) -> None:
-        self._found.append((place, sentence))
+    def add(self, location: Location, sentence: str) -> None:
+        self._found.append((location, sentence))
         if len(self._found) >= MAX_PROBLEMS:
             self.raise_any()
 
@@ -93,7 +81,7 @@ class Problems:
         """Raise everything found so far as one RecipeError; return if nothing was."""
         if self._found:
             ordered = sorted(self._found, key=lambda found: found[0][:2])
-            raise RecipeError(*dict.fromkeys(f"{place}: {said}" for place, said in ordered))
+            raise RecipeError(*dict.fromkeys(f"{location}: {said}" for location, said in ordered))
 
 
 def clip(text: str, most: int = 60) -> str:
@@ -134,11 +122,13 @@ def meaning(text: str) -> Value | None:
     return text if value is None else value
 
 
-def make_leaf(place: Place, text: str, plain: bool) -> Leaf:
+def make_leaf(location: Location, text: str, plain: bool) -> Leaf:
     bad = FORBIDDEN.search(text)
     if bad:
-        raise RecipeError(f"{place}: the character U+{ord(bad[0]):04X} is not allowed in a recipe; remove it")
-    return Leaf(place, text, plain, meaning(text) if plain else text)
+        raise RecipeError(
+            f"{location}: the character U+{ord(bad[0]):04X} is not allowed in a recipe; remove it"
+        )
+    return Leaf(location, text, plain, meaning(text) if plain else text)
 
 
 def from_objects(value: Any) -> Node:
@@ -148,28 +138,32 @@ def from_objects(value: Any) -> Node:
     def convert(value: Any, path: str, depth: int) -> Node:
         nonlocal made
         made += 1
-        place = Place(made, 0, f"recipe at {clip(path, 200)}" if path else "recipe")
+        location = Location(made, 0, f"recipe at {clip(path, 200)}" if path else "recipe")
         if depth > MAX_DEPTH or made > MAX_VALUES:
-            raise RecipeError(f"{place}: nested too deep or too large; is something in it a part of itself?")
+            raise RecipeError(
+                f"{location}: nested too deep or too large; is something in it a part of itself?"
+            )
         if hasattr(value, "tolist"):
             value = value.tolist()
         if isinstance(value, Mapping):
-            table = Table(place, {})
+            table = Table(location, {})
             for key, child in value.items():
                 if not isinstance(key, str):
-                    raise RecipeError(f"{place}: keys must be text, found {clip(repr(key))}")
+                    raise RecipeError(f"{location}: keys must be text, found {clip(repr(key))}")
                 node = convert(child, f"{path}.{key}" if path else key, depth + 1)
-                table.entries[make_leaf(place, key, False).text] = Entry(node.place, node)
+                table.entries[make_leaf(location, key, False).text] = Entry(node.location, node)
             return table
         if isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray)):
-            return Items(place, [convert(child, f"{path}.{i}", depth + 1) for i, child in enumerate(value)])
+            return Items(
+                location, [convert(child, f"{path}.{i}", depth + 1) for i, child in enumerate(value)]
+            )
         if isinstance(value, PurePath):
             value = str(value)
         if isinstance(value, str):
-            return make_leaf(place, value, False)
+            return make_leaf(location, value, False)
         if value is None or isinstance(value, (bool, int, float)):
-            return Leaf(place, _plain_text(value), True, value)
-        raise RecipeError(f"{place}: a recipe cannot hold a {type(value).__name__}")
+            return Leaf(location, _plain_text(value), True, value)
+        raise RecipeError(f"{location}: a recipe cannot hold a {type(value).__name__}")
 
     return convert(value, "", 1)
 

@@ -114,7 +114,7 @@ def _line(text: str) -> str:
 
 def _problems(error: OSError | CheckpointError, place: Path) -> Sequence[str]:
     if isinstance(error, CheckpointError):
-        return error.problems
+        return [str(problem) for problem in error.problems]
     return [f"{place}: cannot be read ({error.strerror})"]
 
 
@@ -239,7 +239,7 @@ def _plan(out: Path, manifest: Manifest, base_dir: str | Path | None, allow_pick
         except CheckpointError as error:
             raise CheckpointError(*error.problems, *_hint(recipe, base_dir)) from error
     except RecipeError as error:
-        raise RecipeError(*(f"{out}: in its manifest: {problem}" for problem in error.problems)) from error
+        raise RecipeError(*(p.within(f"{out}: in its manifest") for p in error.problems)) from error
     except OSError as error:
         raise CheckpointError(f"{out}: an input cannot be opened ({error})") from error
 

@@ -224,7 +224,7 @@ BESIDE = "'input_norms' names a file of one model, so it belongs beside 'model:'
     [
         (
             "    input_norms: code.norms.safetensors\n", "",
-            "9:15: for 'code': importance: wanda needs the norms of each model's inputs; write "
+            "6:5: code: importance: wanda needs the norms of each model's inputs; write "
             "'input_norms: FILE' beside 'model:' (`della calibrate` makes the file)",
         ),
         (
@@ -286,10 +286,10 @@ CODE = "code.norms.safetensors"
 FILES: dict[str, tuple[Any, str]] = {
     "missing": (
         None,
-        f"7:18: 'input_norms': {CODE}: no such file; tried {{folder}}/{CODE}, ",
+        f"7:18: {CODE}: no such file; tried {{folder}}/{CODE}, ",
     ),
-    "a folder": ({"x": {}}, f"7:18: 'input_norms': {{folder}}/{CODE}: expected a .safetensors file"),
-    "damaged": (b"{}", f"7:18: 'input_norms': {{folder}}/{CODE}: truncated: expected at least 8 bytes"),
+    "a folder": ({"x": {}}, f"7:18: {{folder}}/{CODE}: expected a .safetensors file"),
+    "damaged": (b"{}", f"7:18: {{folder}}/{CODE}: truncated: expected at least 8 bytes"),
     "shape": (
         {UP: np.ones(40, np.float32)},
         f"{CODE}: input norms: {UP} has norms of shape [40], expected [24], one for each input feature",
@@ -333,7 +333,7 @@ def test_nothing_is_looked_for_on_the_hub(tmp_path: Path, monkeypatch: pytest.Mo
     make(tmp_path, trio())
     monkeypatch.setattr("della.checkpoint.source.fetch", lambda *_, **__: pytest.fail("the network"))
     told = said(tmp_path, RECIPE.replace("code.norms", "owner/code"), CheckpointError)
-    assert "'input_norms': owner/code.safetensors: no such file" in told
+    assert "owner/code.safetensors: no such file" in told
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ def options(refused: bool) -> list[tuple[str, dict[str, Any]]]:
         found += [
             (method.name, shared)
             for shared in tries
-            if (check_settings(method, shared, OWN) is not None) == refused
+            if any(check_settings(method, shared, dict(zip("cab", OWN, strict=True)))) == refused
         ]
     return found
 

@@ -12,11 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from della.dtypes import DTYPES
-from della.errors import RecipeError, printable
+from della.errors import Location, RecipeError, printable
 from della.merging.methods import METHODS
 from della.recipe.reader import read_recipe
 from della.recipe.settings import Gradient
-from della.recipe.tree import Place
 
 HEAD = """\
 merge_method: della
@@ -110,7 +109,7 @@ def test_known_settings_without_effect_are_notes() -> None:
     assert recipe.notes == (
         "recipe:5:5: model 1 is the base model itself, so its parameters have no effect",
         "recipe:10:14: 'int8_mask' has no effect with merge_method task_arithmetic",
-        "recipe:7:18: 'density' has no effect with merge_method task_arithmetic (it is set in 2 places)",
+        "recipe:7:18: 'density' has no effect with merge_method task_arithmetic (it is set in 2 locations)",
     )
     assert dict(recipe.parameters) == {}
     assert list(recipe.models[0].parameters) == ["weight"]
@@ -224,7 +223,7 @@ def test_gradients_of_words_step_and_of_whole_numbers_round() -> None:
         "mean",
     ]
     assert [recipe.resolve("x", t)[0]["rescale"] for t in (0, 0.99, 1)] == [True, True, "none"]
-    assert Gradient((1, 4), Place(0, 0, "")).at(0.5) == 2
+    assert Gradient((1, 4), Location(0, 0, "")).at(0.5) == 2
 
 
 @given(
@@ -252,15 +251,14 @@ def test_numbers_survive_the_dump(value: float) -> None:
 def test_rules_that_join_parameters_are_held_when_reading() -> None:
     said = "gives keep probabilities from -0.05 to 0.25, which leave [0, 1]; use an epsilon of at most 0.1"
     own = "    parameters: {density: 0.1}\n"
-    assert told(HEAD + own) == f"recipe:6:27: for 'code': density 0.1 with epsilon 0.15 {said}"
+    assert told(HEAD + own) == f"recipe:6:27: code: density 0.1 with epsilon 0.15 {said}"
     own = "    parameters: {density: [0.8, 0.1]}\n"
-    assert told(HEAD + own) == (
-        f"recipe:6:27: at the last layer (t = 1), for 'code': density 0.1 with epsilon 0.15 {said}"
-    )
+    at_depth_1 = said.replace("1];", "1], at the last layer (depth 1);")
+    assert told(HEAD + own) == f"recipe:6:27: code: density 0.1 with epsilon 0.15 {at_depth_1}"
     assert told(HEAD + "parameters:\n  window_size: 0.2\n  epsilon: 0.1\n") == (
         "2 problems:\n"
-        "  - recipe:7:16: for 'math': window_size is 2 * epsilon, so only one of them may be given\n"
-        "  - recipe:7:16: for 'code': window_size is 2 * epsilon, so only one of them may be given"
+        "  - recipe:7:16: math: window_size is 2 * epsilon, so only one of them may be given\n"
+        "  - recipe:7:16: code: window_size is 2 * epsilon, so only one of them may be given"
     )
     assert told(HEAD + "parameters: {fuse: sum, normalize: true}\n") == (
         "recipe:6:36: normalize: true contradicts fuse: sum; keep one of them"
@@ -277,9 +275,8 @@ def test_check_names_label_tensor_model_and_line() -> None:
     with pytest.raises(RecipeError) as caught:
         recipe.check(points)
     assert str(caught.value) == (
-        "recipe:7:38: at layer 2 (model.layers.2.mlp.up), for 'code': density 0.05 with epsilon 0.15 gives "
-        "keep "
-        "probabilities from -0.1 to 0.2, which leave [0, 1]; use an epsilon of at most 0.05"
+        "recipe:7:38: code: density 0.05 with epsilon 0.15 gives keep probabilities from -0.1 to 0.2, which "
+        "leave [0, 1], at layer 2 (model.layers.2.mlp.up); use an epsilon of at most 0.05"
     )
     recipe.check(point for point in points if "attn" in point[0])
 
@@ -288,7 +285,8 @@ def test_check_tells_only_the_first_few() -> None:
     recipe = read_recipe(HEAD + "    parameters:\n      density: [{filter: mlp, value: [0.01, 0.14]}]\n")
     with pytest.raises(RecipeError, match=r"^5 problems:\n") as caught:
         recipe.check((f"layers.{i}.mlp", i / 99, f"layer {i}") for i in range(100))
-    assert "at layer 4 (layers.4.mlp), for 'code'" in str(caught.value)
+    assert caught.value.problems[4].tensor == "layers.4.mlp"
+    assert "at layer 4 (layers.4.mlp)" in str(caught.value)
 
 
 def test_a_rule_about_all_models_together_names_none_of_them() -> None:
