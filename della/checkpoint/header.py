@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from della.checkpoint.files import open_to_read
 from della.checkpoint.strict import AGAIN, json_object
 from della.dtypes import DTYPES, DType
 from della.errors import CheckpointError
@@ -112,8 +113,7 @@ def read_header(path: Path, where: str | None = None) -> tuple[Header, bytes, in
     """
     where = where or str(path)
     try:
-        # Without O_NONBLOCK a named pipe in a model's folder would hang the program.
-        fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+        fd = open_to_read(path)
         with open(fd, "rb", buffering=0) as file:
             size = os.fstat(fd).st_size
             first = file.read(LENGTH_BYTES) or b""

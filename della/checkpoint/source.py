@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from della.checkpoint.files import open_to_read, read_at
 from della.checkpoint.header import LENGTH_BYTES, header_length
 from della.checkpoint.layout import (
     INDEX,
@@ -114,7 +115,7 @@ class Source:
             return
         while rest:
             try:
-                count = os.preadv(fd, [rest], at)
+                count = read_at(fd, rest, at)
             except OSError as error:
                 raise CheckpointError(f"{tensor.file}: cannot be read ({error.strerror})") from error
             if count == 0:
@@ -170,7 +171,7 @@ class Source:
 
 def _open_unchanged(path: Path, size: int) -> int:
     try:
-        fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        fd = open_to_read(path)
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{path}: the weights are not here; they were not downloaded, or were moved"
