@@ -72,5 +72,5 @@ def tree(folder: Path) -> dict[str, bytes | None]:
 def numbers(out: Path) -> list[float]:
     """What `save_model` stored."""
     with open_source(str(out)) as source:
-        values: list[float] = source.read("w").tolist()
+        values: list[float] = source.tensors["w"].read().tolist()
     return values

@@ -8,12 +8,11 @@ arXiv 2306.11695).  `della calibrate` makes it.  A weight without an entry is ra
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
-from della.checkpoint.layout import Tensor
 from della.checkpoint.source import Source
+from della.checkpoint.view import Hashes, TensorView
 from della.dtypes import Array, widen
 from della.errors import CheckpointError, nearest
 
@@ -45,14 +44,11 @@ def misfit(shape: Sequence[int], weight: Sequence[int]) -> str | None:
     return None
 
 
-def read_norms(source: Source, tensor: Tensor, digest: Any = None) -> Array:
-    """One vector of a file as float32; ``digest`` is fed its bytes.  Raises CheckpointError for values that
+def read_norms(view: TensorView, hashes: Hashes | None = None) -> Array:
+    """One vector of a file as float32; ``hashes`` are fed its bytes.  Raises CheckpointError for values that
     cannot be norms.
     """
-    stored = source.read(tensor.name)
-    if digest is not None:
-        digest.update(stored.view(np.uint8).data)
-    return checked(stored, f"{tensor.file}: tensor {tensor.name}")
+    return checked(view.read(hashes), view.where)
 
 
 def checked(stored: Array, where: str) -> Array:

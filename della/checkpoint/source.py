@@ -1,30 +1,24 @@
-"""A checkpoint as a read-only map from names to tensor handles, whatever it came from.
+"""A checkpoint as a read-only map from names to views of tensors, whatever it came from.
 
 A reference is a folder, a .safetensors file, or ``owner/name[@revision]`` on the Hub; a pickle where the user
-allows it.  Opening reads headers and configuration only; weights are read by offset into the caller's
-buffers.  `fetch` alone uses the network.
+allows it.  Opening reads headers and configuration only.  `fetch` alone uses the network.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
-
-from della.checkpoint.files import open_to_read, read_at
 from della.checkpoint.header import LENGTH_BYTES, header_length
 from della.checkpoint.layout import (
     INDEX,
     MOST_CONFIG_BYTES,
     Layout,
     RawHeader,
-    Tensor,
     check_small,
     confined,
     read_folder,
@@ -32,8 +26,9 @@ from della.checkpoint.layout import (
     weight_files,
     why_no_file,
 )
-from della.checkpoint.pickles import PICKLES, copy_bytes
-from della.dtypes import Array
+from della.checkpoint.pickles import PICKLES
+from della.checkpoint.view import Stored, TensorView
+from della.checkpoint.weights import Weights
 from della.errors import CheckpointError, nearest
 
 HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>\w[\w./-]*))?", re.ASCII)
@@ -73,62 +68,33 @@ class _Absent(CheckpointError):
 class Source:
     """An opened checkpoint; safe to read from several threads.  Close it, or use it in a with-block.
 
-    ``place`` is the folder or file that was opened, ``folder`` the folder it is or lies in.  ``tensors`` run
-    file by file in the order of their data.  ``config`` is {} where there is no config.json.  ``revision`` is
-    the commit of a Hub snapshot, else None.
+    ``place`` is the folder or file that was opened, ``folder`` the folder it is or lies in.  ``tensors`` are
+    views by name, file by file in the order of their data.  ``config`` is {} where there is no config.json.
+    ``revision`` is the commit of a Hub snapshot, else None.
     """
 
     def __init__(self, reference: str, place: Path, layout: Layout) -> None:
         self.reference = reference
         self.place = place
         self.folder = place if place.is_dir() else place.parent
-        self.tensors = layout.tensors
         self.files = layout.files
         self.config = layout.config
         self.revision = _commit_of(self.folder)
-        self._held = layout.held
-        self._sizes = {file.path: file.size for file in layout.files}
-        self._fds: dict[Path, int] = {}
-        self._lock = threading.Lock()
+        self._weights = Weights(reference, layout.files)
+        self.tensors: dict[str, TensorView] = {
+            name: Stored(entry, self._weights, layout.held.get(name))
+            for name, entry in layout.tensors.items()
+        }
 
     @property
     def places(self) -> list[Path]:
         """The folder or file that was opened, and every file of weights: what no result may touch."""
         return [self.place, *(file.path for file in self.files)]
 
-    def read_into(self, tensor: Tensor, start_byte: int, buffer: memoryview) -> None:
-        """Fills ``buffer`` (writable, contiguous) with the bytes of ``tensor`` from ``start_byte`` on.
-
-        Raises CheckpointError when the file has changed or cannot be read.
-        """
-        rest = buffer.cast("B") if buffer.nbytes else memoryview(b"")  # a view of nothing cannot be cast
-        if start_byte < 0 or start_byte + len(rest) > tensor.nbytes:
-            raise ValueError(
-                f"bytes {start_byte} to {start_byte + len(rest)} of {tensor.name}: {tensor.nbytes}"
-            )
-        at = tensor.offset + start_byte
-        fd = self._open(tensor.file)
-        if rest and tensor.name in self._held:
-            if os.fstat(fd).st_size != self._sizes[tensor.file]:  # it may be mapped, and its pages be gone
-                raise CheckpointError(f"{tensor.file}: shrank while it was read; is something writing to it?")
-            copy_bytes(self._held[tensor.name], start_byte, rest)
-            return
-        while rest:
-            try:
-                count = read_at(fd, rest, at)
-            except OSError as error:
-                raise CheckpointError(f"{tensor.file}: cannot be read ({error.strerror})") from error
-            if count == 0:
-                raise CheckpointError(f"{tensor.file}: shrank while it was read; is something writing to it?")
-            rest = rest[count:]
-            at += count
-
-    def read(self, name: str) -> Array:
-        """The whole tensor ``name`` in its storage dtype.  Raises CheckpointError; KeyError for the name."""
-        tensor = self.tensors[name]
-        stored = np.empty(tensor.nbytes, np.uint8)
-        self.read_into(tensor, 0, stored.data)
-        return stored.view(tensor.dtype.numpy).reshape(tensor.shape)
+    @property
+    def parts(self) -> dict[str, Stored]:
+        """The stored tensors by name: all that reading its views can read."""
+        return {part.name: part for view in self.tensors.values() for part in view.parts}
 
     def side_files(self) -> list[Path]:
         """Files of the tokenizer, the chat template and the generation settings, sorted by name.
@@ -147,9 +113,8 @@ class Source:
         return [self.folder / name for name in sorted(names)]
 
     def close(self) -> None:
-        with self._lock:
-            while self._fds:
-                os.close(self._fds.popitem()[1])
+        """Close the files of weights."""
+        self._weights.close()
 
     def __enter__(self) -> Source:
         return self
@@ -158,34 +123,6 @@ class Source:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def _open(self, path: Path) -> int:
-        fd = self._fds.get(path)
-        if fd is not None:
-            return fd
-        with self._lock:
-            if path not in self._fds:
-                self._fds[path] = _open_unchanged(path, self._sizes[path])
-            return self._fds[path]
-
-
-def _open_unchanged(path: Path, size: int) -> int:
-    try:
-        fd = open_to_read(path)
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{path}: the weights are not here; they were not downloaded, or were moved"
-        ) from error
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be opened ({error.strerror})") from error
-    found = os.fstat(fd).st_size
-    if found != size:
-        os.close(fd)
-        raise CheckpointError(
-            f"{path}: changed since its header was read: expected {size:,} bytes, found {found:,}; "
-            "start again"
-        )
-    return fd
 
 
 def open_source(

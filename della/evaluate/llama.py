@@ -116,7 +116,7 @@ class Llama:
 
         config = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
         with open_source(str(path)) as source:
-            return Llama(config, {name: source.read(name) for name in source.tensors})
+            return Llama(config, {name: view.read() for name, view in source.tensors.items()})
 
     def logits(self, ids: Sequence[int]) -> Floats:
         """Next-token logits at every position of one text: (len(ids), vocabulary)."""

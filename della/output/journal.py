@@ -36,7 +36,8 @@ _KINDS: dict[str, dict[str, type]] = {
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """A finished tensor: xxh3_128 (hex) of its staged bytes, and of each input's bytes, the base's first."""
+    """A finished tensor: xxh3_128 (hex) of its staged bytes, and of each stored tensor
+    that was read, the base's first."""
 
     hash: str
     inputs: tuple[str, ...]

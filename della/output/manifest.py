@@ -20,13 +20,14 @@ from della.checkpoint.header import Header, read_header
 from della.checkpoint.layout import confined, read_small, why_no_file
 from della.checkpoint.source import Source
 from della.checkpoint.strict import json_object
+from della.checkpoint.view import Stored
 from della.errors import CheckpointError, OutputError
 from della.output.place import MANIFEST
 from della.version import __version__
 
 __all__ = [
     "FORMAT", "MANIFEST", "Entry", "Manifest", "Recorded", "build_manifest", "dump", "embed", "is_sealed",
-    "read_manifest", "sealed",
+    "read_manifest", "recorded", "sealed",
 ]  # fmt: skip
 
 FORMAT = 2
@@ -45,16 +46,14 @@ def versions() -> dict[str, str]:
 
 
 def build_manifest(
-    *, recipe: str, method: str, seed: int, base: Source, models: Sequence[Source],
-    norms: Sequence[Source | None], identities: Sequence[str],
-    hashes: Mapping[str, str], inputs: Mapping[Source, Mapping[str, str]], departures: Sequence[str],
-    files: Mapping[str, Mapping[str, Any]],
+    *, recipe: str, method: str, seed: int, base: Mapping[str, Any], models: Sequence[Mapping[str, Any]],
+    hashes: Mapping[str, str], departures: Sequence[str], files: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:  # fmt: skip
-    """The manifest as a JSON object.  ``hashes`` are of the output's tensors, ``inputs`` of those that were
-    read; ``files`` are size and hash of each file.
+    """The manifest as a JSON object.
 
-    It holds nothing that differs between two runs of one recipe on one machine: no time, no path, no thread
-    count.
+    ``base`` and ``models`` are as `recorded` gives them, each model with its identity and input norms;
+    ``hashes`` are of the output's tensors; ``files`` are size and hash of each file.  It holds nothing that
+    differs between two runs of one recipe on one machine: no time, no path, no thread count.
     """
     return {
         "format": FORMAT,
@@ -64,27 +63,20 @@ def build_manifest(
         "merge_method": method,
         "seed": seed,
         "departures_from_mergekit": list(departures),
-        "inputs": {
-            "base": _identity(base, inputs),
-            "models": [
-                _identity(model, inputs)
-                | {"identity": identity}
-                | ({} if file is None else {"input_norms": _identity(file, inputs)})
-                for model, identity, file in zip(models, identities, norms, strict=True)
-            ],
-        },
+        "inputs": {"base": dict(base), "models": list(models)},
         "tensor_hash": "xxh3_128",
         "tensors": dict(hashes),
         "files": dict(files),
     }
 
 
-def _identity(source: Source, inputs: Mapping[Source, Mapping[str, str]]) -> dict[str, Any]:
+def recorded(source: Source, hashes: Mapping[Stored, str]) -> dict[str, Any]:
+    """An input as the manifest has it: its files, and the hashes of those of its tensors that were read."""
     return {
         "reference": source.reference,
         "revision": source.revision,
         "files": [{"name": f.name, "size": f.size, "fingerprint": f.fingerprint} for f in source.files],
-        "tensors": dict(sorted(inputs.get(source, {}).items())),
+        "tensors": {name: hashes[part] for name, part in sorted(source.parts.items()) if part in hashes},
     }
 
 

@@ -85,7 +85,9 @@ def model_card(plan: Plan) -> bytes:
     recipe stands in a fence longer than any in it.
     """
     recipe, made_with = plan.recipe, {"della": __version__, **versions()}
-    names = list(dict.fromkeys(name for s in (plan.base, *plan.models) if (name := _model_name(s))))
+    names = list(
+        dict.fromkeys(name for s in (plan.base, *(m.source for m in plan.models)) if (name := _model_name(s)))
+    )
     library = "diffusers" if "_class_name" in plan.base.config else "transformers"
     front: dict[str, Any] = {"base_model": names} if names else {}
     front |= {"base_model_relation": "merge", "library_name": library}

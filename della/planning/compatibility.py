@@ -4,25 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from della.checkpoint.layout import Tensor
 from della.checkpoint.source import Source
+from della.checkpoint.view import TensorView
 from della.recipe.reader import Recipe
 
 HEAD, EMBEDDINGS = "lm_head.weight", "embed_tokens.weight"
 CODE = ("auto_map", "custom_pipelines")  # keys of config.json that name code outside the library
 
 
-def stand_in(recipe: Recipe, base: Source, model: Source, name: str) -> tuple[Source, Tensor] | None:
+def stand_in(recipe: Recipe, base: Source, model: Source, name: str) -> TensorView | None:
     """The tensor that stands for ``name`` of ``model``: its own; the embeddings, for a head that is tied in
     both models; the base's, if the recipe says so (missing: base).  None where there is none.
     """
     if name in model.tensors:
-        return model, model.tensors[name]
+        return model.tensors[name]
     if name == HEAD and _is_tied(base) and _is_tied(model):
         embeddings = [n for n in model.tensors if n.endswith(EMBEDDINGS)]
         if len(embeddings) == 1:
-            return model, model.tensors[embeddings[0]]
-    return (base, base.tensors[name]) if recipe.missing == "base" else None
+            return model.tensors[embeddings[0]]
+    return base.tensors[name] if recipe.missing == "base" else None
 
 
 def extras(base: Source, model: Source) -> list[str]:
@@ -61,8 +61,7 @@ def check_fit(recipe: Recipe, base: Source, models: Sequence[Source]) -> tuple[l
 
 
 def _instead(recipe: Recipe, base: Source, model: Source, names: Sequence[str]) -> str:
-    found = [stand_in(recipe, base, model, name) for name in names]
-    if any(each and each[0] is base for each in found):
+    if any(stand_in(recipe, base, model, name) is base.tensors[name] for name in names):
         return "the base's stands in its place (missing: base)"
     return "its head is tied to its embeddings"
 

@@ -19,7 +19,7 @@ def plan_json(plan: Plan, threads: int) -> dict[str, Any]:
         "merge_method": plan.recipe.merge_method,
         "base_model": plan.recipe.base_model,
         "seed": plan.recipe.seed,
-        "tensors": [_tensor(job, references, plan.recipe.merge_method) for job in plan.jobs],
+        "tensors": [_tensor(plan, job, references) for job in plan.jobs],
         "bytes_read": plan.bytes_read,
         "bytes_written": plan.bytes_written,
         "memory": plan.memory(threads),
@@ -29,15 +29,15 @@ def plan_json(plan: Plan, threads: int) -> dict[str, Any]:
     }
 
 
-def _tensor(job: Job, references: list[str], method: str) -> dict[str, Any]:
+def _tensor(plan: Plan, job: Job, references: list[str]) -> dict[str, Any]:
     copied = job.choice is None
     return {
         "name": job.name,
         "shape": list(job.shape),
         "dtype": job.dtype.torch_name,
-        "method": "copy" if copied else method,
+        "method": "copy" if copied else plan.recipe.merge_method,
         "parameters": _shared(job),
-        "models": {} if copied else dict(zip(references, map(dict, _own(job)), strict=True)),
+        "models": {} if copied else dict(zip(references, _own(plan, job), strict=True)),
     }
 
 
@@ -63,12 +63,12 @@ def _shared(job: Job) -> dict[str, Any]:
     return {key: effect.get(key, value) for key, value in job.shared.items()}
 
 
-def _own(job: Job) -> Iterator[dict[str, Any]]:
+def _own(plan: Plan, job: Job) -> Iterator[dict[str, Any]]:
     """Each model's parameters in the order of the recipe; epsilon as it takes effect."""
-    experts = {each.model: each.expert for each in job.inputs}
-    for k, values in enumerate(job.values):
-        known = {key: value for key, value in values.items() if key != "window_size"}
-        yield known | {"epsilon": experts[k].epsilon} if "epsilon" in known else known
+    operands = {each.model: each for each in job.operands}
+    for each in (operands[model] for model in plan.models):
+        known = {key: value for key, value in each.values.items() if key != "window_size"}
+        yield known | {"epsilon": each.expert.epsilon} if "epsilon" in known else known
 
 
 def plan_text(plan: Plan, threads: int) -> str:
@@ -107,7 +107,7 @@ def _rows(plan: Plan) -> _Rows:
         if job.choice is None:
             continue
         values = [(("", key), value) for key, value in _shared(job).items()]
-        for reference, own in zip(_references(plan), _own(job), strict=True):
+        for reference, own in zip(_references(plan), _own(plan, job), strict=True):
             values += [((reference, key), value) for key, value in own.items()]
         rows.setdefault(tuple(values), []).append(job.name)
     return rows

@@ -42,7 +42,7 @@ def departures(recipe: Recipe, jobs: Sequence[Job]) -> list[str]:
             for e in job.experts
         ),
         "a tied sign vote elects nothing (mergekit: the positive sign)": any(
-            choice.vote != "none" and len(job.inputs) > 1 for job, choice in merged
+            choice.vote != "none" and len(job.operands) > 1 for job, choice in merged
         ),
         _ARITHMETIC: any(_rounds(recipe, job) for job, _ in merged),
         f"draws come from seed {recipe.seed}, the same on every machine (mergekit: unseeded)": random,
@@ -63,7 +63,7 @@ def _rounds(recipe: Recipe, job: Job) -> bool:
         return False
     theirs = "F64" if recipe.dtype.name == "F64" else "F32"
     kept = all(
-        t.dtype is recipe.dtype or t.dtype.bits < recipe.dtype.bits
-        for t in (each.tensor for each in job.inputs)
+        view.dtype is recipe.dtype or view.dtype.bits < recipe.dtype.bits
+        for view in (each.view for each in job.operands)
     )
     return theirs != ours or not kept

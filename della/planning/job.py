@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
-from della.checkpoint.layout import Tensor
 from della.checkpoint.source import Source
+from della.checkpoint.view import Stored, TensorView
 from della.dtypes import DType
 from della.merging.methods import OF_TENSOR, Choice, Drop, Expert
 from della.merging.reference import row_length
-from della.recipe.reader import Recipe
+from della.recipe.reader import ModelEntry, Recipe
 
 TILE = 1 << 18  # elements of a tile: large enough to forget Python's overhead, small enough for the caches
 # Rough costs for the estimate, measured on one core of a 2-core server: nanoseconds per element and expert.
@@ -25,37 +25,44 @@ _NANOSECONDS = {"magprune": 3.5, "bernoulli": 1.2, "top": 3.2, "band": 3.5, "non
 _BYTES_PER_SECOND, _START_SECONDS, _START_MEMORY = 2.0e9, 0.8, 150 << 20
 
 
-class Input(NamedTuple):
-    """A tensor that stands for one model: usually that model's own of this name, in its ``source``.
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A model of the recipe, opened; ``norms`` is its file of input norms, if it has one."""
 
-    ``model`` is the model's place in Plan.models, ``expert`` what the stages do with it.  ``norms`` is where
-    the input norms lie that rank its deltas.
+    entry: ModelEntry
+    source: Source
+    norms: Source | None = None
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A view that stands for one model in a job: usually that model's own tensor of this name.
+
+    ``expert`` is what the stages do with it, ``norms`` the input norms that rank its deltas.  ``values`` are
+    its settings as the recipe resolves them, for display.
     """
 
-    model: int
-    source: Source
-    tensor: Tensor
+    model: Model
+    view: TensorView
     expert: Expert
-    norms: tuple[Source, Tensor] | None = None
+    norms: TensorView | None = None
+    values: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Job:
-    """One output tensor.  ``choice`` is None where ``base`` (a tensor of ``source``) is copied.
+    """One output tensor.  ``choice`` is None where ``base`` is copied.
 
-    ``inputs`` are in canonical order; ``values`` are the resolved settings of every model in the recipe's
-    order, and ``shared`` the others, for display.
+    ``operands`` are in canonical order; ``shared`` are the resolved settings of no one model, for display.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: DType
-    source: Source
-    base: Tensor
+    base: TensorView
     choice: Choice | None
-    inputs: tuple[Input, ...] = ()
-    shared: dict[str, Any] = field(default_factory=dict)
-    values: tuple[dict[str, Any], ...] = ()
+    operands: tuple[Operand, ...] = ()
+    shared: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def elements(self) -> int:
@@ -67,34 +74,38 @@ class Job:
 
     @property
     def experts(self) -> list[Expert]:
-        """The experts in canonical order."""
-        return [each.expert for each in self.inputs]
+        """What the stages do with each operand."""
+        return [each.expert for each in self.operands]
 
     @property
     def reads_base(self) -> bool:
-        """Whether the base's tensor is read: for a plain average it is not."""
+        """Whether the base is read: for a plain average it is not."""
         return self.choice is None or self.choice.drop != "average"
 
     @property
-    def weights(self) -> list[tuple[Source, Tensor]]:
-        """The tensors that are merged, the base's first."""
-        own = [(self.source, self.base)] if self.reads_base else []
-        return own + [(each.source, each.tensor) for each in self.inputs]
+    def weights(self) -> list[TensorView]:
+        """What is merged, the base first."""
+        return [self.base] * self.reads_base + [each.view for each in self.operands]
 
     @property
-    def reads(self) -> list[tuple[Source, Tensor]]:
-        """Every tensor that is read: the weights, then input norms."""
-        return self.weights + [each.norms for each in self.inputs if each.norms]
+    def views(self) -> list[TensorView]:
+        """All that is read: the weights, then input norms."""
+        return self.weights + [each.norms for each in self.operands if each.norms]
+
+    @property
+    def parts(self) -> list[Stored]:
+        """The stored tensors that are read, each once."""
+        return list(dict.fromkeys(part for view in self.views for part in view.parts))
 
     @property
     def bytes_read(self) -> int:
         """Bytes of input that one pass over this tensor reads."""
-        return sum(tensor.nbytes for _, tensor in self.reads)
+        return sum(view.nbytes for view in self.views)
 
     @property
     def exact_double(self) -> bool:
-        """Whether an input is float64: then arithmetic is float64, by the reference itself."""
-        return any(t.dtype.name == "F64" for t in (self.base, *(each.tensor for each in self.inputs)))
+        """Whether a view gives float64: then arithmetic is float64, by the reference itself."""
+        return any(view.element.name == "F64" for view in (self.base, *self.weights))
 
 
 @dataclass
@@ -102,13 +113,12 @@ class Plan:
     """What a merge will do.  A context manager that closes the inputs.
 
     ``base`` is the template of the output: names, shapes and side files (the first model where the method
-    needs no base).  ``models`` are in the order of the recipe, as are ``norms``, each one's file of them.
+    needs no base).  ``models`` are in the order of the recipe.
     """
 
     recipe: Recipe
     base: Source
-    models: tuple[Source, ...]
-    norms: tuple[Source | None, ...]
+    models: tuple[Model, ...]
     jobs: tuple[Job, ...]
     notes: tuple[str, ...]
     departures: tuple[str, ...]
@@ -123,7 +133,8 @@ class Plan:
     @property
     def sources(self) -> list[Source]:
         """The base, the models and their files of input norms, each once."""
-        return list(dict.fromkeys((self.base, *self.models, *filter(None, self.norms))))
+        norms = (model.norms for model in self.models)
+        return list(dict.fromkeys((self.base, *(m.source for m in self.models), *filter(None, norms))))
 
     @property
     def bytes_read(self) -> int:
@@ -142,7 +153,7 @@ class Plan:
     def seconds(self, threads: int) -> float:
         """Estimated wall time, with the inputs in memory or on a fast disk."""
         work = [
-            (job.choice.drop, job.elements * max(len(job.inputs), 1))
+            (job.choice.drop, job.elements * max(len(job.operands), 1))
             for job in self.jobs
             if job.choice is not None
         ]
@@ -160,10 +171,10 @@ def _working_bytes(job: Job) -> int:
     if job.choice is None:
         return 1 << 20
     if job.exact_double or job.choice.compat:
-        return job.elements * 8 * (3 * len(job.inputs) + 6)
+        return job.elements * 8 * (3 * len(job.operands) + 6)
     tile = min(max(TILE, row_length(job.name, job.shape)), job.elements)
-    arrays = len(job.inputs) * (3 if job.choice.fuse == "calibrated" else 1) + 5
-    arrays += len(job.inputs) * (job.choice.importance == "wanda")
+    arrays = len(job.operands) * (3 if job.choice.fuse == "calibrated" else 1) + 5
+    arrays += len(job.operands) * (job.choice.importance == "wanda")
     ranks_all = job.choice.drop == "magprune" and job.choice.rank_by in OF_TENSOR
     table = job.elements * 12 if ranks_all else 0
     return tile * 4 * arrays + table

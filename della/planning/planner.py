@@ -5,7 +5,6 @@ All that can be found wrong before the first byte is told at once: inputs, recip
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,9 +12,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from della.checkpoint.layout import Tensor
 from della.checkpoint.norms import misfits
 from della.checkpoint.source import Source, open_file, open_source
+from della.checkpoint.view import TensorView
 from della.dtypes import DType
 from della.errors import CheckpointError, DellaError, RecipeError, together
 from della.merging.methods import choice, expert
@@ -23,7 +22,7 @@ from della.output.place import check_place, check_space, is_name
 from della.output.staging import staged_bytes
 from della.planning.compatibility import check_fit, extras, foreign_code, some, stand_in
 from della.planning.differences import departures
-from della.planning.job import Input, Job, Plan
+from della.planning.job import Job, Model, Operand, Plan
 from della.recipe.reader import ModelEntry, Recipe
 
 _LAYER = re.compile(r"(.*?)\.(\d+)\.")
@@ -77,8 +76,12 @@ def make_plan(
         opened = _open_all(recipe, weights, permissions, stack, check)
         norms = _open_norms(recipe, stack, check)
         with check:
-            _check_target(target, [*opened.values(), *filter(None, norms)])
-        models = tuple(opened[m.reference] for m in recipe.models if m.reference in opened)
+            _check_target(target, [*opened.values(), *norms.values()])
+        models = tuple(
+            Model(m, opened[m.reference], norms.get(m.input_norms))
+            for m in recipe.models
+            if m.reference in opened
+        )
         base = opened.get(_template(recipe))
         notes = list(recipe.notes)
         depths = _depths(base.tensors if base else ())
@@ -88,8 +91,8 @@ def make_plan(
         if base is not None:
             with check:
                 base.side_files()
-            problems, said = check_fit(recipe, base, models)
-            problems += [text for each in dict.fromkeys(filter(None, norms)) for text in misfits(each, base)]
+            problems, said = check_fit(recipe, base, [model.source for model in models])
+            problems += [text for each in norms.values() for text in misfits(each, base)]
             notes += said
             with check:
                 if problems:
@@ -98,12 +101,12 @@ def make_plan(
                 _check_space(target, recipe, base, models)
         check.raise_any()
         assert base is not None
-        jobs = tuple(_jobs(recipe, base, models, norms, depths))
+        jobs = tuple(_jobs(recipe, base, models, depths))
         _check_scope(jobs)
         _check_compat(recipe, jobs)
-        notes += [*_storage(models, jobs), *_ranked(recipe, jobs), *foreign_code(base, permissions.auto_map)]
+        notes += [*_storage(jobs), *_ranked(models, jobs), *foreign_code(base, permissions.auto_map)]
         made = tuple(departures(recipe, jobs))
-        return Plan(recipe, base, models, norms, jobs, tuple(notes), made, stack.pop_all())
+        return Plan(recipe, base, models, jobs, tuple(notes), made, stack.pop_all())
 
 
 class _Check:
@@ -147,15 +150,15 @@ def _open_all(
     return opened
 
 
-def _open_norms(recipe: Recipe, stack: ExitStack, check: _Check) -> tuple[Source | None, ...]:
-    """Each model's file of input norms; None where it has none, or one that cannot be opened."""
+def _open_norms(recipe: Recipe, stack: ExitStack, check: _Check) -> dict[str | None, Source]:
+    """Every file of input norms by its reference, but those that cannot be opened."""
     folder = recipe.path.parent if recipe.path else None
     opened: dict[str | None, Source] = {}
     for model in recipe.models:
         if model.input_norms and model.input_norms not in opened:
             with check:
                 opened[model.input_norms] = stack.enter_context(_open_file(model, folder))
-    return tuple(opened.get(model.input_norms) for model in recipe.models)
+    return opened
 
 
 def _open_file(model: ModelEntry, folder: Path | None) -> Source:
@@ -173,18 +176,18 @@ def _check_target(target: Target | None, sources: Iterable[Source]) -> None:
         check_place(out, target.overwrite, target.is_single, inputs)
 
 
-def _check_space(target: Target | None, recipe: Recipe, base: Source, models: Sequence[Source]) -> None:
+def _check_space(target: Target | None, recipe: Recipe, base: Source, models: Sequence[Model]) -> None:
     if target is None or not is_name(target.out):
         return
-    needed = sum(math.prod(t.shape) * _stored_as(recipe, t).bytes for t in base.tensors.values())
-    needed += sum(tensor.nbytes for _, tensor in _copied(recipe, base, models))
+    needed = sum(view.elements * _stored_as(recipe, view).bytes for view in base.tensors.values())
+    needed += sum(view.elements * view.dtype.bytes for view in _copied(recipe, base, models))
     out = Path(os.path.abspath(target.out))
     check_space(out.parent, needed - staged_bytes(out))
 
 
-def _stored_as(recipe: Recipe, tensor: Tensor) -> DType:
-    """The storage dtype of a tensor of the result."""
-    return (recipe.out_dtype or recipe.dtype or tensor.dtype) if tensor.dtype.is_float else tensor.dtype
+def _stored_as(recipe: Recipe, view: TensorView) -> DType:
+    """The storage dtype of a tensor of the result, which the base has as ``view``."""
+    return (recipe.out_dtype or recipe.dtype or view.dtype) if view.dtype.is_float else view.dtype
 
 
 def _depths(names: Iterable[str]) -> dict[str, tuple[float, str]]:
@@ -210,41 +213,37 @@ def _depths(names: Iterable[str]) -> dict[str, tuple[float, str]]:
 
 
 def _jobs(
-    recipe: Recipe, base: Source, models: Sequence[Source], norms: Sequence[Source | None],
-    depths: Mapping[str, tuple[float, str]],
-) -> Iterator[Job]:  # fmt: skip
+    recipe: Recipe, base: Source, models: Sequence[Model], depths: Mapping[str, tuple[float, str]]
+) -> Iterator[Job]:
     for name, (t, _) in depths.items():
-        yield _job(recipe, name, t, base, models, norms)
-    for model, tensor in _copied(recipe, base, models):
-        yield Job(tensor.name, tensor.shape, tensor.dtype, model, tensor, None)
+        yield _job(recipe, name, t, base, models)
+    for view in _copied(recipe, base, models):
+        yield Job(view.name, view.shape, view.dtype, view, None)
 
 
-def _copied(recipe: Recipe, base: Source, models: Sequence[Source]) -> Iterator[tuple[Source, Tensor]]:
+def _copied(recipe: Recipe, base: Source, models: Sequence[Model]) -> Iterator[TensorView]:
     """The tensors that the base lacks, where they shall be in the result (extra: copy)."""
-    for model in dict.fromkeys(models if recipe.extra == "copy" else ()):
-        if model is not base:
-            yield from ((model, model.tensors[name]) for name in extras(base, model))
+    for source in dict.fromkeys(model.source for model in models if recipe.extra == "copy"):
+        if source is not base:
+            yield from (source.tensors[name] for name in extras(base, source))
 
 
-def _job(
-    recipe: Recipe, name: str, t: float, base: Source, models: Sequence[Source],
-    norms: Sequence[Source | None],
-) -> Job:  # fmt: skip
-    tensor = base.tensors[name]
-    dtype = _stored_as(recipe, tensor)
-    if not tensor.dtype.is_float:
-        return Job(name, tensor.shape, dtype, base, tensor, None)
+def _job(recipe: Recipe, name: str, t: float, base: Source, models: Sequence[Model]) -> Job:
+    view = base.tensors[name]
+    dtype = _stored_as(recipe, view)
+    if not view.dtype.is_float:
+        return Job(name, view.shape, dtype, view, None)
     shared, values = recipe.resolve(name, t)
-    experts = [expert(m.identity, own) for m, own in zip(recipe.models, values, strict=True)]
-    picked = choice(recipe.method, shared, (recipe.dtype or tensor.dtype) if recipe.compat else None)
-    inputs = []
-    for k in sorted(range(len(experts)), key=lambda k: experts[k].identity):
-        found = stand_in(recipe, base, models[k], name)
+    picked = choice(recipe.method, shared, (recipe.dtype or view.dtype) if recipe.compat else None)
+    operands = []
+    for model, own in zip(models, values, strict=True):
+        found = stand_in(recipe, base, model.source, name)
         assert found is not None, "check_fit has looked"
-        file = norms[k] if picked.importance == "wanda" and 0 not in tensor.shape else None
-        own = (file, file.tensors[name]) if file and name in file.tensors else None
-        inputs.append(Input(k, *found, experts[k], own))
-    return Job(name, tensor.shape, dtype, base, tensor, picked, tuple(inputs), shared, values)
+        is_ranked = model.norms and picked.importance == "wanda" and view.elements
+        norms = model.norms.tensors.get(name) if model.norms and is_ranked else None
+        operands.append(Operand(model, found, expert(model.entry.identity, own), norms, own))
+    operands.sort(key=lambda each: each.expert.identity)
+    return Job(name, view.shape, dtype, view, picked, tuple(operands), shared)
 
 
 def _check_scope(jobs: Sequence[Job]) -> None:
@@ -279,19 +278,17 @@ def _check_compat(recipe: Recipe, jobs: Sequence[Job]) -> None:
             )
 
 
-def _ranked(recipe: Recipe, jobs: Sequence[Job]) -> list[str]:
+def _ranked(models: Sequence[Model], jobs: Sequence[Job]) -> list[str]:
     """A note for each model on how many tensors are ranked by its input norms, and how many without."""
     notes = []
-    for k, model in enumerate(recipe.models):
-        mine = [
-            e for j in jobs if j.choice and j.choice.importance == "wanda" for e in j.inputs if e.model == k
-        ]
-        with_norms = sum(each.norms is not None for each in mine)
+    ranked = [e for job in jobs if job.choice and job.choice.importance == "wanda" for e in job.operands]
+    for model in models:
+        mine = [each.norms is not None for each in ranked if each.model is model]
         if mine:
-            said = f"{with_norms} of {len(mine)} tensors are ranked by |delta| times input norms"
-            rest = "the others have none, and are ranked by |delta|"
-            notes.append(f"{model.reference}: {said}" + (f"; {rest}" if with_norms < len(mine) else ""))
-    whole = [each for job in jobs if job.choice and job.choice.scope == "model" for each in job.inputs]
+            said = f"{sum(mine)} of {len(mine)} tensors are ranked by |delta| times input norms"
+            rest = "" if all(mine) else "; the others have none, and are ranked by |delta|"
+            notes.append(f"{model.entry.reference}: {said}{rest}")
+    whole = [each for job in jobs if job.choice and job.choice.scope == "model" for each in job.operands]
     if notes and len({each.norms is None for each in whole}) > 1:
         notes.append(
             "scope: model compares scores with and without input norms, which are of different scales"
@@ -299,15 +296,13 @@ def _ranked(recipe: Recipe, jobs: Sequence[Job]) -> list[str]:
     return notes
 
 
-def _storage(models: Sequence[Source], jobs: Sequence[Job]) -> list[str]:
+def _storage(jobs: Sequence[Job]) -> list[str]:
     """A note for each model that is stored in another type than the base."""
     found: dict[str, None] = {}
     for job in jobs:
-        for each in job.inputs:
-            if each.tensor.dtype is not job.base.dtype:
-                theirs, ours = each.tensor.dtype.torch_name, job.base.dtype.torch_name
-                result = f"the result is stored in {job.dtype.torch_name}"
-                found[f"{models[each.model].reference}: stored in {theirs}, the base in {ours}; {result}"] = (
-                    None
-                )
+        for each in job.operands:
+            if each.view.dtype is not job.base.dtype:
+                theirs, ours = each.view.dtype.torch_name, job.base.dtype.torch_name
+                said = f"{each.model.entry.reference}: stored in {theirs}, the base in {ours}"
+                found[f"{said}; the result is stored in {job.dtype.torch_name}"] = None
     return list(found)

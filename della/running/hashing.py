@@ -10,13 +10,10 @@ from pathlib import Path
 
 import xxhash
 
-from della.checkpoint.layout import Tensor
-from della.checkpoint.source import Source
+from della.checkpoint.view import PIECE_BYTES
 from della.errors import CheckpointError, DellaError
-from della.running.compute import Stopped
+from della.running.reading import Stopped
 from della.running.run import Progress
-
-PIECE_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -84,7 +81,7 @@ class Hashing:
 
 
 def of_file(path: Path, offset: int, nbytes: int) -> Iterator[memoryview]:
-    """``nbytes`` bytes of a file, in pieces that are void when the next one is asked for.
+    """``nbytes`` bytes of a file, in pieces whose buffer is reused.
 
     Raises CheckpointError.
     """
@@ -100,12 +97,3 @@ def of_file(path: Path, offset: int, nbytes: int) -> Iterator[memoryview]:
                 nbytes -= count
     except OSError as error:
         raise CheckpointError(f"the file cannot be read ({error.strerror})") from error
-
-
-def of_input(source: Source, tensor: Tensor) -> Iterator[memoryview]:
-    """A tensor of an input, likewise."""
-    buffer = memoryview(bytearray(min(PIECE_BYTES, tensor.nbytes)))
-    for start in range(0, tensor.nbytes, PIECE_BYTES):
-        piece = buffer[: tensor.nbytes - start]
-        source.read_into(tensor, start, piece)
-        yield piece

@@ -19,16 +19,17 @@ import numpy as np
 import xxhash
 
 from della.checkpoint.layout import STEMS
-from della.checkpoint.source import Source
+from della.checkpoint.view import Hashes, Stored
 from della.errors import CheckpointError, DellaError, OutputError
 from della.merging.kernels import cast
 from della.merging.tensor import Band
 from della.output.journal import Done
-from della.output.manifest import MANIFEST, UNKNOWN, build_manifest, dump, embed, sealed, versions
+from della.output.manifest import MANIFEST, UNKNOWN, build_manifest, dump, embed, recorded, sealed, versions
 from della.output.writer import StagedOutput
 from della.planning.card import config_json, model_card, side_file
 from della.planning.job import TILE, Job, Plan
-from della.running.compute import Compute, Stopped, digests_of, needs_bands
+from della.running.compute import Compute, needs_bands
+from della.running.reading import Stopped
 from della.version import __version__
 
 Part = tuple[int, int]
@@ -87,7 +88,7 @@ def run(plan: Plan, out: Path, options: Options) -> Result:
     started = time.monotonic()
     single = out.suffix == ".safetensors"
     stamps = _stamps(plan)
-    unknown = {job.name: Done(UNKNOWN, (UNKNOWN,) * len(job.reads)) for job in plan.jobs}
+    unknown = {job.name: Done(UNKNOWN, (UNKNOWN,) * len(job.parts)) for job in plan.jobs}
     staged = StagedOutput(
         out, _tensors(plan), options.shard_bytes, options.overwrite, single, options.fsync,
         metadata=embed(_manifest(plan, unknown, {})) if single else None,
@@ -159,20 +160,20 @@ def _key(plan: Plan, stamps: Mapping[str, str]) -> str:
 
 
 def _manifest(plan: Plan, done: Mapping[str, Done], files: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    inputs: dict[Source, dict[str, str]] = {}
+    hashes: dict[Stored, str] = {}
     for job in plan.jobs:
-        for (source, tensor), digest in zip(job.reads, done[job.name].inputs, strict=True):
-            inputs.setdefault(source, {})[tensor.name] = digest
+        hashes.update(zip(job.parts, done[job.name].inputs, strict=True))
+    models = []
+    for model in plan.models:
+        models.append(recorded(model.source, hashes) | {"identity": model.entry.identity})
+        models[-1] |= {"input_norms": recorded(model.norms, hashes)} if model.norms else {}
     return build_manifest(
         recipe=plan.recipe.text,
         method=plan.recipe.merge_method,
         seed=plan.recipe.seed,
-        base=plan.base,
-        models=plan.models,
-        norms=plan.norms,
-        identities=[m.identity for m in plan.recipe.models],
+        base=recorded(plan.base, hashes),
+        models=models,
         hashes={job.name: done[job.name].hash for job in plan.jobs},
-        inputs=inputs,
         departures=plan.departures,
         files=files,
     )
@@ -277,7 +278,7 @@ class _Run:
             self._advance(job, job.bytes_read + job.nbytes, finished=1)
 
     def _one(self, job: Job) -> None:
-        digest, inputs = xxhash.xxh3_128(), digests_of(job)
+        digest, inputs = xxhash.xxh3_128(), Hashes()
         start = told = 0
         for stored in self.compute.pieces(job, self.bands.get(job.name), inputs):
             raw = stored.reshape(-1).view(np.uint8).data
@@ -287,7 +288,7 @@ class _Run:
             now = (job.bytes_read + job.nbytes) * start // job.nbytes
             self._advance(job, now - told)
             told = now
-        self.staged.finish(job.name, Done(digest.hexdigest(), tuple(d.hexdigest() for d in inputs)))
+        self.staged.finish(job.name, Done(digest.hexdigest(), tuple(map(inputs.of, job.parts))))
         self._advance(job, 0, finished=1)
         with self.lock:
             self.bytes_read += job.bytes_read

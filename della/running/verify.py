@@ -28,7 +28,7 @@ from della.planning.job import Job, Plan, default_threads
 from della.planning.planner import Permissions, make_plan
 from della.recipe.reader import Recipe, read_recipe
 from della.running.compute import Compute, needs_bands
-from della.running.hashing import Check, Hashing, of_file, of_input
+from della.running.hashing import Check, Hashing, of_file
 from della.running.run import Progress
 from della.version import __version__
 
@@ -261,23 +261,24 @@ def _input_checks(plan: Plan, manifest: Manifest, verdict: Verdict) -> list[Chec
     if (now := len(plan.models)) != (told := len(manifest.models)):
         verdict.bad.append(f"{verdict.out}: models in its recipe: {now}, in its manifest: {told}")
     found: dict[tuple[Source, str, str], Check] = {}
-    pairs = [(plan.base, manifest.base), *zip(plan.models, manifest.models)]
-    for source, model in zip(plan.norms, manifest.models):
-        if source and model.norms:
-            pairs.append((source, model.norms))
-        elif source or model.norms:
+    pairs = [(plan.base, manifest.base)]
+    for model, was in zip(plan.models, manifest.models):
+        pairs.append((model.source, was))
+        if model.norms and was.norms:
+            pairs.append((model.norms, was.norms))
+        elif model.norms or was.norms:
             said = "input norms are in its recipe or in its manifest, and not in both"
-            verdict.bad.append(f"{verdict.out}: {model.reference}: {said}")
+            verdict.bad.append(f"{verdict.out}: {was.reference}: {said}")
     for source, was in pairs:
         _compare_files(source, was, verdict)
+        parts = source.parts
         for name, expected in was.tensors.items():
-            tensor = source.tensors.get(name)
-            if tensor is None:
+            part = parts.get(name)
+            if part is None:
                 verdict.bad.append(f"{source.reference}: tensor {name!r}, which was merged, is missing")
                 continue
-            what, pieces = f"{tensor.file}: tensor {name!r}", partial(of_input, source, tensor)
-            fault = "is not what was merged"
-            found[source, name, expected] = Check(name, what, fault, tensor.nbytes, expected, pieces)
+            what, fault = f"{part.file}: tensor {name!r}", "is not what was merged"
+            found[source, name, expected] = Check(name, what, fault, part.nbytes, expected, part.pieces)
     verdict.inputs = len(found)
     return list(found.values())
 

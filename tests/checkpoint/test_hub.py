@@ -151,7 +151,7 @@ for reference, weights, name in json.loads(sys.argv[1]):
                 "revision": source.revision, "config": source.config, "folder": str(source.folder),
                 "side": [path.name for path in source.side_files()],
                 "files": {file.name: [file.size, file.fingerprint] for file in source.files},
-                "read": source.read(name).tolist() if name else None,
+                "read": source.tensors[name].read().tolist() if name else None,
             })
     except DellaError as error:
         results.append([error.exit_code, str(error)])

@@ -27,7 +27,7 @@ def shards(tmp_path: Path, **changes: Any) -> Path:
 def test_shards_with_an_index(tmp_path: Path) -> None:
     with open_source(str(shards(tmp_path))) as source:
         assert [file.name for file in source.files] == ["s1.safetensors", "s2.safetensors"]
-        assert {name: source.read(name).item() for name in source.tensors} == {"a": 1.0, "b": 2.0}
+        assert {name: view.read().item() for name, view in source.tensors.items()} == {"a": 1.0, "b": 2.0}
 
 
 def test_diffusers_naming_and_a_subfolder(tmp_path: Path) -> None:
@@ -40,7 +40,7 @@ def test_diffusers_naming_and_a_subfolder(tmp_path: Path) -> None:
             "sub/x.safetensors": ONE,
         },
     )
-    assert open_source(str(tmp_path / "two")).tensors["w"].file == tmp_path / "two/sub/x.safetensors"
+    assert open_source(str(tmp_path / "two")).parts["w"].file == tmp_path / "two/sub/x.safetensors"
 
 
 def test_shards_without_an_index(tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ def test_several_files_that_are_no_shards(tmp_path: Path) -> None:
 def test_a_tensor_in_two_shards_is_read_from_the_one_that_the_index_names(tmp_path: Path) -> None:
     both = {"a": np.array([9.0], np.float32), "b": np.array([2.0], np.float32)}
     with open_source(str(shards(tmp_path, **{"s2.safetensors": both}))) as source:
-        assert source.read("a").item() == 1.0
+        assert source.tensors["a"].read().item() == 1.0
     both["a"] = np.array([[9.0]], np.float16)
     assert refusal(shards(tmp_path, **{"s2.safetensors": both})) == (
         f"{tmp_path}: tensor 'a' is F32 [1] in s1.safetensors but F16 [1, 1] in s2.safetensors; "
@@ -183,7 +183,7 @@ def test_an_index_may_not_name_what_some_system_reads_otherwise(tmp_path: Path, 
 def test_an_index_may_name_all_other_files(tmp_path: Path, name: str) -> None:
     put(tmp_path, {"model.safetensors.index.json": index(w=name), name: ONE})
     with open_source(str(tmp_path)) as source:
-        assert source.read("w").tobytes() == ONE["w"].tobytes()
+        assert source.tensors["w"].read().tobytes() == ONE["w"].tobytes()
 
 
 @pytest.mark.parametrize(
@@ -235,8 +235,8 @@ def test_links_of_the_hub_cache(tmp_path: Path) -> None:
     snapshot.mkdir(parents=True)
     (snapshot / "model.safetensors").symlink_to("../../blobs/abc.safetensors")
     with open_source(str(snapshot)) as source:
-        assert (source.revision, source.read("w").tobytes()) == (COMMIT, ONE["w"].tobytes())
-        assert source.tensors["w"].file == snapshot / "model.safetensors"
+        assert (source.revision, source.tensors["w"].read().tobytes()) == (COMMIT, ONE["w"].tobytes())
+        assert source.parts["w"].file == snapshot / "model.safetensors"
     (snapshot / "model.safetensors").unlink()
     (snapshot / "model.safetensors").symlink_to("../../../models--o--other/blobs/abc.safetensors")
     assert "a link that leaves the folder" in refusal(snapshot)

@@ -87,8 +87,8 @@ def test_the_same_bytes_as_from_safetensors(tmp_path: Path, options: dict[str, A
     with opened(path) as source, open_source(str(twin)) as expected:
         assert (source.place, source.folder, source.config) == (path, tmp_path, {})
         assert set(source.tensors) == set(expected.tensors) == set(names)
-        for name, entry in source.tensors.items():
-            got, wanted = source.read(name), expected.read(name)
+        for name, entry in source.parts.items():
+            got, wanted = source.tensors[name].read(), expected.tensors[name].read()
             assert (entry.dtype, entry.shape, entry.file) == (DTYPES[name], (3, 5), path)
             assert (got.dtype, got.shape) == (wanted.dtype, wanted.shape)
             assert got.tobytes() == wanted.tobytes() == bits(name)
@@ -105,13 +105,13 @@ def test_ordinary_tensors_are_read_from_the_file_by_offset(tmp_path: Path) -> No
     raw = path.read_bytes()
     with opened(path) as source:
         for name, value in state.items():
-            entry, plain = source.tensors[name], value.detach()
+            entry, plain = source.parts[name], value.detach()
             expected = plain.reshape(-1).view(torch.uint8).numpy().tobytes()
-            assert source.read(name).shape == tuple(plain.shape)
-            assert source.read(name).tobytes() == expected
+            assert source.tensors[name].read().shape == tuple(plain.shape)
+            assert source.tensors[name].read().tobytes() == expected
             assert raw[entry.offset : entry.offset + entry.nbytes] == expected
-        assert source.tensors["tied.a"].offset == source.tensors["tied.b"].offset
-        offsets = [entry.offset for entry in source.tensors.values()]
+        assert source.parts["tied.a"].offset == source.parts["tied.b"].offset
+        offsets = [entry.offset for entry in source.parts.values()]
         assert offsets == sorted(offsets)
 
 
@@ -129,14 +129,14 @@ def test_other_tensors_are_read_as_their_row_major_copies(tmp_path: Path, option
             plain = value.resolve_conj().resolve_neg().contiguous()
             numbers = torch.view_as_real(plain) if plain.is_complex() else plain
             expected = numbers.reshape(-1).view(torch.uint8).numpy().tobytes()
-            assert source.read(name).shape == tuple(value.shape)
-            assert source.read(name).tobytes() == expected
+            assert source.tensors[name].read().shape == tuple(value.shape)
+            assert source.tensors[name].read().tobytes() == expected
             for start, count in ((0, 1), (3, 7), (5, 0), (len(expected) - 9, 9)):
                 buffer = bytearray(count)
-                source.read_into(source.tensors[name], start, memoryview(buffer))
+                source.parts[name].read_bytes(start, memoryview(buffer))
                 assert buffer == expected[start : start + count]
             with pytest.raises(ValueError, match=r"^bytes "):
-                source.read_into(source.tensors[name], len(expected), memoryview(bytearray(1)))
+                source.parts[name].read_bytes(len(expected), memoryview(bytearray(1)))
 
 
 def test_any_part_of_any_strides() -> None:
@@ -171,9 +171,9 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
         "torch.ones(3).numpy(); buffer = np.zeros(1 << 20, np.uint8)\n"
         "before = getrusage(RUSAGE_SELF).ru_maxrss\n"
         "source = open_source(sys.argv[1], allow_pickle=True)\n"
-        "for tensor in source.tensors.values():\n"
+        "for tensor in source.parts.values():\n"
         "    for start in range(0, tensor.nbytes, buffer.nbytes):\n"
-        "        source.read_into(tensor, start, buffer.data)\n"
+        "        tensor.read_bytes(start, buffer.data)\n"
         "print(getrusage(RUSAGE_SELF).ru_maxrss - before)"
     )
     run = subprocess.run([sys.executable, "-c", program, path], capture_output=True, text=True, check=True)
@@ -185,7 +185,7 @@ def test_folders(tmp_path: Path) -> None:
     put(tmp_path / "one", {"pytorch_model.bin": ones(w=2), "config.json": {"a": 1}, **other})
     with opened(tmp_path / "one") as source:
         assert (source.folder, source.config) == (tmp_path / "one", {"a": 1})
-        assert source.read("w").tolist() == [1.0, 1.0]
+        assert source.tensors["w"].read().tolist() == [1.0, 1.0]
     put(tmp_path / "diffusers", {"diffusion_pytorch_model.bin": ones(w=1)})
     assert list(opened(tmp_path / "diffusers").tensors) == ["w"]
     put(tmp_path / "both", {"pytorch_model.bin": b"never opened", "model.safetensors": ONE})
@@ -205,17 +205,17 @@ def test_shards(tmp_path: Path) -> None:
     put(tmp_path, {"pytorch_model.bin.index.json": index(a=names[0], b=names[0], c=names[1])})
     with opened(tmp_path) as source:
         assert [file.name for file in source.files] == names
-        assert {name: entry.file.name for name, entry in source.tensors.items()} == {
+        assert {name: entry.file.name for name, entry in source.parts.items()} == {
             "a": names[0], "b": names[0], "c": names[1],
         }  # fmt: skip
-        assert source.read("c").tobytes() == tensor("F32").t().contiguous().numpy().tobytes()
+        assert source.tensors["c"].read().tobytes() == tensor("F32").t().contiguous().numpy().tobytes()
     twice = index(a=names[0], b=names[0], c=names[1])
     put(
         tmp_path,
         {names[1]: save({"c": torch.zeros(5, 5).t(), "a": torch.zeros(1)}), names[0]: ones(a=1, b=2)},
     )
     put(tmp_path, {"pytorch_model.bin.index.json": twice})
-    assert opened(tmp_path).read("a").tolist() == [1.0], "the copy that the index names"
+    assert opened(tmp_path).tensors["a"].read().tolist() == [1.0], "the copy that the index names"
 
 
 def test_all_that_is_wrong_with_shards_is_listed_at_once(tmp_path: Path) -> None:
@@ -373,7 +373,7 @@ def test_a_storage_that_is_larger_than_its_record(tmp_path: Path) -> None:
         "or packs it; download the file again"
     )
     path.write_bytes(repacked(raw))
-    assert opened(path).read("b").tolist() == [1.0] * 3000, "a zip that something else has packed"
+    assert opened(path).tensors["b"].read().tolist() == [1.0] * 3000, "a zip that something else has packed"
     packed = repacked(ones(a=50), compression=zipfile.ZIP_DEFLATED)
     assert refusal(path, packed).startswith(f"{path}: damaged: the pickle expects a storage of 200 bytes")
     assert refusal(path, repacked(raw, b"little", b"big")) == (
@@ -386,12 +386,12 @@ def test_a_file_that_changes_is_named(tmp_path: Path) -> None:
     path.write_bytes(save({"plain": torch.ones(3), "turned": tensor("F32").t()}))
     size = path.stat().st_size
     with opened(path) as source:
-        source.read("turned")
+        source.tensors["turned"].read()
         os.truncate(path, size - 4)
         with pytest.raises(CheckpointError, match=r"x\.bin: shrank while it was read"):
-            source.read("turned")
+            source.tensors["turned"].read()
     with pytest.raises(CheckpointError, match=r"x\.bin: changed since its header was read"):
-        source.read("plain")
+        source.tensors["plain"].read()
 
 
 def test_torch_must_be_there_and_new_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -406,7 +406,7 @@ def test_torch_must_be_there_and_new_enough(tmp_path: Path, monkeypatch: pytest.
         )
     for new in ("2.10.0", "2.11.0a0+git123", "3.0.0"):
         monkeypatch.setattr(torch, "__version__", new)
-        assert opened(path).read("w").tolist() == [1.0]
+        assert opened(path).tensors["w"].read().tolist() == [1.0]
     monkeypatch.setitem(sys.modules, "torch", None)
     assert refusal(path) == f"{path}: reading a pickle needs torch, which is missing; {fix}"
 

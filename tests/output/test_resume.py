@@ -16,8 +16,7 @@ from checkpoints import put, tree
 from llamas import recipe, save, trio
 
 import della
-from della.checkpoint.layout import Tensor
-from della.checkpoint.source import Source
+from della.checkpoint.view import Stored
 from della.errors import CheckpointError, DellaError, OutputError, RecipeError
 from della.output import disk, journal
 from della.output.staging import Staging
@@ -81,13 +80,13 @@ def cut_short(
 def read(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """The tensors whose bytes are read from an input."""
     names: set[str] = set()
-    real = Source.read_into
+    real = Stored.read_bytes
 
-    def read_into(self: Source, tensor: Tensor, start: int, buffer: memoryview) -> None:
-        names.add(tensor.name)
-        real(self, tensor, start, buffer)
+    def read_bytes(self: Stored, start: int, buffer: memoryview) -> None:
+        names.add(self.name)
+        real(self, start, buffer)
 
-    monkeypatch.setattr(Source, "read_into", read_into)
+    monkeypatch.setattr(Stored, "read_bytes", read_bytes)
     return names
 
 

@@ -67,8 +67,8 @@ def test_one_file_is_read_back_by_the_official_package(tmp_path: Path) -> None:
         assert file.get_tensor("a.weight").tobytes() == TENSORS["a.weight"].tobytes()
     with open_source(str(tmp_path / "out")) as source:
         for name, array in TENSORS.items():
-            assert source.read(name).tobytes() == array.tobytes()
-            assert source.tensors[name].offset % max(1, array.dtype.itemsize) == 0, "every tensor is aligned"
+            assert source.tensors[name].read().tobytes() == array.tobytes()
+            assert source.parts[name].offset % max(1, array.dtype.itemsize) == 0, "every tensor is aligned"
 
 
 def test_shards_and_their_index(tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_shards_and_their_index(tmp_path: Path) -> None:
     }
     (tmp_path / "out/m.safetensors.index.json").rename(tmp_path / "out/model.safetensors.index.json")
     with open_source(str(tmp_path / "out")) as source:
-        assert {name: source.read(name).tobytes() for name in TENSORS} == {
+        assert {name: source.tensors[name].read().tobytes() for name in TENSORS} == {
             name: array.tobytes() for name, array in TENSORS.items()
         }
 
@@ -107,7 +107,7 @@ def test_threads_write_parts_in_any_order(tmp_path: Path) -> None:
             thread.join()
         output.commit()
     with open_source(str(tmp_path / "out")) as source:
-        assert all(np.array_equal(source.read(name), array) for name, array in arrays.items())
+        assert all(np.array_equal(source.tensors[name].read(), array) for name, array in arrays.items())
 
 
 def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,7 +117,9 @@ def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         write_all(output)
         output.commit()
     with open_source(str(tmp_path / "out")) as source:
-        assert all(source.read(name).tobytes() == array.tobytes() for name, array in TENSORS.items())
+        assert all(
+            source.tensors[name].read().tobytes() == array.tobytes() for name, array in TENSORS.items()
+        )
 
 
 def test_a_part_outside_its_tensor_is_a_defect(tmp_path: Path) -> None:

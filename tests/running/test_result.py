@@ -78,7 +78,7 @@ def test_shards_of_a_given_size_with_their_index(folder: Path, tmp_path: Path) -
     assert max(sizes) <= 6_000
     assert all(a + b > 6_000 for a, b in itertools.pairwise(sizes)), "no more shards than needed"
     with open_source(str(out)) as read:
-        assert {name: read.read(name).tobytes() for name in read.tensors} == {
+        assert {name: read.tensors[name].read().tobytes() for name in read.tensors} == {
             name: value.tobytes() for name, value in wanted.items()
         }
 
@@ -125,7 +125,7 @@ def test_a_diffusion_model_keeps_the_name_that_diffusers_loads(tmp_path: Path) -
     assert front_matter(tmp_path / "out")["library_name"] == "diffusers"
     merge(made, tmp_path / "two", shard_bytes=1, overwrite=True)
     with open_source(str(tmp_path / "two")) as read:
-        assert read.read("w").tolist() == [[1.0] * 3] * 2
+        assert read.tensors["w"].read().tolist() == [[1.0] * 3] * 2
 
 
 # ---- configuration and tokenizer --------------------------------------------------------------------------

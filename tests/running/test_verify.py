@@ -16,6 +16,7 @@ from checkpoints import COMMIT, put
 from merged import FILE, FOLDER, FORMS, find, flip, make, refused, shards, spans
 
 import della
+from della.checkpoint import view
 from della.errors import CheckpointError, OutputError, RecipeError
 from della.running import hashing
 from della.running.run import Progress
@@ -73,7 +74,8 @@ def test_progress_is_right_from_the_start_and_begins_anew_for_the_merge(made: Pa
 
 
 def test_files_in_pieces(made: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hashing, "PIECE_BYTES", 7)
+    for module in (hashing, view):
+        monkeypatch.setattr(module, "PIECE_BYTES", 7)
     opened: list[Path] = []
 
     def counted(path: Path, offset: int, nbytes: int) -> Iterator[memoryview]:
@@ -99,7 +101,7 @@ def test_a_tensor_larger_than_a_piece(tmp_path: Path) -> None:
     found = verify(tmp_path / "o.safetensors", sources=1, inputs=True)
     assert (found.bad, found.recomputed, found.inputs) == ([], 2, 4)
     begin, end = spans(tmp_path / "o.safetensors")["w"]
-    assert end - begin > hashing.PIECE_BYTES
+    assert end - begin > view.PIECE_BYTES
     flip(tmp_path / "o.safetensors", end - 1)
     assert verify(tmp_path / "o.safetensors").bad == [f"{tmp_path}/o.safetensors: tensor 'w' has changed"]
 

@@ -8,6 +8,7 @@ they are.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from della.checkpoint.layout import Tensor
 from della.checkpoint.source import Source, open_source
+from della.checkpoint.view import TensorView
 from della.errors import EvaluationError
 from della.output.writer import StagedOutput
 from della.planning.compatibility import EMBEDDINGS, HEAD
@@ -105,7 +106,7 @@ def _rows(base: Source) -> int:
     return shapes[0][0]
 
 
-def _fitted(tensor: Tensor, rows: int) -> tuple[int, ...]:
+def _fitted(tensor: TensorView, rows: int) -> tuple[int, ...]:
     """The shape with no more rows of embeddings and head than the base has."""
     if tensor.name == HEAD or tensor.name.endswith(EMBEDDINGS):
         return (min(tensor.shape[0], rows), *tensor.shape[1:])
@@ -117,13 +118,12 @@ def _copy(
 ) -> None:
     tensors = [(name, tensor.dtype, shapes[name]) for name, tensor in source.tensors.items()]
     with StagedOutput(out, tensors, inputs=[*source.places, *base.places]) as staged:
-        buffer = np.empty(_PIECE, np.uint8)
         for name, dtype, shape in tensors:
-            total = int(np.prod(shape, dtype=np.int64)) * dtype.bytes  # leading rows lie first
-            for begin in range(0, total, _PIECE):
-                piece = buffer[: min(_PIECE, total - begin)].data
-                source.read_into(source.tensors[name], begin, piece)
-                staged.write(name, begin, piece)
+            total, buffer = math.prod(shape), np.empty(_PIECE // dtype.bytes, dtype.numpy)
+            for begin in range(0, total, buffer.size):  # leading rows lie first
+                piece = buffer[: total - begin]
+                source.tensors[name].read_into(begin, piece)
+                staged.write(name, begin * dtype.bytes, piece.view(np.uint8).data)
         config = dict(source.config)
         if "vocab_size" in config:
             config["vocab_size"] = _rows(base)

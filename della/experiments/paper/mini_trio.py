@@ -182,7 +182,7 @@ class Trio:
 
 def _weights(name: str) -> dict[str, Array]:
     with open_source(str(TRIO / name)) as source:
-        return {tensor: source.read(tensor) for tensor in source.tensors}
+        return {tensor: view.read() for tensor, view in source.tensors.items()}
 
 
 def _sums(losses: Sequence[Any]) -> list[float]:

@@ -1,0 +1,152 @@
+"""What a job reads, as arithmetic wants it: float32 tiles in reused buffers, or a whole tensor at once.
+
+Values that are not finite are treated here, as the recipe's `nonfinite` says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from threading import Event
+from typing import Any
+
+import numpy as np
+
+from della.checkpoint.norms import read_norms
+from della.checkpoint.view import Hashes, TensorView
+from della.dtypes import Array, widen
+from della.errors import CheckpointError
+from della.merging.kernels import cast
+from della.merging.methods import Expert
+from della.merging.tensor import Tile, Workspace, cut
+from della.planning.job import Job, Operand
+
+CURE = "write 'nonfinite: zero' to leave out such values, 'nonfinite: keep' to let them pass"
+_COPY_BYTES = 1 << 22
+_COUNTED = 1 << 21  # elements that are looked at together when a damaged tensor is counted through
+
+
+class Stopped(Exception):
+    """Another job failed, or the user interrupted."""
+
+
+class Reader:
+    """Reads the views of one job, in one thread.
+
+    Args:
+        job: what is read.
+        nonfinite: the recipe's rule: "error", "keep" or "zero".
+        workspace: the thread's buffers.
+        stop: ends the reading (Stopped) at the next tile when it is set.
+        hashes: fed the bytes of every part; None while a pass is only for looking.
+    """
+
+    def __init__(
+        self, job: Job, nonfinite: str, workspace: Workspace, stop: Event, hashes: Hashes | None = None
+    ) -> None:
+        self.job, self.nonfinite, self.workspace = job, nonfinite, workspace
+        self.stop, self.hashes = stop, hashes
+
+    def experts(self) -> list[Expert]:
+        """The experts of the job in canonical order, with their input norms."""
+        return [
+            replace(each.expert, norms=read_norms(each.norms, self.hashes)) if each.norms else each.expert
+            for each in self.job.operands
+        ]
+
+    def tiles(self, size: int) -> Iterator[Tile]:
+        """The base and the deltas, in tiles of about ``size`` elements whose buffers are reused."""
+        assert self.job.choice is not None
+        operands = self.job.operands
+        for start, rows, n in cut(self.job.choice, self.job.name, self.job.shape, size):
+            if self.stop.is_set():
+                raise Stopped
+            base = self.floats(self.job.base, start, rows * n, "base")
+            deltas = self.workspace.array("tile", (len(operands), rows * n))
+            for each, delta in zip(operands, deltas, strict=True):
+                self._subtract(each, start, base, delta)
+            yield Tile(start, base.reshape(rows, n), deltas.reshape(-1, rows, n))
+
+    def floats(
+        self, view: TensorView, start: int, count: int, buffer: str, base: Array | None = None
+    ) -> Array:
+        """``count`` elements of a view from ``start`` on, as float32 in the buffer of this name."""
+        values = self.workspace.array(buffer, (count,))
+        name = view.element.name
+        if name == "F32":
+            view.read_into(start, values, self.hashes)
+            is_finite = cast.all_finite(values, name)
+        elif name == "BF16":
+            stored = self._stored(view, start, count).view(np.uint16)
+            is_finite = bool(cast.widen_bf16(stored, values.view(np.uint32)))
+        else:
+            is_finite = cast.all_finite(widen(self._stored(view, start, count), values), "F32")
+        return values if is_finite else self._cured(view, values, base)
+
+    def whole(self, view: TensorView, dtype: Any, base: Array | None) -> Array:
+        """A view all at once, in the arithmetic type ``dtype``."""
+        values = widen(view.read(self.hashes)).astype(dtype)
+        return values if np.isfinite(values).all() else self._cured(view, values, base)
+
+    def copied(self) -> Iterator[tuple[Array, int | None]]:
+        """The base in pieces whose buffer is reused: as it is stored, with None; or, where the view computes
+        it, as values to be rounded, with the first element's number.
+        """
+        view = self.job.base
+        most = _COPY_BYTES // view.element.bytes
+        for start in range(0, view.elements, most):
+            stored = self._stored(view, start, min(most, view.elements - start))
+            if view.element is self.job.dtype:
+                yield stored, None
+            else:
+                values = widen(stored)
+                yield values if np.isfinite(values).all() else self._cured(view, values, None), start
+
+    def _stored(self, view: TensorView, start: int, count: int) -> Array:
+        """``count`` elements of a view in its own type."""
+        stored = self.workspace.array("stored in", (count,), view.element.numpy)
+        view.read_into(start, stored, self.hashes)
+        return stored
+
+    def _subtract(self, each: Operand, start: int, base: Array, delta: Array) -> None:
+        """delta = expert - base; of bfloat16 in one pass, without the widened values in between."""
+        view = each.view
+        if view.element.name == "BF16":
+            stored = self._stored(view, start, base.size).view(np.uint16)
+            if cast.subtract_bf16(stored, base, delta, delta.view(np.uint32)):
+                return
+            values = self.workspace.array("values", base.shape)
+            cast.widen_bf16(stored, values.view(np.uint32))
+            values = self._cured(view, values, base)
+        else:
+            values = self.floats(view, start, base.size, "values", base)
+        with np.errstate(all="ignore"):  # an overflow is told when the result is rounded
+            np.subtract(values, base, out=delta)
+
+    def _cured(self, view: TensorView, values: Array, base: Array | None) -> Array:
+        """``values``, not all finite, as the recipe's nonfinite wants them: zero makes no change of such a
+        value, by the ``base``'s; without a base it is 0.
+        """
+        if self.nonfinite == "error":
+            raise damaged(view)
+        if self.nonfinite == "zero":
+            np.copyto(values, 0 if base is None else base, where=~np.isfinite(values))
+        return values
+
+
+def damaged(view: TensorView) -> CheckpointError:
+    """What is wrong with a view that is not all finite, counted all over it."""
+    found, first = 0, ""
+    for start in range(0, view.elements, _COUNTED):
+        stored = np.empty(min(_COUNTED, view.elements - start), view.element.numpy)
+        view.read_into(start, stored)
+        values = widen(stored)
+        bad = np.flatnonzero(~np.isfinite(values))
+        if bad.size and not found:
+            first = f"the first is element {start + int(bad[0])}: {values[bad[0]]}"
+        found += bad.size
+    return CheckpointError(
+        f"{view.where} of {view.reference} holds {found:,} "
+        f"value{'s' * (found != 1)} that {'are' if found != 1 else 'is'} NaN or infinite ({first}); "
+        f"such a model is damaged: get it again, or {CURE}"
+    )
