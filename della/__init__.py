@@ -18,9 +18,8 @@ from della.errors import CheckpointError, DamageError, DellaError, OutputError, 
 from della.version import __version__
 
 if TYPE_CHECKING:
-    from della.api import merge, plan
+    from della.api import merge, plan, verify
     from della.arrays import magprune, merge_state_dicts, merge_tensors
-    from della.running.verify import verify
 
 __all__ = [
     "CheckpointError",
@@ -40,7 +39,7 @@ __all__ = [
 _HOMES = {
     "merge": "della.api",
     "plan": "della.api",
-    "verify": "della.running.verify",
+    "verify": "della.api",
     "magprune": "della.arrays",
     "merge_tensors": "della.arrays",
     "merge_state_dicts": "della.arrays",

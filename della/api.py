@@ -1,4 +1,8 @@
-"""The library's way in: `della.merge`, `della.plan` and `della.verify`, from a recipe to a model on disk."""
+"""The library's way in: `della.merge`, `della.plan` and `della.verify`, from a recipe to a model on disk.
+
+The command line calls the same three drivers (`run_merge`, `run_plan`, `run_verify`), with options as
+values.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from della.errors import RecipeError
-from della.planning.job import TILE, Plan, default_threads
-from della.planning.planner import Permissions, Target, make_plan
+from della.options import TILE, Changes, Checks, Execution, Permissions, Share, Target
+from della.planning.job import Plan
+from della.planning.planner import make_plan
 from della.recipe.reader import Recipe, read_recipe
 
 if TYPE_CHECKING:
     from della.running.run import Progress, Result
+    from della.running.verify import Verdict
 
 Source = str | Path | Mapping[str, Any] | Recipe
 
@@ -39,33 +44,45 @@ def merge(
 ) -> Result:
     """Merge as ``recipe`` says and write the model to ``out``; until the last step ``out`` is what it was.
 
-    recipe: path of a YAML file, YAML text, the same as a mapping, or a Recipe.  out: a folder, or a single
-    file where the name ends in .safetensors.  seed: instead of the recipe's (default 42).  threads: default,
-    all processors; the bytes do not depend on it, nor on ``tile`` (elements worked on at a time).  overrides:
-    ``KEY=VALUE`` changes to the recipe (or one such change).  compat: mergekit's rules.  shard_bytes: most
-    bytes of weights in one file.  fsync=False does not wait for the disk.  part: (i, n) computes only the
-    i-th of n shares of the files, in as many processes or hosts as you like; then ``finish`` checks all and
-    makes ``out`` of them.  allow_pickle: read .bin and .pt files too, by torch and as weights only.
-    keep_auto_map: keep what the base's configuration says of code of its own.  progress: called with a
-    Progress after every piece, from worker threads, one at a time.  tell: called with notes on resuming.
+    A run that was cut short is resumed by the same call.
 
-    A run that was cut short is gone on with by the same call.  Returns a Result (out, manifest, seconds).
-    Raises RecipeError, CheckpointError or OutputError.
+    Args:
+        recipe: path of a YAML file, YAML text, the same as a mapping, or a Recipe.
+        out: a folder, or a single file where the name ends in .safetensors.
+        seed: instead of the recipe's (default 42).
+        threads: by default as many as there are processors; the bytes do not depend on it.
+        overwrite: ``out`` may be replaced.
+        overrides: ``KEY=VALUE`` changes to the recipe, or one such change.
+        compat: follow mergekit's rules where they differ.
+        fsync: wait until ``out`` is safe on the disk.
+        shard_bytes: most bytes of weights in one file.
+        tile: elements worked on at a time; the bytes do not depend on it.
+        part: (i, n) computes only the i-th of n shares of the files, in as many processes or hosts as you
+            like; ``finish`` then checks all and makes ``out`` of them.
+        finish: see ``part``.
+        allow_pickle: read .bin and .pt files too, by torch and as weights only.
+        keep_auto_map: keep what the base's configuration says of code of its own.
+        progress: called with a Progress after every piece, from worker threads, one at a time.
+        tell: called with notes on resuming.
+
+    Returns:
+        A Result: out, manifest, seconds, bytes.
+
+    Raises:
+        RecipeError: the recipe or an argument cannot be.
+        CheckpointError: an input is missing, damaged, or does not fit the others.
+        OutputError: ``out`` cannot be written.
+
+    Example:
+        >>> import della
+        >>> result = della.merge("recipe.yml", "out", overrides="weight=0.5")
+        >>> sorted(path.name for path in result.out.iterdir())
+        ['README.md', 'della.json', 'model.safetensors']
     """
-    from della.running.run import Options, run
-
-    for name, value in (("threads", threads), ("tile", tile), ("shard_bytes", shard_bytes)):
-        if value is not None and value < 1:
-            raise RecipeError(f"{name} {value}: expected a whole number from 1 up")
-    check_part(part, finish)
-    target, permissions = Target(Path(out), overwrite), Permissions(allow_pickle, keep_auto_map)
-    options = Options(
-        threads or default_threads(), overwrite, fsync, shard_bytes, tile, part, finish, keep_auto_map,
-        progress, tell,
-    )  # fmt: skip
-    read_in = read(recipe, seed, overrides, compat)
-    with make_plan(read_in, target=target, permissions=permissions) as made:
-        return run(made, Path(out), options)
+    target, changes = Target(Path(out), overwrite), Changes(seed, _several(overrides), compat)
+    execution = Execution(threads, shard_bytes, Share(*part), finish, fsync, tile)
+    permissions = Permissions(allow_pickle, keep_auto_map)
+    return run_merge(recipe, target, changes, execution, permissions, progress=progress, tell=tell)
 
 
 def plan(
@@ -76,29 +93,118 @@ def plan(
     compat: bool = False,
     allow_pickle: bool = False,
 ) -> Plan:
-    """What `merge` would do, from headers alone: a Plan (jobs, bytes, notes, departures); close it, or use it
-    in a with-block.  Arguments and errors as for `merge`.
+    """What `merge` would do, from headers alone.
+
+    Args:
+        recipe: as for `merge`, and so are all others.
+        seed: instead of the recipe's.
+        overrides: changes to the recipe.
+        compat: follow mergekit's rules.
+        allow_pickle: read .bin and .pt files too.
+
+    Returns:
+        A Plan (jobs, bytes, notes, departures); close it, or use it in a with-block.
+
+    Raises:
+        RecipeError: the recipe or an argument cannot be.
+        CheckpointError: an input is missing, damaged, or does not fit the others.
+
+    Example:
+        >>> import della
+        >>> with della.plan("recipe.yml") as found:
+        ...     found.jobs[0].name, found.bytes_written
+        ('w', 8)
     """
+    return run_plan(recipe, Changes(seed, _several(overrides), compat), Permissions(pickle=allow_pickle))
+
+
+def verify(
+    out: str | Path,
+    *,
+    sources: float | None = None,
+    inputs: bool = False,
+    base_dir: str | Path | None = None,
+    allow_pickle: bool = False,
+    threads: int | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> Verdict:
+    """Compare every byte of a merged model with its manifest.
+
+    Args:
+        out: a folder or file that `merge` wrote.
+        sources: also compute this share (0 to 1, at least one tensor) of the tensors again, chosen at random.
+        inputs: also compare the inputs with what was read when they were merged.  Both open the models that
+            the recipe in the manifest names.
+        base_dir: where its relative paths start, by default the working directory.
+        allow_pickle: as for `merge`.
+        threads: by default as many as there are processors.
+        progress: called with a Progress, from worker threads, one at a time; it begins anew for what is
+            computed again.
+
+    Returns:
+        A Verdict: is_well, bad (what is wrong), notes, counts.
+
+    Raises:
+        OutputError: there is nothing to verify.
+        RecipeError: an argument cannot be, or the recipe in the manifest is none.
+        CheckpointError: inputs cannot be opened.
+
+    Example:
+        >>> import della
+        >>> out = della.merge("recipe.yml", "out.safetensors").out
+        >>> verdict = della.verify(out, sources=1.0, inputs=True)
+        >>> verdict.is_well, verdict.tensors, verdict.recomputed, verdict.inputs
+        (True, 1, 1, 2)
+    """
+    checks = Checks(sources, inputs, None if base_dir is None else Path(base_dir))
     permissions = Permissions(pickle=allow_pickle)
-    return make_plan(read(recipe, seed, overrides, compat), weights=False, permissions=permissions)
+    return run_verify(Path(out), checks, permissions, Execution(threads), progress=progress)
 
 
-def check_part(part: tuple[int, int], finish: bool) -> None:
-    """Refuse a part that cannot be (RecipeError)."""
-    number, count = part
-    if not 1 <= number <= count:
-        raise RecipeError(f"part {number}/{count}: expected i/n with 1 <= i <= n, such as 2/7")
-    if finish and count > 1:
-        raise RecipeError("finish puts all parts together; leave out part")
+# ---- the drivers: options as values -----------------------------------------------------------------------
 
 
-def read(recipe: Source, seed: int | None, overrides: Sequence[str] | str, compat: bool) -> Recipe:
-    """The recipe with ``seed`` and ``compat`` written into it, so that its text alone repeats the merge."""
-    changes = [overrides] if isinstance(overrides, str) else list(overrides)
-    changes += [] if seed is None else [f"seed={seed}"]
-    changes += ["compat=mergekit"] if compat else []
+def run_merge(
+    recipe: Source, target: Target, changes: Changes, execution: Execution, permissions: Permissions, *,
+    progress: Callable[[Progress], None] | None = None, tell: Callable[[str], None] | None = None,
+    on_plan: Callable[[Plan], None] | None = None,
+) -> Result:  # fmt: skip
+    """As `merge`; ``on_plan`` is called with the plan, before the first byte is computed."""
+    read_in = read(recipe, changes)
+    with make_plan(read_in, target=target, permissions=permissions) as made:
+        if on_plan is not None:
+            on_plan(made)
+        from della.running.run import run
+
+        return run(made, target, execution, permissions, progress=progress, tell=tell)
+
+
+def run_plan(recipe: Source, changes: Changes, permissions: Permissions) -> Plan:
+    """As `plan`."""
+    return make_plan(read(recipe, changes), weights=False, permissions=permissions)
+
+
+def run_verify(
+    out: Path, checks: Checks, permissions: Permissions, execution: Execution, *,
+    progress: Callable[[Progress], None] | None = None,
+) -> Verdict:  # fmt: skip
+    """As `verify`."""
+    from della.running.verify import verify
+
+    return verify(out, checks, permissions, execution, progress)
+
+
+def read(recipe: Source, changes: Changes) -> Recipe:
+    """The recipe with ``changes`` written into it, so that its text alone repeats the merge."""
+    lines = [*changes.overrides]
+    lines += [] if changes.seed is None else [f"seed={changes.seed}"]
+    lines += ["compat=mergekit"] if changes.compat else []
     if not isinstance(recipe, Recipe):
-        return read_recipe(recipe, overrides=changes, check=False)  # make_plan does, with all other checks
-    if not changes:
+        return read_recipe(recipe, overrides=lines, check=False)  # make_plan does, with all other checks
+    if not lines:
         return recipe
-    return replace(read_recipe(recipe.text + "\n", overrides=changes, check=False), path=recipe.path)
+    return replace(read_recipe(recipe.text + "\n", overrides=lines, check=False), path=recipe.path)
+
+
+def _several(overrides: Sequence[str] | str) -> tuple[str, ...]:
+    return (overrides,) if isinstance(overrides, str) else tuple(overrides)

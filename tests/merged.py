@@ -12,9 +12,9 @@ from checkpoints import put
 from llamas import EXPERTS, recipe, save, trio
 
 import della
+from della.api import verify
 from della.checkpoint.header import read_header
 from della.output.manifest import dump, embed, sealed
-from della.running.verify import verify
 
 OWN: list[dict[str, Any]] = [{"weight": 0.5, "density": 0.5}] * 3
 FOLDER, FILE = FORMS = ("out", "one.safetensors")

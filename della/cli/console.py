@@ -7,11 +7,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from della.errors import printable
+from della.options import Share, option
 
 if TYPE_CHECKING:
+    from della.planning.job import Plan
     from della.running.run import Progress, Result
     from della.running.verify import Verdict
 
@@ -33,12 +36,28 @@ def tell(line: str) -> None:
     sys.stderr.flush()
 
 
+@dataclass(frozen=True)
+class Speech:
+    """How much a command says, and to whom."""
+
+    quiet: bool = option("Say nothing but errors.", False, "--quiet", "-q")
+    as_json: bool = option("Progress and result as JSON lines.", False, "--json")
+    debug: bool = option("Show the traceback of an error.", False)
+
+
 class Speaker:
     """Tells what a command does; ``quiet`` says nothing but errors, ``as_json`` writes JSON lines."""
 
-    def __init__(self, quiet: bool, as_json: bool) -> None:
-        self.quiet, self.as_json = quiet, as_json
+    def __init__(self, speech: Speech) -> None:
+        self.quiet, self.as_json = speech.quiet, speech.as_json
         self.has_compiled = False
+        self.bytes_of_all = 0
+
+    def planned(self, plan: Plan) -> None:
+        """What is to be known before a merge begins."""
+        self.bytes_of_all = plan.bytes_written
+        for text in (*plan.notes, *plan.departures):
+            self.note(text)
 
     def note(self, text: str) -> None:
         """Something that the user should know."""
@@ -74,10 +93,10 @@ class Speaker:
                 f"{p.tensors} of {p.of_tensors} {counted}"
             ), at_once=False)  # fmt: skip
 
-    def merged(self, result: Result, size: int, part: str | None) -> None:
+    def merged(self, result: Result, part: Share) -> None:
         """The end of a merge, or of one part of it."""
         if self.as_json:
-            fields = {"part": part} if part else {}
+            fields = {} if part.is_whole else {"part": str(part)}
             print_json(
                 event="done",
                 out=str(result.out),
@@ -88,10 +107,10 @@ class Speaker:
                 resumed=result.resumed,
                 **fields,
             )
-        elif not self.quiet and part:
+        elif not self.quiet and not part.is_whole:
             tell(f"{result.out}: part {part} in {result.seconds:.1f} s; when all parts are done: --finish")
         elif not self.quiet:
-            tell(f"{result.out}: {size_text(size)} in {result.seconds:.1f} s")
+            tell(f"{result.out}: {size_text(self.bytes_of_all)} in {result.seconds:.1f} s")
 
     def verified(self, verdict: Verdict) -> None:
         """What `della verify` found: each fault on a line of its own."""
@@ -127,12 +146,15 @@ def _paced(
     seconds: float, tell: Callable[[Progress], None], *, at_once: bool = True
 ) -> Callable[[Progress], None]:
     """``tell`` at most every so many seconds, at the beginning (``at_once``) and at the end."""
-    last = time.monotonic() - (seconds if at_once else 0)
+    last: float | None = None
 
     def update(progress: Progress) -> None:
         nonlocal last
-        if progress.tensors == progress.of_tensors or time.monotonic() - last >= seconds:
-            last = time.monotonic()
+        now = time.monotonic()
+        if last is None:
+            last = now - (seconds if at_once else 0)
+        if progress.tensors == progress.of_tensors or now - last >= seconds:
+            last = now
             tell(progress)
 
     return update
@@ -151,6 +173,14 @@ def _bar(doing: str) -> Iterator[Callable[[Progress], None]]:
     from rich.progress import Progress as Bar
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Bar(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(doing, total=None)
-        yield _paced(0.1, lambda p: bar.update(task, completed=p.done, total=p.total))
+    bar = Bar(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
+    task = bar.add_task(doing, total=None)
+
+    def show(progress: Progress) -> None:
+        bar.start()  # with the first progress: until then notes may be written
+        bar.update(task, completed=progress.done, total=progress.total)
+
+    try:
+        yield _paced(0.1, show)
+    finally:
+        bar.stop()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from della.cli.console import Speaker, print_json, tell
+from della.cli.console import Speaker, Speech, print_json, tell
 from della.errors import EvaluationError
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def evaluate(
         alpaca_command=alpaca_command, length_controlled=length_controlled, judge_url=judge_url,
         judge_key_env=judge_key_env, fresh=fresh, score_only=score_only,
     )  # fmt: skip
-    say = Speaker(quiet, as_json)
+    say = Speaker(Speech(quiet, as_json))
     try:
         results = evaluation.evaluate(models, settings, progress=_progress(quiet, as_json), tell=say.note)
     except KeyboardInterrupt:

@@ -6,7 +6,6 @@ A Plan can be printed, hashed and tested without weights; planning.py makes it, 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -17,9 +16,9 @@ from della.checkpoint.view import Stored, TensorView
 from della.dtypes import DType
 from della.merging.methods import OF_TENSOR, Choice, Drop, Expert
 from della.merging.reference import row_length
+from della.options import TILE
 from della.recipe.reader import ModelEntry, Recipe
 
-TILE = 1 << 18  # elements of a tile: large enough to forget Python's overhead, small enough for the caches
 # Rough costs for the estimate, measured on one core of a 2-core server: nanoseconds per element and expert.
 _NANOSECONDS = {"magprune": 3.5, "bernoulli": 1.2, "top": 3.2, "band": 3.5, "none": 0.8, "average": 0.6}
 _BYTES_PER_SECOND, _START_SECONDS, _START_MEMORY = 2.0e9, 0.8, 150 << 20
@@ -178,8 +177,3 @@ def _working_bytes(job: Job) -> int:
     ranks_all = job.choice.drop == "magprune" and job.choice.rank_by in OF_TENSOR
     table = job.elements * 12 if ranks_all else 0
     return tile * 4 * arrays + table
-
-
-def default_threads() -> int:
-    """As many threads as this process may use processors."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

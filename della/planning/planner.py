@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from della.checkpoint.norms import misfits
@@ -18,6 +18,7 @@ from della.checkpoint.view import TensorView
 from della.dtypes import DType
 from della.errors import CheckpointError, DellaError, RecipeError, together
 from della.merging.methods import choice, expert
+from della.options import Permissions, Target
 from della.output.place import check_place, check_space, is_name
 from della.output.staging import staged_bytes
 from della.planning.compatibility import check_fit, extras, foreign_code, some, stand_in
@@ -35,27 +36,6 @@ _USUAL = {
     "scope": "tensor",
     "lambda_scaling": "constant",
 }
-
-
-@dataclass(frozen=True)
-class Target:
-    """Where a result shall go, and whether it may replace what is there."""
-
-    out: Path
-    overwrite: bool
-
-    @property
-    def is_single(self) -> bool:
-        """Whether it is one file."""
-        return self.out.suffix == ".safetensors"
-
-
-@dataclass(frozen=True)
-class Permissions:
-    """What only the caller, and never a recipe, may allow."""
-
-    pickle: bool = False
-    auto_map: bool = False
 
 
 def make_plan(

@@ -17,7 +17,8 @@ from della.errors import OutputError
 from della.merging import compat, reference
 from della.merging.kernels import cast
 from della.merging.tensor import Band, TensorMerge, Workspace, all_scores, find_bands
-from della.planning.job import TILE, Job, Plan
+from della.options import TILE
+from della.planning.job import Job, Plan
 from della.running.reading import CURE, Reader, Stopped
 
 

@@ -23,16 +23,15 @@ from della.checkpoint.view import Hashes, Stored
 from della.errors import CheckpointError, DellaError, OutputError
 from della.merging.kernels import cast
 from della.merging.tensor import Band
+from della.options import Execution, Permissions, Target
 from della.output.journal import Done
 from della.output.manifest import MANIFEST, UNKNOWN, build_manifest, dump, embed, recorded, sealed, versions
 from della.output.writer import StagedOutput
 from della.planning.card import config_json, model_card, side_file
-from della.planning.job import TILE, Job, Plan
+from della.planning.job import Job, Plan
 from della.running.compute import Compute, needs_bands
 from della.running.reading import Stopped
 from della.version import __version__
-
-Part = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -63,60 +62,47 @@ class Result:
     bytes_written: int
 
 
-@dataclass(frozen=True)
-class Options:
-    """How a plan is executed; none of this changes a byte of the weights."""
+def run(
+    plan: Plan, target: Target, execution: Execution, permissions: Permissions = Permissions(), *,
+    progress: Callable[[Progress], None] | None = None, tell: Callable[[str], None] | None = None,
+) -> Result:  # fmt: skip
+    """Merge into ``target``, which is what it was until the last step.
 
-    threads: int
-    overwrite: bool = False
-    fsync: bool = True
-    shard_bytes: int = 5_000_000_000
-    tile: int = TILE
-    part: Part = (1, 1)
-    finish: bool = False
-    auto_map: bool = False
-    progress: Callable[[Progress], None] | None = None
-    tell: Callable[[str], None] | None = None
-
-
-def run(plan: Plan, out: Path, options: Options) -> Result:
-    """Merge into ``out``: a folder, or a single file where its name ends in .safetensors.
-
-    Until the last step ``out`` is what it was.  With ``part`` (i, n) only that share is computed, and
-    ``finish`` puts the parts together.  Raises CheckpointError and OutputError.
+    With a part of several only that share is computed, and ``finish`` puts the parts together.  Raises
+    CheckpointError and OutputError.
     """
     started = time.monotonic()
-    single = out.suffix == ".safetensors"
+    out, single, part = target.out, target.is_single, execution.part
     stamps = _stamps(plan)
     unknown = {job.name: Done(UNKNOWN, (UNKNOWN,) * len(job.parts)) for job in plan.jobs}
     staged = StagedOutput(
-        out, _tensors(plan), options.shard_bytes, options.overwrite, single, options.fsync,
+        out, _tensors(plan), execution.shard_bytes, target.overwrite, single, execution.fsync,
         metadata=embed(_manifest(plan, unknown, {})) if single else None,
         inputs=[path for source in plan.sources for path in source.places],
         stem=next((s for s in STEMS if plan.base.files[0].name.startswith(s)), STEMS[0]),
         key=_key(plan, stamps),
-        part=options.part,
-        finish=options.finish,
+        part=(part.number, part.count),
+        finish=execution.finish,
     )  # fmt: skip
     try:
         with staged:
             cast.widen_bf16(np.zeros(0, np.uint16), np.zeros(0, np.uint32))  # Numba's own start takes 0.1 s
             staged_at = time.monotonic()
-            work = _Run(plan, staged, options)
+            work = _Run(plan, staged, execution, progress, tell)
             resumed = work.all()
             merging = time.monotonic() - staged_at
             _check_unchanged(plan, stamps)
             manifest: dict[str, Any] = {}
-            if options.part[1] > 1:
+            if not part.is_whole:
                 staged.end_part()
             else:
-                manifest = _complete(plan, staged, single, options.auto_map)
+                manifest = _complete(plan, staged, single, permissions.auto_map)
                 staged.commit()
     except (DellaError, KeyboardInterrupt) as error:
         is_stopped = isinstance(error, KeyboardInterrupt)
         if is_stopped and staged.committed:
             raise KeyboardInterrupt(f"{out} is complete") from error
-        if staged.kept and not options.finish:
+        if staged.kept and not execution.finish:
             said = "the output is as it was" if is_stopped else str(error)
             end = f"{len(staged.done)} finished tensors are kept in {staged.kept}; the same command goes on"
             raise type(error)(f"{said}; {end}") from error
@@ -210,12 +196,16 @@ def _entry(content: bytes, size: int | None = None) -> dict[str, Any]:
 class _Run:
     """One run over the jobs of a writer."""
 
-    def __init__(self, plan: Plan, staged: StagedOutput, options: Options) -> None:
-        self.staged, self.options = staged, options
+    def __init__(
+        self, plan: Plan, staged: StagedOutput, execution: Execution,
+        progress: Callable[[Progress], None] | None, tell: Callable[[str], None] | None,
+    ) -> None:  # fmt: skip
+        self.staged, self.execution = staged, execution
+        self.progress, self.tell = progress, tell or (lambda text: None)
         mine = {tensor for shard in staged.mine for tensor in shard.spans}
         # The largest go first, so that no thread ends much later.
         self.jobs = sorted((j for j in plan.jobs if j.name in mine), key=lambda job: -job.elements)
-        self.compute = Compute(plan, options.tile)
+        self.compute = Compute(plan, execution.tile)
         self.total = sum(job.bytes_read + job.nbytes for job in self.jobs)
         self.done = self.finished = self.bytes_read = self.bytes_written = 0
         self.lock = threading.Lock()
@@ -223,19 +213,18 @@ class _Run:
 
     def all(self) -> int:
         """Finish every job; how many were finished before."""
-        tell = self.options.tell or (lambda text: None)
         if self.staged.has_replaced:
-            tell("what an unfinished run of another merge had left for this place was removed")
-        if not self.jobs and self.options.part[1] > 1:
+            self.tell("what an unfinished run of another merge had left for this place was removed")
+        if not self.jobs and not self.execution.part.is_whole:
             files = len(self.staged.shards)
             end = f"the result has {files} files; a smaller --shard-size makes more"
-            tell(f"nothing to do for this part: {end}")
+            self.tell(f"nothing to do for this part: {end}")
         self._each(self._look, [job for job in self.jobs if job.name in self.staged.done])
         before = self.finished
         left = [job for job in self.jobs if job.name not in self.staged.done]
         if before and left:
-            tell(f"{before} of {len(self.jobs)} tensors were finished before; going on with the others")
-        if self.options.finish and left:
+            self.tell(f"{before} of {len(self.jobs)} tensors were finished before; going on with the others")
+        if self.execution.finish and left:
             raise OutputError(
                 f"{self.staged.out}: {len(left)} of {len(self.jobs)} tensors are not finished "
                 f"({left[0].name}, ...); run the parts that are missing, or leave out --finish"
@@ -254,11 +243,11 @@ class _Run:
         return {name: [Band(*row) for row in rows] for name, rows in self.staged.bands.items()}
 
     def _each(self, work: Callable[[Job], None], jobs: Iterable[Job]) -> None:
-        if self.options.threads == 1:
+        if self.execution.workers == 1:
             for job in jobs:
                 work(job)
             return
-        with ThreadPoolExecutor(self.options.threads, thread_name_prefix="della") as pool:
+        with ThreadPoolExecutor(self.execution.workers, thread_name_prefix="della") as pool:
             futures = [pool.submit(work, job) for job in jobs]
             try:
                 wait(futures, return_when=FIRST_EXCEPTION)
@@ -298,7 +287,5 @@ class _Run:
         with self.lock:
             self.done += count
             self.finished += finished
-            if self.options.progress is not None:
-                self.options.progress(
-                    Progress(self.done, self.total, self.finished, len(self.jobs), job.name)
-                )
+            if self.progress is not None:
+                self.progress(Progress(self.done, self.total, self.finished, len(self.jobs), job.name))

@@ -21,11 +21,12 @@ from della.checkpoint.pickles import PICKLES
 from della.checkpoint.source import SIDE_FILES, Source
 from della.checkpoint.strict import json_object
 from della.errors import CheckpointError, DellaError, OutputError, RecipeError, printable
+from della.options import Checks, Execution, Permissions
 from della.output.manifest import MANIFEST, Entry, Manifest, Recorded, read_manifest, versions
 from della.output.shards import INDEX
 from della.output.staging import unfinished
-from della.planning.job import Job, Plan, default_threads
-from della.planning.planner import Permissions, make_plan
+from della.planning.job import Job, Plan
+from della.planning.planner import make_plan
 from della.recipe.reader import Recipe, read_recipe
 from della.running.compute import Compute, needs_bands
 from della.running.hashing import Check, Hashing, of_file
@@ -60,48 +61,27 @@ class Verdict:
 
 
 def verify(
-    out: str | Path,
-    *,
-    sources: float | None = None,
-    inputs: bool = False,
-    base_dir: str | Path | None = None,
-    allow_pickle: bool = False,
-    threads: int | None = None,
+    out: Path, wanted: Checks, permissions: Permissions, execution: Execution,
     progress: Callable[[Progress], None] | None = None,
-) -> Verdict:
-    """Compare every byte of ``out`` (a folder or file that `della.merge` wrote) with its manifest.
-
-    sources: also compute this share (0 to 1, at least one tensor) of the tensors again, chosen at random.
-    inputs: also compare the inputs with what was read when they were merged.  Both open the models that the
-    recipe in the manifest names; its relative paths start from ``base_dir``, by default the working
-    directory.  allow_pickle: as for `della.merge`.  progress: called with a Progress, from worker threads,
-    one at a time; it begins anew for what is computed again.
-
-    Raises OutputError where there is nothing to verify, RecipeError for an argument that cannot be and for a
-    recipe that is none, CheckpointError where inputs cannot be opened.
-    """
-    if sources is not None and not 0 < sources <= 1:
-        raise RecipeError(f"sources {sources}: expected a share above 0 and at most 1 (100%)")
-    if threads is not None and threads < 1:
-        raise RecipeError(f"threads {threads}: expected a whole number from 1 up")
-    out = Path(out)
+) -> Verdict:  # fmt: skip
+    """Compare every byte of ``out`` with its manifest, and what else is ``wanted``: as `della.verify`."""
     if not os.path.lexists(out):
         raise OutputError("; ".join([f"{out}: nothing is there", *unfinished(Path(os.path.abspath(out)))]))
     try:
         manifest, single = read_manifest(out)
     except (OSError, CheckpointError) as error:
         return Verdict(out, [_line(text) for text in _problems(error, out)])
-    verdict, hashing = Verdict(out), Hashing(threads or default_threads(), progress)
+    verdict, hashing = Verdict(out), Hashing(execution.workers, progress)
     with ExitStack() as stack:
         plan = None
-        if sources is not None or inputs:
-            plan = stack.enter_context(_plan(out, manifest, base_dir, allow_pickle))
+        if wanted.sources is not None or wanted.inputs:
+            plan = stack.enter_context(_plan(out, manifest, wanted.base_dir, permissions))
         checks = _Model(out, manifest, single, verdict).checks()
-        if plan and inputs:
+        if plan and wanted.inputs:
             checks += _input_checks(plan, manifest, verdict)
         verdict.bad += hashing.faults(checks)
-        if plan and sources is not None:
-            _recompute(plan, manifest, sources, verdict, hashing)
+        if plan and wanted.sources is not None:
+            _recompute(plan, manifest, wanted.sources, verdict, hashing)
     verdict.bad = [_line(text) for text in dict.fromkeys(verdict.bad)]
     verdict.notes = [_line(text) for text in verdict.notes]
     return verdict
@@ -227,15 +207,15 @@ class _Model:
 # ---- its inputs -------------------------------------------------------------------------------------------
 
 
-def _plan(out: Path, manifest: Manifest, base_dir: str | Path | None, allow_pickle: bool) -> Plan:
+def _plan(out: Path, manifest: Manifest, base_dir: Path | None, permissions: Permissions) -> Plan:
     """The plan of the merge that made ``out``; its inputs are opened."""
     text = manifest.recipe
     try:
         recipe = read_recipe(text if "\n" in text else text + "\n")
         if base_dir is not None:
-            recipe = replace(recipe, path=Path(base_dir) / "recipe.yml")
+            recipe = replace(recipe, path=base_dir / "recipe.yml")
         try:
-            return make_plan(recipe, permissions=Permissions(pickle=allow_pickle))
+            return make_plan(recipe, permissions=permissions)
         except CheckpointError as error:
             raise CheckpointError(*error.problems, *_hint(recipe, base_dir)) from error
     except RecipeError as error:
@@ -244,7 +224,7 @@ def _plan(out: Path, manifest: Manifest, base_dir: str | Path | None, allow_pick
         raise CheckpointError(f"{out}: an input cannot be opened ({error})") from error
 
 
-def _hint(recipe: Recipe, base_dir: str | Path | None) -> Iterator[str]:
+def _hint(recipe: Recipe, base_dir: Path | None) -> Iterator[str]:
     """What to do where a relative path leads nowhere."""
     references = filter(None, (recipe.base_model, *(model.reference for model in recipe.models)))
     for reference in references:

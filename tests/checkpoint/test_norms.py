@@ -17,11 +17,11 @@ from llamas import EXPERTS, Stored, Tensors, as_stored, load, recipe, save, trio
 from merged import flip, refused, reseal, spans
 
 import della
+from della.api import verify
 from della.dtypes import of_array, round_to, widen
 from della.errors import CheckpointError, DellaError, OutputError, RecipeError
 from della.merging import reference
 from della.merging.methods import METHODS, choice, expert
-from della.running.verify import verify
 
 OWN: list[dict[str, Any]] = [
     {"weight": 1.0, "density": 0.5, "epsilon": 0.15, "gamma": 0.05},

@@ -23,6 +23,7 @@ from llamas import EXPERTS, load, recipe, save, trio
 
 import della
 from della.cli import main as cli
+from della.options import size_of
 
 OWN: list[dict[str, Any]] = [{"weight": 0.5, "density": 0.5}] * 3
 COMMAND = [sys.executable, "-m", "della.cli.main"]
@@ -165,7 +166,7 @@ def test_compat_and_overwrite(place: Path) -> None:
     ],
 )
 def test_sizes(text: str, size: int) -> None:
-    assert cli._size(text) == size
+    assert size_of(text) == size
 
 
 def test_the_version(tmp_path: Path) -> None:

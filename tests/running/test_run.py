@@ -33,6 +33,7 @@ import della
 from della.dtypes import DTYPES, round_to, widen
 from della.merging import compat, reference
 from della.merging.methods import METHODS, choice, expert
+from della.recipe.reader import read_recipe
 from della.running.run import Progress
 
 Trio = tuple[Path, dict[str, Tensors]]
@@ -311,7 +312,7 @@ def test_a_recipe_that_was_read_repeats_itself(models: Trio, tmp_path: Path) -> 
     again = della.merge(changed.manifest["recipe"], tmp_path / "b/x", fsync=False)
     assert again.manifest == changed.manifest
     assert (changed.manifest["seed"], "lambda: 0.5" in changed.manifest["recipe"]) == (7, True)
-    read = della.api.read(path, None, (), False)
+    read = read_recipe(path)
     third = della.merge(read, tmp_path / "c/x", seed=7, overrides=["lambda=0.5"], compat=True, fsync=False)
     assert third.manifest["tensors"] == changed.manifest["tensors"]
     assert della.merge(third.manifest["recipe"], tmp_path / "d/x", fsync=False).manifest == third.manifest

@@ -16,11 +16,12 @@ from checkpoints import COMMIT, put
 from merged import FILE, FOLDER, FORMS, find, flip, make, refused, shards, spans
 
 import della
+from della.api import verify
 from della.checkpoint import view
 from della.errors import CheckpointError, OutputError, RecipeError
 from della.running import hashing
 from della.running.run import Progress
-from della.running.verify import Verdict, verify
+from della.running.verify import Verdict
 
 
 @pytest.fixture(scope="module")

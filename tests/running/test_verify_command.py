@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from merged import FILE, FOLDER, flip, make, shards, spans
 
+from della.api import verify
 from della.cli import main as cli
-from della.running.verify import verify
 
 
 @pytest.fixture(scope="module")

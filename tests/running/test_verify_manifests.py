@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 from merged import FILE, FOLDER, FORMS, find, flip, make, refused, reseal, shards
 
+from della.api import verify
 from della.errors import CheckpointError, DellaError, OutputError, RecipeError
 from della.output.manifest import MOST_BYTES, sealed
-from della.running.verify import verify
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ from llamas import EXACT, EXPERTS, recipe, trio
 from merged import FOLDER, FORMS, OWN, find, flip, make, refused, reseal
 
 import della
+from della.api import verify
 from della.errors import CheckpointError
-from della.running.verify import verify
 
 
 @pytest.fixture(scope="module")

@@ -32,8 +32,8 @@ from della.experiments.paper.full_models import prepare, references
 from della.experiments.paper.full_plan import Rates, plan_json
 from della.experiments.paper.full_report import Scores, numbers, report
 from della.experiments.paper.results import head, interval, write
+from della.options import default_threads
 from della.output import disk
-from della.planning.job import default_threads
 
 # What is reported of a task: the first of these scores that there is.
 REPORTED = {"gsm8k": ("judge", "flexible"), "mbpp": ("pass@1",), "alpaca_eval": ("win_rate",)}

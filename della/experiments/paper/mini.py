@@ -21,7 +21,7 @@ from della.experiments.paper.mini_grid import Grid
 from della.experiments.paper.mini_report import report
 from della.experiments.paper.mini_trio import CALIBRATION, Programs, Trio
 from della.experiments.paper.results import head, write
-from della.planning.job import default_threads
+from della.options import default_threads
 from della.report import plots
 from della.version import __version__
 

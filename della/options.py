@@ -1,0 +1,254 @@
+"""Options as values: frozen dataclasses whose fields say what they are for.
+
+An option is declared once, as a field made by `option` (or `argument`).  The command line is derived from
+such classes by cli/options.py; anything else that asks a user can read the same with `declared` and make a
+value of what it was told with `build`.  Nothing heavy is imported here: ``della --help`` reads this.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from della.errors import RecipeError
+
+T = TypeVar("T")
+
+TILE = 1 << 18  # elements of a tile: large enough to forget Python's overhead, small enough for the caches
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a field says of itself.
+
+    help: one sentence.  flags: how it is written, by default ``--`` and its name.  metavar: what stands for
+    its value.  least: the smallest number allowed.  shown: whether help shows the default.  many: it may be
+    given several times.  read: makes the value from text (from a list of texts with ``many``); with ``after``
+    it also gets the value of that earlier field.  text: the default as text, where there is ``read``.
+    """
+
+    help: str
+    flags: tuple[str, ...] = ()
+    metavar: str | None = None
+    least: int | None = None
+    shown: bool = True
+    many: bool = False
+    read: Callable[..., Any] | None = None
+    after: str = ""
+    text: str | None = None
+    is_argument: bool = False
+
+
+def option(help_: str, default: Any = MISSING, *flags: str, **more: Any) -> Any:
+    """A field of a dataclass that is an option; without ``default`` it is required.
+
+    Args:
+        help_: one sentence on what it is for.
+        default: the value where it is not given; a mapping or list is made by its type, such as ``dict``.
+        flags: how it is written, such as "--quiet", "-q"; by default "--" and the name of the field.  A flag
+            of a field that is True by default says no: ``fsync`` is "--no-fsync".
+        more: further fields of `Spec`.
+
+    Returns:
+        What `dataclasses.field` returns.
+    """
+    return _field(Spec(help_, flags, **more), default)
+
+
+def argument(help_: str, default: Any = MISSING, **more: Any) -> Any:
+    """As `option`, for what a command line takes by position."""
+    return _field(Spec(help_, is_argument=True, shown=False, **more), default)
+
+
+def _field(spec: Spec, default: Any) -> Any:
+    metadata = {"option": spec}
+    if isinstance(default, type):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def declared(cls: type[Any]) -> dict[str, Spec]:
+    """The options of a class by the names of their fields; fields that are no options are left out."""
+    return {each.name: each.metadata["option"] for each in fields(cls) if "option" in each.metadata}
+
+
+def build(cls: type[T], given: Mapping[str, Any]) -> T:
+    """A value of ``cls`` from what a user gave: texts are read; None and no texts mean the default.
+
+    Args:
+        cls: a class of options.
+        given: by name of field; names that are no options of ``cls`` are ignored.
+
+    Returns:
+        The value.
+
+    Raises:
+        DellaError: a text says nothing that can be used.
+    """
+    values: dict[str, Any] = {}
+    for name, spec in declared(cls).items():
+        value = given.get(name)
+        if value is None or (spec.many and not value):
+            continue
+        if spec.read is not None:
+            value = spec.read(value, values[spec.after]) if spec.after else spec.read(value)
+        values[name] = tuple(value) if spec.many and isinstance(value, list) else value
+    return cls(**values)
+
+
+# ---- how values are written -------------------------------------------------------------------------------
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
+
+
+def size_of(text: str, name: str = "--shard-size") -> int:
+    """Bytes from ``5GB``, ``500MB``, ``2GiB`` or a plain number.
+
+    Raises:
+        RecipeError: it is none, or less than one byte; ``name`` is what the error calls it.
+    """
+    match = re.fullmatch(r"([0-9]+\.?[0-9]*|\.[0-9]+) *([kmg]?i?)b? *", text.strip(), re.IGNORECASE)
+    size = int(float(match[1]) * _UNITS.get(match[2].lower(), 0)) if match and len(match[1]) < 20 else 0
+    if size < 1:
+        raise RecipeError(f"{name} {text}: expected a size such as 5GB or 500MB")
+    return size
+
+
+def percent_of(text: str) -> float:
+    """A share above 0 and up to 1 from ``5%``.  Raises RecipeError."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)%", text)
+    if not match or not 0 < float(match[1]) <= 100:
+        raise RecipeError(f"--sources {text}: expected a percentage above 0 and up to 100%, such as 5%")
+    return float(match[1]) / 100
+
+
+def is_mergekit(text: str) -> bool:
+    """Whether other rules than ours are asked for.  Raises RecipeError for rules that are not known."""
+    if text != "mergekit":
+        raise RecipeError(f"--compat {text}: the only other rules known are mergekit's: --compat mergekit")
+    return True
+
+
+@dataclass(frozen=True)
+class Share:
+    """The ``number``-th of ``count`` shares of a merge; RecipeError where there is no such share."""
+
+    number: int = 1
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.number <= self.count:
+            raise RecipeError(f"part {self}: expected i/n with 1 <= i <= n, such as 2/7")
+
+    @property
+    def is_whole(self) -> bool:
+        return self.count == 1
+
+    @staticmethod
+    def parse(text: str) -> Share:
+        """From ``I/N``, such as 2/7.  Raises RecipeError."""
+        match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
+        if not match:
+            raise RecipeError(f"--part {text}: expected I/N, such as 2/7")
+        return Share(int(match[1]), int(match[2]))
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.count}"
+
+
+# ---- the options of a merge -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What the caller changes in a recipe."""
+
+    seed: int | None = option("Seed of the random draws, instead of the recipe's.", None)
+    overrides: tuple[str, ...] = option(
+        "Change the recipe: lambda=0.8, models.0.parameters.weight=1.", (), "--set", metavar="KEY=VALUE",
+        many=True,
+    )  # fmt: skip
+    compat: bool = option(
+        "Follow mergekit's rules where they differ.", False, metavar="mergekit", read=is_mergekit
+    )
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a result shall go, and whether it may replace what is there."""
+
+    out: Path = argument("Where to: a folder, or a .safetensors file.", metavar="OUT")
+    overwrite: bool = option("Replace OUT, in one step, when all is done.", False)
+
+    @property
+    def is_single(self) -> bool:
+        """Whether it is one file."""
+        return self.out.suffix == ".safetensors"
+
+
+@dataclass(frozen=True)
+class Permissions:
+    """What only the caller, and never a recipe, may allow."""
+
+    pickle: bool = option("Read .bin and .pt models too, by torch, as weights only.", False, "--allow-pickle")
+    auto_map: bool = option("Keep what config.json says of code of its own.", False, "--keep-auto-map")
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a plan is executed; none of this changes a byte of the weights.  RecipeError for what cannot be."""
+
+    threads: int | None = option(
+        "Threads; the result does not depend on it. [default: all processors]", None, least=1
+    )
+    shard_bytes: int = option(
+        "Most bytes of weights in one file.", 5_000_000_000, "--shard-size", metavar="SIZE", read=size_of,
+        text="5GB",
+    )  # fmt: skip
+    part: Share = option(
+        "Compute only the I-th of N shares of the files.", Share(), metavar="I/N", read=Share.parse
+    )
+    finish: bool = option("Check what all parts have computed, and make OUT of it.", False)
+    fsync: bool = option("Do not wait until OUT is safe on the disk.", True, "--no-fsync")
+    tile: int = TILE
+
+    def __post_init__(self) -> None:
+        for name in ("threads", "tile", "shard_bytes"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise RecipeError(f"{name} {value}: expected a whole number from 1 up")
+        if self.finish and not self.part.is_whole:
+            raise RecipeError("finish puts all parts together; leave out part")
+
+    @property
+    def workers(self) -> int:
+        """How many threads there are."""
+        return self.threads or default_threads()
+
+
+@dataclass(frozen=True)
+class Checks:
+    """What of a merged model is checked beside its own bytes.  RecipeError for what cannot be."""
+
+    sources: float | None = option(
+        "Compute K% of the tensors from the sources again, chosen at random. [without a value: 5%]", None,
+        metavar="[K%]", read=percent_of,
+    )  # fmt: skip
+    inputs: bool = option("Check that the inputs are still what was merged.", False)
+    base_dir: Path | None = option(
+        "Where relative paths of the recipe start. [default: the working directory]", None, "--from",
+        metavar="FOLDER",
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        if self.sources is not None and not 0 < self.sources <= 1:
+            raise RecipeError(f"sources {self.sources}: expected a share above 0 and at most 1 (100%)")
+
+
+def default_threads() -> int:
+    """As many threads as this process may use processors."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
