@@ -11,7 +11,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from llamas import EXPERTS, Tensors, as_stored, load, recipe, save, trio
+from llamas import EXPERTS, Tensors, as_stored, load, recipe, trio
 
 import della
 from della import arrays
@@ -28,9 +28,9 @@ FLOATS = [row.numpy for row in DTYPES.values() if row.is_float]
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensors]]:
-    tensors = trio()
-    return save(tmp_path_factory.mktemp("models"), tensors), tensors
+def models(models: Path) -> tuple[Path, dict[str, Tensors]]:
+    """The trio on disk, and its tensors."""
+    return models, trio()
 
 
 def options(method: str, **shared: Any) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import typer
 from checkpoints import put, tree
-from llamas import EXPERTS, load, recipe, save, trio
+from llamas import EXPERTS, load, recipe
 
 import della
 from della.cli import main as cli
@@ -35,11 +35,6 @@ def run(folder: Path, *arguments: str, **options: Any) -> subprocess.CompletedPr
         [*COMMAND, *arguments], cwd=folder, env=ENVIRONMENT, text=True, check=False,
         **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options},
     )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save(tmp_path_factory.mktemp("models"), trio())
 
 
 @pytest.fixture

@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import os
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from stand_ins import ANNOTATIONS, RESULTS, TABLE, stand_in
 from stub_server import REFUSAL, Request, Status, StubServer
 
 from della.errors import EvaluationError, OutputError
@@ -45,36 +45,6 @@ def test_the_format(files: tuple[Path, Path]) -> None:
 
 
 # ---- the command, with a stand-in for it ------------------------------------------------------------------
-
-STAND_IN = """#!{python}
-import json, os, pathlib, sys
-options = dict(word.removeprefix("--").split("=", 1) for word in sys.argv[2:])
-begins = ("OPENAI", "HF_", "PYTHONPATH")
-environment = {{name: value for name, value in os.environ.items() if name.startswith(begins)}}
-client = pathlib.Path(environment.pop("OPENAI_CLIENT_CONFIG_PATH", os.devnull)).read_text()
-pathlib.Path({told!r}).write_text(json.dumps([sys.argv[1], options, environment, client]))
-{body}
-"""
-RESULTS = """
-place = pathlib.Path(eval(options["output_path"])) / "alpaca_eval_gpt4"
-place.mkdir()
-place.joinpath("leaderboard.csv").write_text({table!r})
-place.joinpath("annotations.json").write_text(json.dumps({annotations!r}))
-"""
-ANNOTATIONS = [
-    {"instruction": "a", "preference": 2.0}, {"instruction": "b", "preference": 1.0},
-    {"instruction": "c", "preference": 1.5}, {"instruction": "d", "preference": None},
-]  # fmt: skip
-TABLE = ",win_rate,standard_error,mode,avg_length,n_total\nmine,50.0,28.9,community,5,3\n"
-
-
-def stand_in(folder: Path, body: str = "", table: str = TABLE, annotations: Any = ANNOTATIONS) -> str:
-    """A command that notes what it was called with, and leaves these results (or does what ``body`` says)."""
-    path = folder / "alpaca_eval"
-    body = body or RESULTS.format(table=table, annotations=annotations)
-    path.write_text(STAND_IN.format(python=sys.executable, told=str(folder / "told.json"), body=body))
-    path.chmod(0o755)
-    return str(path)
 
 
 def test_what_the_package_is_asked_for(

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 from checkpoints import put
+from numpy_llamas import CONFIGS, in_torch, make_config, random_tensors
 from safetensors.numpy import load_file
-from test_demo_llama import CONFIGS, in_torch, make_config, random_tensors
 
 import della
 from della.errors import CheckpointError, EvaluationError, OutputError

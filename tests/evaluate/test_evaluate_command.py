@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from benchmark_files import COMMAND, HELLO, lines, number_in, sums
+from stand_ins import VLLM
 from stub_server import Request, Slow, StubServer
-from test_evaluation import COMMAND, number_in, sums
-from test_problems import HELLO, lines
-from test_vllm_server import STAND_IN
 from typer.main import get_command
 
 from della.cli.main import app
@@ -151,7 +150,7 @@ def test_numpy_end_to_end(place: Path) -> None:
 
 
 def test_vllm_end_to_end_with_a_stand_in(place: Path) -> None:
-    (place / "vllm.py").write_text(STAND_IN)
+    (place / "vllm.py").write_text(VLLM)
     ended = run(
         f"five={TRIO / 'base'}", "--tasks", "gsm8k", "--data", "gsm8k.jsonl", "--backend", "vllm",
         "--vllm-command", shlex.join([sys.executable, "vllm.py"]), "--vllm-args", "--enforce-eager", "--out",

@@ -7,7 +7,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -15,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from benchmark_files import ADD, COMMAND, HELLO, lines, number_in, records, sums
+from stand_ins import TABLE, stand_in
 from stub_server import Request, Slow, StubServer
-from test_alpaca import TABLE, stand_in
-from test_problems import ADD, HELLO, lines
 
 from della.errors import EvaluationError
 from della.evaluate import evaluation
@@ -27,20 +26,7 @@ from della.evaluate.settings import Settings
 from della.experiments.demo import TRIO
 from della.report.intervals import Interval, wilson
 
-COMMAND = [sys.executable, "-m", "della.cli.main", "eval"]
 Make = Callable[..., Settings]
-
-
-def sums(count: int) -> list[dict[str, str]]:
-    return [{"question": f"What is {n} + 1?", "answer": f"{n} + 1\n#### {n + 1}"} for n in range(count)]
-
-
-def number_in(request: Request) -> int:
-    return int(request.prompt.partition("What is ")[2].partition(" ")[0])
-
-
-def records(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 @pytest.fixture

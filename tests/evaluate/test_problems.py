@@ -9,22 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from benchmark_files import ADD, HELLO, PEAS, lines
 
 from della.errors import EvaluationError
 from della.evaluate.problems import Problem, load
-
-PEAS: dict[str, Any] = {"question": "2 peas and 3 peas?", "answer": "2 + 3 = <<2+3=5>>5\n#### 5"}
-ADD: dict[str, Any] = {
-    "task_id": 11, "text": "Write a function to add.", "code": "def add(a, b): return a + b",
-    "test_list": ["assert add(1, 2) == 3", "assert add(0, 0) == 0"], "test_setup_code": "import math",
-    "challenge_test_list": [],
-}  # fmt: skip
-HELLO: dict[str, Any] = {"dataset": "own", "instruction": "Say hello.", "output": "Hello.", "generator": "me"}
-
-
-def lines(path: Path, *records: Any) -> Path:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    return path
 
 
 def test_gsm8k_is_read_in_its_order(tmp_path: Path) -> None:

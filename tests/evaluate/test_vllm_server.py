@@ -11,51 +11,20 @@ import time
 from pathlib import Path
 
 import pytest
+from stand_ins import VLLM
 
 from della.errors import EvaluationError, OutputError
 from della.evaluate.backends import Model
 from della.evaluate.vllm_server import vllm_server
 from della.experiments.demo import TRIO
 
-# Serves /health after a while, and completions; notes its arguments, its pid and that of a child.
-STAND_IN = """
-import http.server, json, os, pathlib, subprocess, sys, time
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-told = {"arguments": sys.argv[1:], "pids": [os.getpid(), child.pid]}
-pathlib.Path(os.environ["TOLD"]).write_text(json.dumps(told))
-ready = time.monotonic() + 0.3
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.reply(200 if self.path == "/health" and time.monotonic() > ready else 503, {})
-
-    def do_POST(self):
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        text = "The answer is: " + asked["model"]
-        self.reply(200, {"id": "1", "object": "text_completion", "created": 0, "model": asked["model"],
-                         "choices": [{"index": 0, "text": text, "finish_reason": "stop", "logprobs": None}]})
-
-    def reply(self, code, body):
-        raw = json.dumps(body).encode()
-        self.send_response(code)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(raw)))
-        self.end_headers()
-        self.wfile.write(raw)
-
-    def log_message(self, *_):
-        pass
-
-port = int(sys.argv[sys.argv.index("--port") + 1])
-http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
-"""
 MODEL = Model("base", str(TRIO / "base"))
 
 
 @pytest.fixture
 def vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
     """The command of the stand-in, which notes into told.json."""
-    (tmp_path / "vllm.py").write_text(STAND_IN)
+    (tmp_path / "vllm.py").write_text(VLLM)
     monkeypatch.setenv("TOLD", str(tmp_path / "told.json"))
     return (sys.executable, str(tmp_path / "vllm.py"))
 

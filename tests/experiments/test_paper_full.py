@@ -34,14 +34,7 @@ TWO: dict[str, Any] = {"tables": "2", "drop_rates": "0.3,0.7", "seeds": 2}
 SIX: dict[str, Any] = {"tables": "6", "pruned": "0.5", "seeds": 1}
 
 
-@pytest.fixture(autouse=True)
-def sandbox() -> None:
-    from della.sandbox.walls import open_sandbox
-
-    try:
-        open_sandbox()
-    except EvaluationError as error:
-        pytest.skip(f"no sandbox on this machine: {error}")
+pytestmark = pytest.mark.usefixtures("sandbox")
 
 
 class Judge:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from checkpoints import put, tree
-from llamas import recipe, save, trio
+from llamas import recipe
 
 import della
 from della.checkpoint.view import Stored
@@ -25,11 +25,6 @@ from della.running.compute import Compute
 
 OWN: list[dict[str, Any]] = [{"density": 0.5}, {"density": 0.6}, {"density": 0.3}]
 OPTIONS: dict[str, Any] = {"threads": 1, "shard_bytes": 9000, "fsync": False}
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save(tmp_path_factory.mktemp("models"), trio())
 
 
 @pytest.fixture

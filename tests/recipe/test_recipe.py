@@ -10,33 +10,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from recipes import HEAD, recipe_of, told
 
 from della.dtypes import DTYPES
 from della.errors import Location, RecipeError, printable
 from della.merging.methods import METHODS
 from della.recipe.reader import read_recipe
 from della.recipe.settings import Gradient
-
-HEAD = """\
-merge_method: della
-base_model: owner/base
-models:
-  - model: owner/math
-  - model: owner/code
-"""
-THERE_IS = ", ".join(METHODS)
-
-
-def told(source: Any, **options: Any) -> str:
-    with pytest.raises(RecipeError) as caught:
-        read_recipe(source, **options)
-    assert caught.value.exit_code == 2
-    return str(caught.value)
-
-
-def recipe_of(method: str = "della", **parts: Any) -> dict[str, Any]:
-    base = {"merge_method": method, "base_model": "owner/base", "models": [{"model": "owner/math"}]}
-    return {**base, **parts}
 
 
 def test_everything_a_recipe_may_say(tmp_path: Path) -> None:

@@ -6,33 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from recipes import HEAD, THERE_IS, recipe_of, told
 
 from della.dtypes import RECIPE_NAMES
-from della.errors import RecipeError
 from della.merging.methods import ALL_PARAMETERS, LATER_METHODS, METHODS
-from della.recipe.reader import _MODEL_KEYS, _TOP_KEYS, read_recipe
+from della.recipe.reader import _MODEL_KEYS, _TOP_KEYS
 from della.recipe.settings import suggest
-
-HEAD = """\
-merge_method: della
-base_model: owner/base
-models:
-  - model: owner/math
-  - model: owner/code
-"""
-THERE_IS = ", ".join(METHODS)
-
-
-def told(source: Any, **options: Any) -> str:
-    with pytest.raises(RecipeError) as caught:
-        read_recipe(source, **options)
-    assert caught.value.exit_code == 2
-    return str(caught.value)
-
-
-def recipe_of(method: str = "della", **parts: Any) -> dict[str, Any]:
-    base = {"merge_method": method, "base_model": "owner/base", "models": [{"model": "owner/math"}]}
-    return {**base, **parts}
 
 
 def test_all_problems_are_told_at_once_in_the_order_of_lines_with_the_file(tmp_path: Path) -> None:

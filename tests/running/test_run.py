@@ -63,9 +63,9 @@ def merged(made: Mapping[str, Any], out: Path, **options: Any) -> Stored:
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Trio:
-    tensors = trio()
-    return save(tmp_path_factory.mktemp("models"), tensors), tensors
+def models(models: Path) -> Trio:
+    """The trio on disk, and its tensors."""
+    return models, trio()
 
 
 SHARED: list[tuple[str, dict[str, Any]]] = [

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from checkpoints import COMMIT, put
-from merged import FILE, FOLDER, FORMS, find, flip, make, refused, shards, spans
+from merged import FILE, FOLDER, FORMS, find, flip, refused, shards, spans
 
 import della
 from della.api import verify
@@ -22,22 +21,6 @@ from della.errors import CheckpointError, OutputError, RecipeError
 from della.running import hashing
 from della.running.run import Progress
 from della.running.verify import Verdict
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make(tmp_path_factory.mktemp("made"))
-
-
-@pytest.fixture
-def out(made: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(made / FOLDER, tmp_path / FOLDER))
-
-
-@pytest.fixture
-def single(made: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copy(made / FILE, tmp_path / FILE))
-
 
 # ---- all is well ------------------------------------------------------------------------------------------
 

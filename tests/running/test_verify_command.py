@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 import subprocess
 import sys
@@ -12,20 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from merged import FILE, FOLDER, flip, make, shards, spans
+from merged import FILE, FOLDER, flip, shards, spans
 
 from della.api import verify
 from della.cli import main as cli
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make(tmp_path_factory.mktemp("made"))
-
-
-@pytest.fixture
-def out(made: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(made / FOLDER, tmp_path / FOLDER))
 
 
 @pytest.fixture

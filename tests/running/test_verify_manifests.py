@@ -14,16 +14,11 @@ from random import Random
 from typing import Any
 
 import pytest
-from merged import FILE, FOLDER, FORMS, find, flip, make, refused, reseal, shards
+from merged import FILE, FOLDER, FORMS, find, flip, refused, reseal, shards
 
 from della.api import verify
 from della.errors import CheckpointError, DellaError, OutputError, RecipeError
 from della.output.manifest import MOST_BYTES, sealed
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make(tmp_path_factory.mktemp("made"))
 
 
 @pytest.fixture(params=FORMS)
@@ -31,11 +26,6 @@ def merged(request: pytest.FixtureRequest, made: Path, tmp_path: Path) -> Path:
     """A merged model to spoil: a folder, or a single file."""
     copy = shutil.copytree if request.param == FOLDER else shutil.copy
     return Path(copy(made / request.param, tmp_path / request.param))
-
-
-@pytest.fixture
-def out(made: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(made / FOLDER, tmp_path / FOLDER))
 
 
 def where(merged: Path) -> Path:

@@ -12,17 +12,11 @@ import pytest
 import xxhash
 from checkpoints import put
 from llamas import EXACT, EXPERTS, recipe, trio
-from merged import FOLDER, FORMS, OWN, find, flip, make, refused, reseal
+from merged import FOLDER, FORMS, OWN, find, flip, refused, reseal
 
 import della
 from della.api import verify
 from della.errors import CheckpointError
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make(tmp_path_factory.mktemp("made"))
-
 
 # ---- the inputs and the merge again -----------------------------------------------------------------------
 

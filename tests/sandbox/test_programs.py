@@ -23,11 +23,6 @@ PASSED = Verdict(True, "passed")
 QUICK = Limits(seconds=2.0)
 
 
-@pytest.fixture(scope="module")
-def sandbox() -> Sandbox:
-    return any_sandbox()
-
-
 # ---- values ----------------------------------------------------------------------------------------------
 
 PLAIN = [

@@ -1,0 +1,44 @@
+"""The fixtures that several rooms share.  What is made once for a session is looked at, never changed."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from llamas import save, trio
+from merged import FILE, FOLDER, make
+
+from della.sandbox.walls import Sandbox
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a base and three experts of it: NAME/model.safetensors and NAME/config.json."""
+    return save(tmp_path_factory.mktemp("models"), trio())
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models, recipe.yml and two merges: FOLDER in four shards, and the single FILE."""
+    return make(tmp_path_factory.mktemp("made"))
+
+
+@pytest.fixture
+def out(made: Path, tmp_path: Path) -> Path:
+    """A copy of the merged folder, to spoil."""
+    return Path(shutil.copytree(made / FOLDER, tmp_path / FOLDER))
+
+
+@pytest.fixture
+def single(made: Path, tmp_path: Path) -> Path:
+    """A copy of the merged file, to spoil."""
+    return Path(shutil.copy(made / FILE, tmp_path / FILE))
+
+
+@pytest.fixture(scope="session")
+def sandbox() -> Sandbox:
+    """The sandbox that della takes; a test that needs one is skipped where none works."""
+    from sandboxes import any_sandbox  # which tries them
+
+    return any_sandbox()
