@@ -5,7 +5,6 @@ Inputs are used where they lie, without a copy in another format; results are of
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -16,11 +15,21 @@ import numpy as np
 
 from della.checkpoint.norms import checked, misfit
 from della.dtypes import Array, DType, of_array, round_to, widen
-from della.errors import CheckpointError, OutputError, Problem, RecipeError, nearest
+from della.errors import CheckpointError, Collector, OutputError, Problem, RecipeError, suggest, unknown
 from della.merging import reference
-from della.merging.methods import METHODS, Choice, Expert, Method, check_settings, choice
+from della.merging.methods import (
+    ALL_PARAMETERS,
+    METHODS,
+    Choice,
+    Expert,
+    Method,
+    Parameter,
+    check_settings,
+    choice,
+)
 from della.merging.methods import expert as make_expert
 from della.random import DEFAULT_SEED
+from della.recipe import values as recipe_values
 
 _TILE = 1 << 17
 
@@ -43,7 +52,7 @@ def magprune(
     method = METHODS["della_linear"]
     given = {"rank_by": rank_by, "ladder": ladder, "rescale": rescale}
     shared = _shared(method, given | ({} if input_norms is None else {"importance": "wanda"}))
-    own = {"weight": 1.0, "density": density, "epsilon": epsilon}
+    (own,) = _own({"weight": 1.0, "density": density, "epsilon": epsilon}, [expert])
     _check(method, shared, {expert: own})
     picked = replace(choice(method, shared), vote="none", fuse="sum")
     norms = None if input_norms is None else _norms(input_norms, name, values.shape, "input_norms")
@@ -74,26 +83,24 @@ def merge_tensors(
     row, shared = _method(method), _shared(_method(method), parameters)
     models = [_as_array(e, f"{name} of expert {k}") for k, e in enumerate(experts, 1)]
     if not models:
-        raise RecipeError("no experts: at least one is needed")
+        raise RecipeError(Problem("no experts: at least one is needed", parameter="experts"))
     if base is None and row.needs_base:
-        raise RecipeError(f"{method} needs a base")
+        raise RecipeError(Problem(f"{method} needs a base", parameter="base"))
     base = base if row.needs_base else None
     root = models[0] if base is None else _as_array(base, f"{name} of the base")
     if row.drop == "top" and shared.get("scope") == "model":
-        raise RecipeError(
-            "scope: model needs the whole model; merge checkpoints instead, or use scope: tensor"
-        )
+        fix = "merge checkpoints instead, or use scope: tensor"
+        raise RecipeError(Problem("scope: model needs the whole model", fix, parameter="scope"))
     for k, model in enumerate(models, 1):
         if model.shape != root.shape:
-            shapes = f"has shape {list(model.shape)}, expected {list(root.shape)}"
-            raise CheckpointError(f"{name} of expert {k}: {shapes}")
+            said = f"has shape {list(model.shape)}, expected {list(root.shape)}"
+            raise CheckpointError(Problem(said, subject=f"{name} of expert {k}", tensor=name))
     columns = {"weight": weights, "density": density, "epsilon": epsilon, "gamma": gamma}
-    own = [{k: _pick(k, v, t, len(models)) for k, v in columns.items()} for t in range(len(models))]
-    own = [{k: v for k, v in one.items() if v is not None} for one in own]
     identities = list(names) if names is not None else [f"expert{k}" for k in range(1, len(models) + 1)]
     if len(identities) != len(models) or len(set(identities)) != len(models):
         said = f"names: expected {len(models)} different names, found {identities}"
         raise RecipeError(Problem(said, parameter="names"))
+    own = _own(columns, identities)
     _check(row, shared, dict(zip(identities, own, strict=True)))
     norms = _all_norms(shared, input_norms, name, root.shape, len(models))
     made = [replace(make_expert(i, o), norms=n) for i, o, n in zip(identities, own, norms, strict=True)]
@@ -111,14 +118,17 @@ def merge_state_dicts(
     where an expert lacks a tensor, and where ``input_norms`` (mappings, here) name one that the base lacks.
     """
     if not experts:
-        raise RecipeError("no experts: at least one is needed")
+        raise RecipeError(Problem("no experts: at least one is needed", parameter="experts"))
     root = experts[0] if base is None or not _method(options.get("method", "della")).needs_base else base
-    lacking = [f"expert {k} lacks {name}" for k, e in enumerate(experts, 1) for name in root if name not in e]
+    problems = Collector(CheckpointError)
+    for k, expert in enumerate(experts, 1):
+        for name in (name for name in root if name not in expert):
+            problems.add(f"lacks {name}", subject=f"expert {k}", tensor=name)
     for k, norms in enumerate(options.get("input_norms") or (), 1):
-        strange = [name for name in norms if name not in root] if isinstance(norms, Mapping) else []
-        lacking += [f"input norms of expert {k}: {name} is not a tensor of the base" for name in strange]
-    if lacking:
-        raise CheckpointError(*lacking)
+        for name in [name for name in norms if name not in root] if isinstance(norms, Mapping) else ():
+            said = f"{name} is not a tensor of the base"
+            problems.add(said, subject=f"input norms of expert {k}", tensor=name)
+    problems.raise_any()
     merged = {}
     for name, value in root.items():
         array = _as_array(value, name, floats_only=False)
@@ -137,10 +147,11 @@ def _all_norms(
     wanted = shared.get("importance") == "wanda"
     if wanted != (given is not None):
         said = "needs input_norms" if wanted else "is needed where input_norms are given"
-        raise RecipeError(f"importance='wanda' {said}")
+        raise RecipeError(Problem(f"importance='wanda' {said}", parameter="input_norms"))
     each = [None] * experts if given is None else list(given)
     if len(each) != experts or isinstance(given, Mapping) or (wanted and any(own is None for own in each)):
-        raise RecipeError(f"input_norms: expected an array or a mapping for each of {experts} experts")
+        said = f"input_norms: expected an array or a mapping for each of {experts} experts"
+        raise RecipeError(Problem(said, parameter="input_norms"))
     found = [own.get(name) if isinstance(own, Mapping) else own for own in each]
     return [
         None if own is None else _norms(own, name, shape, f"input norms of expert {k}")
@@ -152,8 +163,8 @@ def _norms(given: Any, name: str, shape: Sequence[int], where: str) -> Array:
     array = _as_array(given, where)
     said = misfit(array.shape, shape)
     if said:
-        raise CheckpointError(f"{where}: {name} {said}")
-    return checked(array, f"{where}: {name}")
+        raise CheckpointError(Problem(f"{name} {said}", subject=where, tensor=name))
+    return checked(array, where, name)
 
 
 def _merge(
@@ -203,10 +214,9 @@ def _rounded(values: Array, dtype: DType, name: str) -> Array:
     stored = round_to(values, dtype)
     bad = np.flatnonzero(~np.isfinite(stored))
     if bad.size:
-        raise OutputError(
-            f"{name}: element {bad[0]} becomes {stored.reshape(-1)[bad[0]]} when it is rounded to "
-            f"{dtype.torch_name}; give arrays of a wider dtype, or a smaller lambda_"
-        )
+        becomes = f"element {bad[0]} becomes {stored.reshape(-1)[bad[0]]} when it is rounded to"
+        fix = "give arrays of a wider dtype, or a smaller lambda_"
+        raise OutputError(Problem(f"{becomes} {dtype.torch_name}", fix, name, name))
     return stored
 
 
@@ -218,21 +228,21 @@ def _as_array(value: Any, what: str, *, floats_only: bool = True) -> Array:
     try:
         dtype = of_array(array)
     except KeyError:
-        raise CheckpointError(f"{what}: dtype {array.dtype} is not one that models are stored in") from None
+        said = f"dtype {array.dtype} is not one that models are stored in"
+        raise CheckpointError(Problem(said, subject=what)) from None
     if floats_only and not dtype.is_float:
-        raise CheckpointError(f"{what}: dtype {array.dtype}; only floats are merged")
+        raise CheckpointError(Problem(f"dtype {array.dtype}", "only floats are merged", what))
     if dtype.is_float and not (finite := np.isfinite(widen(array))).all():  # slow in the narrow dtypes
         first = np.flatnonzero(~finite)[0]
-        raise CheckpointError(
-            f"{what}: holds NaN or infinity (element {first} is {array.reshape(-1)[first]})"
-        )
+        said = f"holds NaN or infinity (element {first} is {array.reshape(-1)[first]})"
+        raise CheckpointError(Problem(said, subject=what))
     return array
 
 
 def _from_torch(tensor: Any, what: str) -> Array:
     """Zero copy: torch's own NumPy view, or for types that NumPy lacks the view of their bits."""
     if tensor.device.type != "cpu":
-        raise CheckpointError(f"{what}: on device {tensor.device}; move it to the CPU first: .cpu()")
+        raise CheckpointError(Problem(f"on device {tensor.device}", "move it to the CPU first: .cpu()", what))
     tensor = tensor.detach()
     name = str(tensor.dtype).removeprefix("torch.")
     twin = getattr(ml_dtypes, name, None)
@@ -259,51 +269,55 @@ def _is_torch(value: Any) -> bool:
 
 def _method(name: str) -> Method:
     if name not in METHODS:
-        raise RecipeError(f"unknown method {name!r}{nearest(name, METHODS)}")
+        raise RecipeError(unknown("method", name, METHODS))
     return METHODS[name]
 
 
 def _shared(method: Method, parameters: Mapping[str, Any]) -> dict[str, Any]:
-    shared = {key.removesuffix("_"): value for key, value in parameters.items()}
+    """The shared parameters of a call, each of its type."""
     known = {k: p for k, p in method.parameters.items() if p.scope == "shared"}
-    for key, value in shared.items():
+    shared, problems = {}, Collector(RecipeError)
+    for name, value in parameters.items():
+        key = name.removesuffix("_")
         if key not in known:
-            raise RecipeError(f"{method.name} has no parameter {key!r}{nearest(key, known)}")
-        p = known[key]
-        kinds = p.kind if isinstance(p.kind, tuple) else (p.kind,)
-        if isinstance(value, bool) and bool in kinds:
-            continue
-        if p.choices and value not in p.choices:
-            raise RecipeError(f"{key}: {value!r} is not one of {', '.join(p.choices)}")
-        if not p.choices and not (float in kinds and _is_number(value)):
-            wanted = "a number" if float in kinds else "true or false"
-            raise RecipeError(f"{key}: expected {wanted}, found {value!r}")
+            said = f"{method.name} has no parameter {key!r}"
+            problems.add(said, suggest(key, known), parameter=key)
+        else:
+            shared[key] = _value(known[key], value, problems)
+    problems.raise_any()
     return shared
 
 
-def _is_number(value: Any) -> bool:
-    """Whether it is a finite number, of Python or NumPy."""
-    real = isinstance(value, (int, float, np.number)) and not isinstance(value, (bool, complex))
-    return bool(real and np.isfinite(value))
+def _own(columns: Mapping[str, Any], identities: Sequence[str]) -> list[dict[str, Any]]:
+    """Each expert's own parameters: of one value for all, or of a sequence that has one for each."""
+    own: list[dict[str, Any]] = [{} for _ in identities]
+    problems = Collector(RecipeError)
+    for name, column in columns.items():
+        values = [column] * len(own) if _is_one(column) else list(column)
+        if len(values) != len(own):
+            said = f"{name}: {len(values)} values for {len(own)} experts"
+            problems.add(said, parameter=name)
+        for mine, value in zip(own, values, strict=False):
+            if value is not None:
+                mine[name] = _value(ALL_PARAMETERS[name], value, problems)
+    problems.raise_any()
+    return own
 
 
-def _pick(name: str, value: Sequence[float] | float | None, t: int, experts: int) -> float | None:
-    if value is None or isinstance(value, (int, float, np.number)):
-        return None if value is None else float(value)
-    if len(value) != experts:
-        raise RecipeError(f"{name}: {len(value)} values for {experts} experts")
-    return float(value[t])
+def _is_one(value: Any) -> bool:
+    return isinstance(value, (int, float, str, np.generic)) or np.ndim(value) == 0
+
+
+def _value(parameter: Parameter, value: Any, problems: Collector) -> Any:
+    found = recipe_values.checked(parameter, value.item() if isinstance(value, np.generic) else value)
+    if isinstance(found, Problem):
+        problems.extend([found])
+    return found
 
 
 def _check(method: Method, shared: Mapping[str, Any], models: Mapping[str, Mapping[str, Any]]) -> None:
-    for own in models.values():
-        for key, value in own.items():
-            p = method.parameters.get(key)
-            if not math.isfinite(value):
-                raise RecipeError(f"{key}: expected a finite number, found {value:g}")
-            if p and p.low is not None and p.high is not None and not p.low <= value <= p.high:
-                raise RecipeError(f"{key} {value:g}: expected a value from {p.low:g} to {p.high:g}")
+    """Hold the rules that join several parameters."""
     given = {identity: {**own, "input_norms": "as arrays"} for identity, own in models.items()}
-    problems = tuple(check_settings(method, shared, given))
-    if problems:
-        raise RecipeError(*problems)
+    problems = Collector(RecipeError)
+    problems.extend(check_settings(method, shared, given))
+    problems.raise_any()

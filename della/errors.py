@@ -16,7 +16,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+MAX_PROBLEMS = 50  # more are not read, and not looked for
 
 
 class Location(NamedTuple):
@@ -119,11 +121,67 @@ class EvaluationError(DellaError):
     exit_code = 6
 
 
-def together(errors: Sequence[DellaError]) -> DellaError:
-    """Several errors as one, which lists all their problems; of the kind with the lowest exit code."""
-    first = min(errors, key=lambda error: error.exit_code)
-    problems = [problem for error in errors for problem in error.problems]
-    return type(first)(*dict.fromkeys(problems))
+class Collector:
+    """What is wrong, collected so that all of it is told at once: each problem once, those of a recipe in the
+    order of its lines.
+
+    As a context manager it takes up the DellaErrors of a step, and goes on behind it.
+
+    Args:
+        kind: The kind of error that `add` is about.
+
+    >>> problems = Collector(RecipeError)
+    >>> with problems:
+    ...     raise OutputError("out: exists already")
+    >>> problems.add("'seed' must be a whole number", parameter="seed")
+    >>> try:
+    ...     problems.raise_any()
+    ... except RecipeError as error:
+    ...     print(error)
+    2 problems:
+      - 'seed' must be a whole number
+      - out: exists already
+    """
+
+    def __init__(self, kind: type[DellaError]) -> None:
+        self._kind = kind
+        self._found: list[tuple[type[DellaError], Problem]] = []
+        self._cause: DellaError | None = None
+
+    def add(self, said: str, fix: str | None = None, **about: Any) -> None:
+        """Take up the Problem of these fields; raise when there are as many as anyone would read."""
+        self.extend([Problem(said, fix, **about)])
+
+    def extend(self, problems: Iterable[Problem]) -> None:
+        """Take up several Problems, as `add` does."""
+        for problem in problems:
+            self._found.append((self._kind, problem))
+            if len(self._found) >= MAX_PROBLEMS:
+                self.raise_any()
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> bool:
+        if not isinstance(error, DellaError):
+            return False
+        self._found += [(type(error), problem) for problem in error.problems]
+        self._cause = self._cause or error
+        return True
+
+    def raise_any(self) -> None:
+        """Raise what was found as one error, of the kind with the lowest exit code; return if nothing was."""
+        if self._found:
+            ordered = sorted(self._found, key=_order)
+            raise ordered[0][0](*dict.fromkeys(problem for _, problem in ordered)) from self._cause
+
+
+def _order(found: tuple[type[DellaError], Problem]) -> tuple[int, bool, tuple[int, ...]]:
+    kind, problem = found
+    return kind.exit_code, problem.location is None, problem.location[:2] if problem.location else ()
 
 
 def printable(text: str) -> str:
@@ -131,10 +189,67 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
-def nearest(word: str, candidates: Iterable[str]) -> str:
-    """A closing hint ``; did you mean 'density'?`` or an empty string when nothing is near."""
-    close = difflib.get_close_matches(word.lower(), list(candidates), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]!r}?" if close else ""
+def clip(text: str, most: int = 60) -> str:
+    """Text that came from outside, short enough for an error message."""
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def suggest(word: str, known: Iterable[str]) -> str | None:
+    """What may have been meant by ``word``, as advice; None when nothing in ``known`` is near.
+
+    Every known word that is one slip of the fingers away is named, since two may be: 'modles' is 'models'
+    with two letters swapped and 'modules' with one left out.
+
+    >>> suggest("densty", ["weight", "density"])
+    "did you mean 'density'?"
+    """
+    plain = {_plain(name): name for name in known}
+    clean = _plain(clip(word, 200))
+    close = [clean] if clean in plain else [name for name in plain if _one_slip(clean, name)]
+    close = close or difflib.get_close_matches(clean, plain, n=1, cutoff=0.6)
+    return f"did you mean {' or '.join(repr(plain[name]) for name in close)}?" if close else None
+
+
+def _plain(word: str) -> str:
+    return word.lower().replace("-", "_").replace(" ", "_")
+
+
+def _one_slip(a: str, b: str) -> bool:
+    """Whether one letter added, left out, changed, or swapped with the next one turns ``a`` into ``b``."""
+    if abs(len(a) - len(b)) > 1:
+        return False
+    start = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    x, y = a[start:], b[start:]
+    return x[1:] == y or x == y[1:] or x[1:] == y[1:] or (x[:2] == y[:2][::-1] and x[2:] == y[2:])
+
+
+def unknown(what: str, word: str, known: Iterable[str]) -> Problem:
+    """The Problem of an argument ``what`` whose value is not one of ``known``.
+
+    >>> str(unknown("task", "gsm8", ["gsm8k", "mbpp"]))
+    "task 'gsm8': expected one of gsm8k, mbpp; did you mean 'gsm8k'?"
+    """
+    known = list(known)
+    said = f"{what} {clip(word)!r}: expected one of {', '.join(known)}"
+    return Problem(said, suggest(word, known), parameter=what)
+
+
+def distinct(names: Iterable[str]) -> list[str]:
+    """The names, of which equal ones are made distinct by their occurrence.
+
+    >>> distinct(["math", "code", "math"])
+    ['math', 'code', 'math#2']
+    """
+    given: list[str] = []
+    counts: dict[str, int] = {}
+    for name in names:
+        unique = name
+        while unique in counts:
+            counts[name] += 1
+            unique = f"{name}#{counts[name]}"
+        counts[unique] = 1
+        given.append(unique)
+    return given
 
 
 def listing(problems: Sequence[Problem], most: int = 20) -> str:

@@ -174,18 +174,22 @@ def said(kind: type[DellaError], call: Callable[[], object]) -> str:
     ("experts", "given", "sentence"),
     [
         ([], {}, "no experts: at least one is needed"),
-        ([W], {"method": "dela"}, "unknown method 'dela'; did you mean 'della'?"),
+        ([W], {"method": "dela"}, "method 'dela': expected one of della, della_linear, dare_ties, "
+         "dare_linear, ties, task_arithmetic, breadcrumbs, breadcrumbs_ties, linear, paper_ta, "
+         "paper_dare, paper_ties, paper_della; did you mean 'della'?"),
         ([W], {"densty": 1}, "della has no parameter 'densty'"),
         ([W], {"rank_buy": "row"}, "della has no parameter 'rank_buy'; did you mean 'rank_by'?"),
         ([W], {"method": "ties", "rank_by": "row"}, "ties has no parameter 'rank_by'"),
-        ([W], {"vote": "all"}, "vote: 'all' is not one of weighted, unweighted, count, none"),
-        ([W], {"vote": True}, "vote: True is not one of weighted, unweighted, count, none"),
-        ([W], {"lambda_": "1"}, "lambda: expected a number, found '1'"),
-        ([W], {"lambda_": float("nan")}, "lambda: expected a number, found nan"),
-        ([W], {"normalize": "no"}, "normalize: expected true or false, found 'no'"),
-        ([W], {"density": 1.5}, "density 1.5: expected a value from 0 to 1"),
-        ([W], {"density": float("nan")}, "density: expected a finite number, found nan"),
-        ([W], {"weights": float("inf")}, "weight: expected a finite number, found inf"),
+        ([W], {"vote": "all"}, "'vote' must be one of weighted, unweighted, count, none, found 'all'"),
+        ([W], {"vote": True}, "'vote' must be one of weighted, unweighted, count, none, found True"),
+        ([W], {"lambda_": "1"}, "'lambda' must be a number, found '1'"),
+        ([W], {"lambda_": float("nan")}, "'lambda' must be a finite number, found nan"),
+        ([W], {"normalize": "no"}, "'normalize' must be true or false, found 'no'"),
+        ([W], {"density": 1.5}, "'density' must lie between 0 and 1, found 1.5"),
+        ([W], {"density": float("nan")}, "'density' must be a finite number, found nan"),
+        ([W], {"weights": float("inf")}, "'weight' must be a finite number, found inf"),
+        ([W], {"density": "0.5"}, "'density' must be a number, found '0.5'"),
+        ([W, W], {"gamma": [0.1, 2]}, "'gamma' must lie between 0 and 1, found 2"),
         ([W, W], {"weights": [1]}, "weight: 1 values for 2 experts"),
         ([W, W], {"names": ["a", "a"]}, "names: expected 2 different names, found ['a', 'a']"),
         ([W, W], {"names": ["a"]}, "names: expected 2 different names, found ['a']"),
@@ -208,9 +212,9 @@ def test_a_method_that_needs_a_base() -> None:
 
 def test_wrong_values_for_magprune() -> None:
     assert said(RecipeError, lambda: della.magprune(W, 0.5, rank_by="column")) == (
-        "rank_by: 'column' is not one of row, tensor, random, random_tensor, magnitude, optimal"
+        "'rank_by' must be one of row, tensor, random, random_tensor, magnitude, optimal, found 'column'"
     )
-    assert said(RecipeError, lambda: della.magprune(W, 2)) == "density 2: expected a value from 0 to 1"
+    assert said(RecipeError, lambda: della.magprune(W, 2)) == ("'density' must lie between 0 and 1, found 2")
     assert said(CheckpointError, lambda: della.magprune(np.arange(3), 0.5)) == (
         "delta: dtype int64; only floats are merged"
     )
@@ -236,7 +240,7 @@ def test_wrong_arrays() -> None:
 def test_state_dicts_that_do_not_fit() -> None:
     base = {"a": W, "b": W}
     assert said(CheckpointError, lambda: della.merge_state_dicts(base, [{"b": W}, {}])) == (
-        "3 problems:\n  - expert 1 lacks a\n  - expert 2 lacks a\n  - expert 2 lacks b"
+        "3 problems:\n  - expert 1: lacks a\n  - expert 2: lacks a\n  - expert 2: lacks b"
     )
     assert said(CheckpointError, lambda: della.merge_state_dicts({"a": W}, [{"a": W[0]}])) == (
         "a of expert 1: has shape [2], expected [1, 2]"

@@ -7,23 +7,22 @@ arXiv 2306.11695).  `della calibrate` makes it.  A weight without an entry is ra
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from della.checkpoint.source import Source
 from della.checkpoint.view import Hashes, TensorView
 from della.dtypes import Array, widen
-from della.errors import CheckpointError, nearest
+from della.errors import CheckpointError, Problem, suggest
 
 
-def misfits(norms: Source, base: Source) -> list[str]:
+def misfits(norms: Source, base: Source) -> Iterator[Problem]:
     """What is wrong with the names, shapes and types of a file of norms, by its header."""
-    told = []
     for name, ours in norms.tensors.items():
         theirs = base.tensors.get(name)
         if theirs is None:
-            said = f"is not a tensor of {base.reference}{nearest(name, base.tensors)}"
+            said = f"is not a tensor of {base.reference}"
         elif not theirs.dtype.is_float:
             said = f"is stored as {theirs.dtype.name} in {base.reference}, and only floats are ranked"
         elif not ours.dtype.is_float:
@@ -31,8 +30,8 @@ def misfits(norms: Source, base: Source) -> list[str]:
         else:
             said = misfit(ours.shape, theirs.shape) or ""
         if said:
-            told.append(f"{norms.reference}: input norms: {name} {said}")
-    return told
+            fix = suggest(name, base.tensors) if theirs is None else None
+            yield Problem(f"input norms: {name} {said}", fix, norms.reference, name)
 
 
 def misfit(shape: Sequence[int], weight: Sequence[int]) -> str | None:
@@ -48,17 +47,17 @@ def read_norms(view: TensorView, hashes: Hashes | None = None) -> Array:
     """One vector of a file as float32; ``hashes`` are fed its bytes.  Raises CheckpointError for values that
     cannot be norms.
     """
-    return checked(view.read(hashes), view.where)
+    return checked(view.read(hashes), view.where, view.name)
 
 
-def checked(stored: Array, where: str) -> Array:
-    """Stored norms as float32, finite and not negative, or a CheckpointError."""
+def checked(stored: Array, subject: str, tensor: str) -> Array:
+    """Stored norms of ``tensor`` as float32, finite and not negative, or a CheckpointError."""
     with np.errstate(over="ignore"):
         norms = widen(stored).astype(np.float32)
     bad = np.flatnonzero(~(np.isfinite(norms) & (norms >= 0)))
     if bad.size:
-        raise CheckpointError(
-            f"{where}: an input norm must be a finite number from 0 up, and {bad.size} of {norms.size} "
-            f"{'are' if bad.size > 1 else 'is'} not (feature {bad[0]}: {norms[bad[0]]}); calibrate again"
-        )
+        are = f"{bad.size} of {norms.size} {'are' if bad.size > 1 else 'is'} not"
+        said = f"tensor {tensor}: an input norm must be a finite number from 0 up, and {are}"
+        said += f" (feature {bad[0]}: {norms[bad[0]]})"
+        raise CheckpointError(Problem(said, "calibrate again", subject, tensor))
     return norms

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,7 +30,7 @@ from della.checkpoint.layout import (
 from della.checkpoint.pickles import PICKLES
 from della.checkpoint.view import Stored, TensorView
 from della.checkpoint.weights import Weights
-from della.errors import CheckpointError, nearest
+from della.errors import CheckpointError, Problem, suggest
 
 HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>\w[\w./-]*))?", re.ASCII)
 WINDOWS_PATH = re.compile(r"[A-Za-z]:[\\/]|\\\\|[^/]*\\")
@@ -150,7 +151,8 @@ def open_source(
     try:
         folder, headers = fetch(match["repo"], match["revision"], weights=weights)
     except _Absent as error:
-        raise CheckpointError(f"{error}. No such folder either: tried {_shown(tried)}") from error
+        said = f"{error}. No such folder either: tried {_shown(tried)}"
+        raise CheckpointError(Problem(said, _near(tried))) from error
     return Source(reference, folder, read_folder(folder, headers))
 
 
@@ -165,7 +167,7 @@ def open_file(reference: str, *, base_dir: Path | None = None) -> Source:
             if path.suffix != ".safetensors" or not path.is_file():
                 raise CheckpointError(f"{path}: expected a .safetensors file")
             return Source(reference, path, read_single(path))
-    raise CheckpointError(f"{reference}: no such file; tried {_shown(tried)}")
+    raise CheckpointError(Problem(f"no such file; tried {_shown(tried)}", _near(tried), reference))
 
 
 def _candidates(reference: str, base_dir: Path | None) -> list[Path]:
@@ -192,31 +194,26 @@ def _commit_of(folder: Path) -> str | None:
     return real.name if real.parent.name == "snapshots" and COMMIT.fullmatch(real.name) else None
 
 
-def _not_found(reference: str, tried: list[Path]) -> str:
+def _not_found(reference: str, tried: list[Path]) -> Problem:
     if os.name != "nt" and WINDOWS_PATH.match(reference):
-        return (
-            f"{reference}: a Windows path, and this is not Windows; write it with / (under WSL: /mnt/c/...)"
-        )
-    places = _shown(tried)
-    hub = "" if "/" in reference or places.endswith("?") else "; a model of the Hub is written owner/name"
-    return f"{reference}: not found; tried {places}{hub}"
+        said = "a Windows path, and this is not Windows"
+        return Problem(said, "write it with / (under WSL: /mnt/c/...)", reference)
+    hub = None if "/" in reference else "a model of the Hub is written owner/name"
+    return Problem(f"not found; tried {_shown(tried)}", _near(tried) or hub, reference)
 
 
 def _shown(tried: list[Path]) -> str:
-    near = next((hint for path in tried if (hint := _near(path))), "")
-    return ", ".join(map(str, tried)) + near
+    return ", ".join(map(str, tried))
 
 
-def _near(path: Path) -> str:
-    """A hint at a folder or file beside ``path`` whose name is like its own."""
-    try:
-        names = {entry.name.lower(): entry.name for entry in path.parent.iterdir()}
-    except OSError:
-        return ""
-    hint = nearest(path.name, names)
-    for lower, name in names.items():
-        hint = hint.replace(repr(lower), repr(name))
-    return hint
+def _near(tried: list[Path]) -> str | None:
+    """A hint at a folder or file beside one of the paths whose name is like its own."""
+    for path in tried:
+        with suppress(OSError):
+            hint = suggest(path.name, (entry.name for entry in path.parent.iterdir()))
+            if hint:
+                return hint
+    return None
 
 
 def fetch(repo_id: str, revision: str | None, *, weights: bool) -> tuple[Path, dict[str, RawHeader]]:

@@ -90,8 +90,8 @@ class TensorView(ABC):
 
     @property
     def where(self) -> str:
-        """How messages name it: the file (of its first part) and the tensor."""
-        return f"{self.parts[0].file}: tensor {self.name}" if self.parts else f"tensor {self.name}"
+        """The file of its first part, for messages."""
+        return str(self.parts[0].file) if self.parts else "memory"
 
     @property
     def reference(self) -> str:

@@ -13,7 +13,7 @@ import typer
 
 from della.cli.console import print_json, tell
 from della.cli.evaluate import words
-from della.errors import EvaluationError, nearest
+from della.errors import EvaluationError, unknown
 
 if TYPE_CHECKING:
     from della.experiments.paper.full import FullOptions
@@ -155,7 +155,7 @@ def _run(scale: str, given: dict[str, Any], plan: bool, quiet: bool) -> None:
 def _check(context: typer.Context, scale: str) -> None:
     """Refuse what a scale does not take, rather than ignore it."""
     if scale not in SCALES:
-        raise EvaluationError(f"--scale {scale}: expected mini, 135m or 13b{nearest(scale, SCALES)}")
+        raise EvaluationError(unknown("--scale", scale, SCALES))
     known = {*_COMMON, *_OWN.get(scale, context.params)} - ({"experts", "seed"} if scale == "13b" else set())
     for parameter in context.command.params:
         source = context.get_parameter_source(str(parameter.name))

@@ -19,7 +19,7 @@ from della.checkpoint.header import build_header
 from della.checkpoint.norms import checked
 from della.checkpoint.strict import json_object
 from della.dtypes import DTYPES, Array
-from della.errors import CheckpointError, EvaluationError, OutputError, nearest
+from della.errors import CheckpointError, EvaluationError, OutputError, unknown
 from della.evaluate import hf, numpy_backend
 from della.evaluate.backends import Model
 from della.evaluate.llama import Llama
@@ -53,7 +53,7 @@ def calibrate(
     one machine.  Raises EvaluationError, OutputError, and CheckpointError for a damaged model.
     """
     if backend not in BACKENDS:
-        raise EvaluationError(f"backend {backend!r}: expected hf or numpy{nearest(backend, BACKENDS)}")
+        raise EvaluationError(unknown("backend", backend, BACKENDS))
     if out.suffix != ".safetensors":
         raise EvaluationError(f"{out}: expected a name that ends in .safetensors")
     if os.path.lexists(out):
@@ -76,7 +76,7 @@ def calibrate(
     if not norms:
         raise EvaluationError(f"{model}: has no linear layer (torch.nn.Linear) whose inputs could be seen")
     for name, vector in norms.items():
-        checked(vector, f"{model}: inputs of {name}")
+        checked(vector, str(model), name)
     put(out, _contents(norms))
     return Calibration(out, len(norms), len(ids), sum(map(len, ids)))
 

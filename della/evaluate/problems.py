@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from della.checkpoint.strict import AGAIN, json_value
-from della.errors import CheckpointError, EvaluationError, nearest
+from della.errors import CheckpointError, EvaluationError, unknown
 
 MOST_BYTES = 256_000_000
 MBPP_TEST = range(11, 511)  # the task ids of the test split, by MBPP's own README
@@ -75,7 +75,7 @@ def load(task: str, path: Path | None = None, limit: int | None = None) -> list[
     """
     known = TASKS.get(task)
     if known is None:
-        raise EvaluationError(f"task {task!r}: expected one of {', '.join(TASKS)}{nearest(task, TASKS)}")
+        raise EvaluationError(unknown("task", task, TASKS))
     found: dict[str, Problem] = {}
     for position, record in enumerate(_file(path) if path else _hub(known)):
         problem = known.read(record, position)

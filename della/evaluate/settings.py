@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from della.errors import EvaluationError, nearest
+from della.errors import EvaluationError, unknown
 from della.evaluate.backends import BACKENDS, DTYPES, Model
 from della.evaluate.endpoint import public
 from della.evaluate.problems import TASKS
@@ -65,14 +65,14 @@ def check(models: Sequence[Model], settings: Settings) -> None:
         raise EvaluationError("nothing to score: expected at least one model and one task")
     for task in (*settings.tasks, *settings.data, *settings.templates):
         if task not in TASKS:
-            raise EvaluationError(f"task {task!r}: expected one of {', '.join(TASKS)}{nearest(task, TASKS)}")
+            raise EvaluationError(unknown("task", task, TASKS))
     names = [model.name for model in models]
     double = next((name for name in names if names.count(name) > 1), None)
     if double:
         raise EvaluationError(f"two models are called {double}; tell them apart: NAME=MODEL")
-    for value, all_ in ((settings.backend, BACKENDS), (settings.dtype, DTYPES)):
-        if value not in all_:
-            raise EvaluationError(f"{value!r}: expected one of {', '.join(all_)}{nearest(value, all_)}")
+    for what, value, known in (("backend", settings.backend, BACKENDS), ("dtype", settings.dtype, DTYPES)):
+        if value not in known:
+            raise EvaluationError(unknown(what, value, known))
     for task in settings.tasks:
         check_template(settings.template(task), settings.prompt)
     for name in ("max_tokens", "batch", "limit", "concurrency"):

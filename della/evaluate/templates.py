@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from della.errors import EvaluationError, nearest
+from della.errors import EvaluationError, unknown
 from della.evaluate.problems import Problem
 
 TEMPLATES = ("alpaca", "vicuna", "chat")
@@ -52,9 +52,7 @@ def check_template(template: str, variant: str) -> None:
     for name, known in ((template, TEMPLATES), (variant, PROMPTS)):
         if name not in known:
             kind = "template" if known is TEMPLATES else "prompt"
-            raise EvaluationError(
-                f"{kind} {name!r}: expected one of {', '.join(known)}{nearest(name, known)}"
-            )
+            raise EvaluationError(unknown(kind, name, known))
 
 
 def prompt_of(problem: Problem, template: str, variant: str = "fixed") -> Prompt:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 from della.checkpoint.source import Source
 from della.checkpoint.view import TensorView
+from della.errors import Collector, Problem
 from della.recipe.reader import Recipe
 
 HEAD, EMBEDDINGS = "lm_head.weight", "embed_tokens.weight"
@@ -31,33 +33,60 @@ def extras(base: Source, model: Source) -> list[str]:
     return [name for name in found if name != HEAD or not _is_tied(model)]
 
 
-def check_fit(recipe: Recipe, base: Source, models: Sequence[Source]) -> tuple[list[str], list[str]]:
-    """(problems, notes): models that lack the base's tensors or their shapes, and what they have beyond."""
-    problems, notes = [], []
+def check_fit(recipe: Recipe, base: Source, models: Sequence[Source], problems: Collector) -> list[str]:
+    """Notes on what models lack and have beyond the base; where it or a shape does not fit, ``problems`` has
+    it.
+    """
+    notes = []
     others = [model for model in dict.fromkeys(models) if model is not base]
     for model in others:
-        where = f"{model.reference}: against {base.reference}"
         missing = [n for n in base.tensors if stand_in(recipe, base, model, n) is None]
-        if missing == [HEAD]:
-            problems.append(
-                f"{where}: ties its head to the embeddings where the base has a {HEAD} of its own; "
-                "untie this model: save it with tie_word_embeddings: false"
-            )
-        elif missing:
-            fix = "; or 'missing: base' to take the base's" if recipe.method.needs_base else ""
-            problems.append(
-                f"{where}: lacks {some(missing, 20)}; all models must be fine-tunes of one base{fix}"
-            )
+        problems.extend(_against(model, base, _lacking(recipe, missing)))
         absent = [n for n in base.tensors if n not in model.tensors and n not in missing]
         if absent:
             notes.append(f"{model.reference}: lacks {some(absent)}; {_instead(recipe, base, model, absent)}")
-        problems += [f"{where}: {text}" for text in _misfits(base, model)]
-        said, told = _beyond(recipe, base, model)
-        problems += [f"{where}: {text}" for text in said]
-        notes += [f"{model.reference}: {text}" for text in told]
+        problems.extend(_against(model, base, _misfits(base, model)))
+        extra = extras(base, model)
+        if HEAD in model.tensors and HEAD not in base.tensors and HEAD not in extra:
+            said = f"{HEAD} is a copy of its tied embeddings, and left out of the result"
+            notes.append(f"{model.reference}: {said}")
+        if HEAD in extra and any(name.endswith(EMBEDDINGS) for name in base.tensors):
+            extra.remove(HEAD)
+            problems.extend(_against(model, base, [_HEAD_OF_ITS_OWN]))
+        if extra and recipe.extra == "error":
+            fix = "write 'extra: ignore' to leave that out, or 'extra: copy' to take it over"
+            said = f"has {some(extra, 20)} beyond the base's"
+            problems.extend(_against(model, base, [Problem(said, fix, tensor=extra[0])]))
+        elif extra:
+            end = "left out of the result" if recipe.extra == "ignore" else "copied into the result"
+            told = f"{some(extra, 20)} not in the base, and {end} (extra: {recipe.extra})"
+            notes.append(f"{model.reference}: {told}")
     if recipe.extra == "copy":
-        problems += _claimed_twice(base, others)
-    return problems, notes
+        problems.extend(_claimed_twice(base, others))
+    return notes
+
+
+_HEAD_OF_ITS_OWN = Problem(
+    f"has a head of its own ({HEAD}) where the base ties it to the embeddings",
+    "untie the base (save it with tie_word_embeddings: false) or tie this model",
+    tensor=HEAD,
+)
+
+
+def _against(model: Source, base: Source, problems: Iterable[Problem]) -> Iterator[Problem]:
+    """Problems of a model that the base shows."""
+    for problem in problems:
+        yield replace(problem, said=f"against {base.reference}: {problem.said}", subject=model.reference)
+
+
+def _lacking(recipe: Recipe, missing: Sequence[str]) -> Iterator[Problem]:
+    if list(missing) == [HEAD]:
+        said = f"ties its head to the embeddings where the base has a {HEAD} of its own"
+        yield Problem(said, "untie this model: save it with tie_word_embeddings: false", tensor=HEAD)
+    elif missing:
+        fix = "all models must be fine-tunes of one base"
+        fix += "; or 'missing: base' to take the base's" if recipe.method.needs_base else ""
+        yield Problem(f"lacks {some(missing, 20)}", fix, tensor=missing[0])
 
 
 def _instead(recipe: Recipe, base: Source, model: Source, names: Sequence[str]) -> str:
@@ -66,57 +95,32 @@ def _instead(recipe: Recipe, base: Source, model: Source, names: Sequence[str]) 
     return "its head is tied to its embeddings"
 
 
-def _beyond(recipe: Recipe, base: Source, model: Source) -> tuple[list[str], list[str]]:
-    """(problems, notes) about tensors that the base lacks."""
-    extra = extras(base, model)
-    problems, notes = [], []
-    if HEAD in model.tensors and HEAD not in base.tensors and HEAD not in extra:
-        notes.append(f"{HEAD} is a copy of its tied embeddings, and left out of the result")
-    if HEAD in extra and any(name.endswith(EMBEDDINGS) for name in base.tensors):
-        extra.remove(HEAD)
-        problems.append(
-            f"has a head of its own ({HEAD}) where the base ties it to the embeddings; "
-            "untie the base (save it with tie_word_embeddings: false) or tie this model"
-        )
-    if extra and recipe.extra == "error":
-        problems += _refused(extra)
-    elif extra:
-        end = "left out of the result" if recipe.extra == "ignore" else "copied into the result"
-        notes.append(f"{some(extra, 20)} not in the base, and {end} (extra: {recipe.extra})")
-    return problems, notes
-
-
-def _refused(extra: Sequence[str]) -> list[str]:
-    return [
-        f"has {some(extra, 20)} beyond the base's; "
-        "write 'extra: ignore' to leave that out, or 'extra: copy' to take it over"
-    ]
-
-
-def _claimed_twice(base: Source, models: Sequence[Source]) -> Iterator[str]:
+def _claimed_twice(base: Source, models: Sequence[Source]) -> Iterator[Problem]:
     homes: dict[str, Source] = {}
     for model in models:
         for name in extras(base, model):
             if homes.setdefault(name, model) is not model:
-                yield (
+                said = (
                     f"{name}: in {homes[name].reference} and in {model.reference}, but not in the base, so "
-                    "'extra: copy' cannot tell which one is meant; write 'extra: ignore'"
+                    "'extra: copy' cannot tell which one is meant"
                 )
+                yield Problem(said, "write 'extra: ignore'", tensor=name, parameter="extra")
 
 
-def _misfits(base: Source, model: Source) -> Iterator[str]:
+def _misfits(base: Source, model: Source) -> Iterator[Problem]:
     for name, ours in base.tensors.items():
         theirs = model.tensors.get(name)
         if theirs is None:
             continue
         if theirs.shape != ours.shape:
-            hint = ""
             rows_alone = len(ours.shape) == 2 and theirs.shape[1:] == ours.shape[1:]
-            if rows_alone and ("embed" in name or "lm_head" in name):
-                hint = "; if the vocabulary was extended, merge a version of it without the added rows"
-            yield f"{name} has shape {list(theirs.shape)}, expected {list(ours.shape)}{hint}"
+            grown = rows_alone and ("embed" in name or "lm_head" in name)
+            fix = "if the vocabulary was extended, merge a version of it without the added rows"
+            said = f"{name} has shape {list(theirs.shape)}, expected {list(ours.shape)}"
+            yield Problem(said, fix if grown else None, tensor=name)
         elif theirs.dtype.is_float != ours.dtype.is_float:
-            yield f"{name} is stored as {theirs.dtype.name}, expected {ours.dtype.name}"
+            said = f"{name} is stored as {theirs.dtype.name}, expected {ours.dtype.name}"
+            yield Problem(said, tensor=name)
 
 
 def _is_tied(source: Source) -> bool:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from della.errors import distinct
 from della.planning.job import Job, Plan
 
 _NUMBER = re.compile(r"\.(\d+)(?=\.)")
@@ -42,15 +43,8 @@ def _tensor(plan: Plan, job: Job, references: list[str]) -> dict[str, Any]:
 
 
 def _references(plan: Plan) -> list[str]:
-    """The models as the recipe writes them; one that stands there twice is told apart by occurrence."""
-    names: list[str] = []
-    for model in plan.recipe.models:
-        name, count = model.reference, 1
-        while name in names:
-            count += 1
-            name = f"{model.reference}#{count}"
-        names.append(name)
-    return names
+    """The models as the recipe writes them."""
+    return distinct(model.reference for model in plan.recipe.models)
 
 
 def _shared(job: Job) -> dict[str, Any]:

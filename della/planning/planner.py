@@ -16,7 +16,7 @@ from della.checkpoint.norms import misfits
 from della.checkpoint.source import Source, open_file, open_source
 from della.checkpoint.view import TensorView
 from della.dtypes import DType
-from della.errors import CheckpointError, DellaError, RecipeError, together
+from della.errors import CheckpointError, Collector, Problem, RecipeError
 from della.merging.methods import choice, expert
 from della.options import Permissions, Target
 from della.output.place import check_place, check_space, is_name
@@ -48,11 +48,11 @@ def make_plan(
     ``target`` the place of the result is looked at too, before anything is downloaded.  Raises RecipeError,
     CheckpointError or OutputError, which lists everything that is wrong.
     """
-    check = _Check()
+    check = Collector(CheckpointError)
     with ExitStack() as stack:
         with check:
             _check_target(target, ())
-        weights = weights and not check.errors  # no download for a merge that cannot be
+        weights = weights and not check  # no download for a merge that cannot be
         opened = _open_all(recipe, weights, permissions, stack, check)
         norms = _open_norms(recipe, stack, check)
         with check:
@@ -71,42 +71,19 @@ def make_plan(
         if base is not None:
             with check:
                 base.side_files()
-            problems, said = check_fit(recipe, base, [model.source for model in models])
-            problems += [text for each in norms.values() for text in misfits(each, base)]
-            notes += said
-            with check:
-                if problems:
-                    raise CheckpointError(*problems)
+            notes += check_fit(recipe, base, [model.source for model in models], check)
+            for each in norms.values():
+                check.extend(misfits(each, base))
             with check:
                 _check_space(target, recipe, base, models)
         check.raise_any()
         assert base is not None
         jobs = tuple(_jobs(recipe, base, models, depths))
-        _check_scope(jobs)
+        _check_scope(recipe, jobs)
         _check_compat(recipe, jobs)
         notes += [*_storage(jobs), *_ranked(models, jobs), *foreign_code(base, permissions.auto_map)]
         made = tuple(departures(recipe, jobs))
         return Plan(recipe, base, models, jobs, tuple(notes), made, stack.pop_all())
-
-
-class _Check:
-    """Collects errors, so that all are told at once; a context manager for each step."""
-
-    def __init__(self) -> None:
-        self.errors: list[DellaError] = []
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> bool:
-        if isinstance(error, DellaError):
-            self.errors.append(error)
-            return True
-        return False
-
-    def raise_any(self) -> None:
-        if self.errors:
-            raise together(self.errors) from self.errors[0]
 
 
 def _template(recipe: Recipe) -> str:
@@ -117,7 +94,7 @@ def _template(recipe: Recipe) -> str:
 
 
 def _open_all(
-    recipe: Recipe, weights: bool, permissions: Permissions, stack: ExitStack, check: _Check
+    recipe: Recipe, weights: bool, permissions: Permissions, stack: ExitStack, check: Collector
 ) -> dict[str, Source]:
     """Every model by its reference, but those that cannot be opened."""
     folder = recipe.path.parent if recipe.path else None
@@ -130,7 +107,7 @@ def _open_all(
     return opened
 
 
-def _open_norms(recipe: Recipe, stack: ExitStack, check: _Check) -> dict[str | None, Source]:
+def _open_norms(recipe: Recipe, stack: ExitStack, check: Collector) -> dict[str | None, Source]:
     """Every file of input norms by its reference, but those that cannot be opened."""
     folder = recipe.path.parent if recipe.path else None
     opened: dict[str | None, Source] = {}
@@ -226,36 +203,34 @@ def _job(recipe: Recipe, name: str, t: float, base: Source, models: Sequence[Mod
     return Job(name, view.shape, dtype, view, picked, tuple(operands), shared)
 
 
-def _check_scope(jobs: Sequence[Job]) -> None:
+def _check_scope(recipe: Recipe, jobs: Sequence[Job]) -> None:
     """With scope: model there is one threshold for the model: each expert has one density, and one type."""
     whole = [job for job in jobs if job.choice and job.choice.drop == "top" and job.choice.scope == "model"]
     if len({tuple(e.density for e in job.experts) for job in whole}) > 1:
-        raise RecipeError(
-            "scope: model chooses one threshold for the whole model, so density must be the same for all "
-            "tensors; use scope: tensor, or a density without gradient and filter"
-        )
+        said = "scope: model chooses one threshold for the whole model, so density must be the same for all"
+        fix = "use scope: tensor, or a density without gradient and filter"
+        raise RecipeError(recipe.located(Problem(f"{said} tensors", fix, parameter="scope")))
     double = [job.name for job in whole if job.exact_double]
     if double:
-        raise RecipeError(
-            f"scope: model compares all tensors in float32, and {some(double)} of an input is float64; "
-            "use scope: tensor, or save that model in float32 first"
-        )
+        said = f"scope: model compares all tensors in float32, and {some(double)} of an input is float64"
+        fix = "use scope: tensor, or save that model in float32 first"
+        raise RecipeError(recipe.located(Problem(said, fix, parameter="scope"), double[0]))
 
 
 def _check_compat(recipe: Recipe, jobs: Sequence[Job]) -> None:
     """mergekit's rules cannot be followed where it has no such option; nothing is ignored in silence."""
     for job in jobs if recipe.compat else ():
-        found = [f"{k}: {v}" for k, usual in _USUAL.items() if (v := getattr(job.choice, k, usual)) != usual]
+        found = {k: v for k, usual in _USUAL.items() if (v := getattr(job.choice, k, usual)) != usual}
         if job.choice and job.choice.fuse == "calibrated":
-            found.append("fuse: calibrated")
+            found["fuse"] = "calibrated"
         if job.choice and job.choice.vote == "unweighted":
-            found.append("vote: unweighted")
+            found["vote"] = "unweighted"
         if recipe.method.defaults.get("vote") == "unweighted":
-            found = [f"merge_method {recipe.merge_method}"]
+            found = {"merge_method": recipe.merge_method}
         if found:
-            raise RecipeError(
-                f"compat: mergekit has no {', '.join(found)}; remove it, or do without compat (--compat)"
-            )
+            said = "compat: mergekit has no " + ", ".join(f"{key}: {value}" for key, value in found.items())
+            problem = Problem(said, "remove it, or do without compat (--compat)", parameter=next(iter(found)))
+            raise RecipeError(recipe.located(problem, job.name))
 
 
 def _ranked(models: Sequence[Model], jobs: Sequence[Job]) -> list[str]:

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from della.dtypes import DType
-from della.errors import Location, Problem, RecipeError
+from della.errors import MAX_PROBLEMS, Location, Problem, RecipeError, clip
 from della.merging.methods import Method, check_settings
 from della.recipe.settings import Filtered, Gradient, Scalar, Setting, choose, possible
-from della.recipe.tree import MAX_PROBLEMS, clip
 
 _MOST_COMPLAINTS = 5
 
@@ -93,21 +92,27 @@ class Recipe:
             at = (f", at {label}" + (f" ({clip(tensor)})" if tensor else "")) if label else ""
             own = {entry.identity: values for entry, values in zip(self.models, models, strict=True)}
             for problem in islice(check_settings(self.method, shared, own), MAX_PROBLEMS):
-                told = replace(problem, location=self._location(problem, tensor))
-                complaints.setdefault(told, replace(told, said=told.said + at, tensor=tensor or None))
+                told = self.located(problem, tensor)
+                known = replace(told, tensor=None)
+                complaints.setdefault(known, replace(told, said=told.said + at))
             if len(complaints) >= _MOST_COMPLAINTS:
                 break
         if complaints:
             raise RecipeError(*complaints.values())
 
-    def _location(self, problem: Problem, tensor: str) -> Location:
-        """Where the parameter that is at fault was written: by its model, by any, or for all."""
+    def located(self, problem: Problem, tensor: str = "") -> Problem:
+        """The problem with its tensor, and with where the parameter at fault was written: by its model, by
+        any, or for all.
+        """
         entries = [m for m in self.models if problem.subject in (None, m.identity)]
+        location = entries[0].location if problem.subject else self.location
         for source in (*(m.parameters for m in entries), self.parameters):
-            setting = choose(tuple(filter(None, [source.get(str(problem.parameter))])), tensor)
+            written = source.get(problem.parameter or "")
+            setting = choose((written,), tensor) if written else None
             if setting is not None:
-                return setting.location
-        return entries[0].location if problem.subject else self.location
+                location = setting.location
+                break
+        return replace(problem, location=location, tensor=tensor or None)
 
     def check_at_once(self) -> None:
         """Hold the rules already while reading, where no tensor's name is needed."""

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from della.errors import Location
+from della.errors import Collector, Location, clip, suggest
 from della.merging.methods import ALL_PARAMETERS
-from della.recipe.settings import suggest
 from della.recipe.text import parse
-from della.recipe.tree import Entry, Items, Node, Problems, Table, clip, show
+from della.recipe.tree import Entry, Items, Node, Table, show
 
 
 def apply_overrides(
-    root: Table, overrides: Sequence[str], keys: Sequence[str], problems: Problems
+    root: Table, overrides: Sequence[str], keys: Sequence[str], problems: Collector
 ) -> list[str]:
     """Change ``root`` as the overrides say, in order; returns notes.  ``keys`` are those of the top level."""
     notes: list[str] = []
@@ -22,10 +21,8 @@ def apply_overrides(
         key, equals, text = override.partition("=")
         key = key.strip()
         if not equals or not all(key.split(".")):
-            problems.add(
-                location,
-                "an override has the form KEY=VALUE, such as lambda=0.9 or models.0.parameters.weight=1",
-            )
+            said = "an override has the form KEY=VALUE, such as lambda=0.9 or models.0.parameters.weight=1"
+            problems.add(said, location=location)
             continue
         value = parse(text, "", problems, location=location)
         if key in ALL_PARAMETERS and key not in keys:
@@ -33,7 +30,8 @@ def apply_overrides(
         elif "." in key or key in keys:
             _put(root, key.split("."), value, location, problems)
         else:
-            problems.add(location, f"unknown key {clip(key)!r}{suggest(key, (*ALL_PARAMETERS, *keys))}")
+            hint = suggest(key, (*ALL_PARAMETERS, *keys))
+            problems.add(f"unknown key {clip(key)!r}", hint, location=location, parameter=key)
     return notes
 
 
@@ -54,7 +52,7 @@ def _everywhere(root: Table, name: str, value: Node, location: Location) -> list
     return [f"{location}: this holds for every model and replaces {what}"] if removed else []
 
 
-def _put(root: Table, steps: list[str], value: Node, location: Location, problems: Problems) -> None:
+def _put(root: Table, steps: list[str], value: Node, location: Location, problems: Collector) -> None:
     node: Node = root
     for depth, step in enumerate(steps):
         last = depth == len(steps) - 1
@@ -63,7 +61,8 @@ def _put(root: Table, steps: list[str], value: Node, location: Location, problem
             if not step.isdecimal() or len(step) > 9 or int(step) >= len(node.nodes):
                 count = len(node.nodes)
                 has = f"{so_far} has {count} entries, 0 to {count - 1}" if count else f"{so_far} is empty"
-                problems.add(location, f"{has}; {clip(step)!r} is none of them")
+                said = f"{has}; {clip(step)!r} is none of them"
+                problems.add(said, location=location, parameter=".".join(steps))
                 return
             if last:
                 node.nodes[int(step)] = value
@@ -76,5 +75,6 @@ def _put(root: Table, steps: list[str], value: Node, location: Location, problem
                 node.entries[step] = Entry(location, Table(location, {}))
             node = node.entries[step].node
         else:
-            problems.add(location, f"{so_far} is {show(node)}, which has no {clip(step)!r} in it")
+            said = f"{so_far} is {show(node)}, which has no {clip(step)!r} in it"
+            problems.add(said, location=location, parameter=".".join(steps))
             return

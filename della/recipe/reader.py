@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from della.dtypes import RECIPE_NAMES, DType
-from della.errors import Location, RecipeError
+from della.errors import Collector, Location, RecipeError, clip, distinct, suggest
 from della.merging.methods import ALL_PARAMETERS, LATER_METHODS, METHODS, Method, Parameter
 from della.random import DEFAULT_SEED
 from della.recipe.models import ModelEntry, Recipe
 from della.recipe.overrides import apply_overrides
-from della.recipe.settings import Setting, read_setting, read_value, suggest
+from della.recipe.settings import Setting, read_setting, read_value
 from della.recipe.text import dump, load_text, parse
-from della.recipe.tree import Items, Leaf, Node, Problems, Table, clip, from_objects, show
+from della.recipe.tree import Items, Leaf, Node, Table, from_objects, refusal, show
 
 __all__ = ["DEFAULT_SEED", "ModelEntry", "Recipe", "read_recipe"]
 
@@ -76,7 +76,7 @@ def read_recipe(
 
     Raises RecipeError, which lists everything that is wrong, each with ``file:line:column``.
     """
-    problems = Problems()
+    problems = Collector(RecipeError)
     path, text, name = None, None, "recipe"
     if isinstance(source, Mapping):
         root = from_objects(source)
@@ -86,7 +86,7 @@ def read_recipe(
     if not isinstance(root, Table):
         said = "a recipe is a mapping that begins with a key such as 'models:'"
         found = "empty" if isinstance(root, Leaf) and root.value is None else show(root)
-        raise RecipeError(f"{root.location}: {said}, but this is {found}")
+        raise refusal(root.location, f"{said}, but this is {found}")
     if isinstance(overrides, str):
         overrides = (overrides,)
     notes = apply_overrides(root, overrides, _TOP_KEYS, problems)
@@ -101,7 +101,7 @@ def read_recipe(
 class _Reader:
     """Walks the tree of one recipe: what is wrong goes to ``problems``, what deserves a word to ``notes``."""
 
-    def __init__(self, problems: Problems, notes: list[str]) -> None:
+    def __init__(self, problems: Collector, notes: list[str]) -> None:
         self.problems, self.notes = problems, notes
         self.method: Method | None = None
         self.known: Mapping[str, Parameter] = {}
@@ -114,13 +114,13 @@ class _Reader:
         self._refuse_strange_keys(root, _TOP_KEYS, "at the top level", "")
         for key, instead in _LATER_KEYS.items():
             if self._entry(root, key):
-                said = f"{key!r} is not part of this version yet; {instead}"
-                self.problems.add(root.entries[key].key, said)
+                said, at = f"{key!r} is not part of this version yet", root.entries[key].key
+                self._tell(at, key, said, instead)
         self._tokenizer_source(root)
         self._method(root)
         base = self._text(root, "base_model", "'base_model'")
         if base is not None:
-            self._reference(base, "'base_model'")
+            self._reference(base, "base_model", "'base_model'")
         shared = self._parameters(root, None)
         models = self._models(root, base.text if base else None)
         dtypes = [self._dtype(root, key) for key in ("dtype", "out_dtype")]
@@ -133,8 +133,9 @@ class _Reader:
         if self.method is not None and self.method.needs_base and base is None:
             self._missing(root, "base_model", location, f"merge_method {self.method.name} needs a base_model")
         if self.method is not None and not self.method.needs_base and policies["missing"] == "base":
-            said = f"'missing: base' has no meaning: merge_method {self.method.name} has no base; remove it"
-            self.problems.add(root.entries["missing"].key, said)
+            said = f"'missing: base' has no meaning: merge_method {self.method.name} has no base"
+            at = root.entries["missing"].key
+            self._tell(at, "missing", said, "remove it")
         self.problems.raise_any()
         assert self.method is not None
         self._tell_unused(self.method, base, models)
@@ -166,12 +167,13 @@ class _Reader:
             if key in ALL_PARAMETERS:
                 misplaced[ALL_PARAMETERS[key].scope if owner else "shared"][key] = entry.node
             elif key in _TOP_KEYS:
-                self.problems.add(entry.key, f"{key!r} belongs at the top level of the recipe, not {where}")
+                said = f"{key!r} belongs at the top level of the recipe, not {where}"
+                self._tell(entry.key, key, said)
             elif key == "input_norms":
-                self.problems.add(entry.key, f"{key!r} {_BESIDE}")
+                self._tell(entry.key, key, f"{key!r} {_BESIDE}")
             else:
                 hint = suggest(key, (*allowed, *ALL_PARAMETERS))
-                self.problems.add(entry.key, f"unknown key {clip(key)!r} {where}{hint}")
+                self._tell(entry.key, key, f"unknown key {clip(key)!r} {where}", hint)
         for scope, nodes in misplaced.items():
             self._belongs(table, nodes, owner if scope == "model" else "", "")
 
@@ -182,8 +184,12 @@ class _Reader:
         verb = "belongs" if len(nodes) == 1 else "belong"
         target = f"the parameters of {owner}" if owner else "the recipe's own parameters"
         example = "".join(f"\n        {key}: {_example(node)}" for key, node in nodes.items())
-        location = table.entries[next(iter(nodes))].key
-        self.problems.add(location, f"{names} {verb} under {target}{why}:\n      parameters:{example}")
+        key = next(iter(nodes))
+        said = f"{names} {verb} under {target}{why}:\n      parameters:{example}"
+        self._tell(table.entries[key].key, key, said)
+
+    def _tell(self, location: Location, key: str, said: str, fix: str | None = None) -> None:
+        self.problems.add(said, fix, location=location, parameter=key)
 
     def _entry(self, table: Table, key: str) -> Node | None:
         """The node of a key; None where it is absent or has no value."""
@@ -197,7 +203,8 @@ class _Reader:
         if isinstance(node, Leaf) and node.text.strip():
             return node
         found = "empty text" if isinstance(node, Leaf) else show(node)
-        self.problems.add(node.location, f"{subject} must be text, found {found}")
+        said = f"{subject} must be text, found {found}"
+        self._tell(node.location, key, said)
         return None
 
     def _value(self, root: Table, parameter: Parameter) -> Any:
@@ -206,38 +213,39 @@ class _Reader:
             return None
         if isinstance(node, Leaf):
             return read_value(parameter, node, repr(parameter.name), self.problems)
-        self.problems.add(node.location, f"{parameter.name!r} must be a single value, found {show(node)}")
+        said = f"{parameter.name!r} must be a single value, found {show(node)}"
+        self._tell(node.location, parameter.name, said)
         return None
 
-    def _missing(self, table: Table, key: str, location: Location, sentence: str) -> None:
+    def _missing(self, table: Table, key: str, location: Location, said: str, fix: str | None = None) -> None:
         """Tell that ``key`` is missing, unless a fault or a misspelling of it is told already."""
         strange = [k for k in table.entries if k not in _TOP_KEYS and k not in ALL_PARAMETERS]
         if self._entry(table, key) is None and not any(suggest(k, (key,)) for k in strange):
-            self.problems.add(location, sentence)
+            self._tell(location, key, said, fix)
 
     def _tokenizer_source(self, root: Table) -> None:
-        node = self._entry(root, "tokenizer_source")
+        key = "tokenizer_source"
+        node = self._entry(root, key)
         if node is not None and not (isinstance(node, Leaf) and node.text == "base"):
-            said = f"'tokenizer_source' can only be base in this version, found {show(node)}"
-            self.problems.add(node.location, f"{said}; write 'tokenizer_source: base'")
+            said = f"{key!r} can only be base in this version, found {show(node)}"
+            self._tell(node.location, key, said, f"write '{key}: base'")
 
     def _method(self, root: Table) -> None:
-        self.known, there_is = ALL_PARAMETERS, ", ".join(METHODS)
-        leaf = self._text(root, "merge_method", "'merge_method'")
+        key, there_is = "merge_method", f"there is {', '.join(METHODS)}"
+        self.known = ALL_PARAMETERS
+        leaf = self._text(root, key, repr(key))
         if leaf is None:
-            self._missing(
-                root, "merge_method", root.location, f"'merge_method' is missing; there is {there_is}"
-            )
+            self._missing(root, key, root.location, f"{key!r} is missing", there_is)
         elif leaf.text in METHODS:
             self.method = METHODS[leaf.text]
             self.known = {**ALL_PARAMETERS, **self.method.parameters}
         elif leaf.text in LATER_METHODS:
             self.later = True
-            said = f"merge_method {leaf.text} is not part of this version yet; there is {there_is}"
-            self.problems.add(leaf.location, said)
+            said = f"{key} {leaf.text} is not part of this version yet"
+            self._tell(leaf.location, key, said, there_is)
         else:
-            hint = suggest(leaf.text, (*METHODS, *sorted(LATER_METHODS))) or f"; there is {there_is}"
-            self.problems.add(leaf.location, f"unknown merge_method {clip(leaf.text)!r}{hint}")
+            hint = suggest(leaf.text, (*METHODS, *sorted(LATER_METHODS))) or there_is
+            self._tell(leaf.location, key, f"unknown {key} {clip(leaf.text)!r}", hint)
 
     def _dtype(self, root: Table, key: str) -> DType | None:
         leaf = self._text(root, key, repr(key))
@@ -245,20 +253,19 @@ class _Reader:
             return None
         name = leaf.text.removeprefix("torch.")
         if name not in RECIPE_NAMES:
-            hint = suggest(name, tuple(RECIPE_NAMES)) or f"; write one of {', '.join(RECIPE_NAMES)}"
-            self.problems.add(leaf.location, f"unknown {key} {clip(leaf.text)!r}{hint}")
+            hint = suggest(name, RECIPE_NAMES) or f"write one of {', '.join(RECIPE_NAMES)}"
+            self._tell(leaf.location, key, f"unknown {key} {clip(leaf.text)!r}", hint)
         return RECIPE_NAMES.get(name)
 
-    def _reference(self, leaf: Leaf, subject: str) -> None:
+    def _reference(self, leaf: Leaf, key: str, subject: str) -> None:
         if _CONTROL.search(leaf.text):
-            said = (
-                "holds a tab, line break or control character; in double quotes a backslash begins an escape,"
-            )
-            self.problems.add(leaf.location, f"{subject} {said} so write a path in single quotes or with /")
+            said = f"{subject} holds a tab, line break or control character"
+            fix = "in double quotes a backslash begins an escape, so write a path in single quotes or with /"
+            self._tell(leaf.location, key, said, fix)
         elif "+" in leaf.text:
             said = f"{subject} {clip(leaf.text)!r} names a LoRA adapter (base+adapter)"
-            instead = "merge the adapter into its base first (or rename the folder)"
-            self.problems.add(leaf.location, f"{said}, which is not part of this version yet; {instead}")
+            fix = "merge the adapter into its base first (or rename the folder)"
+            self._tell(leaf.location, key, f"{said}, which is not part of this version yet", fix)
 
     def _parameters(self, table: Table, number: int | None, *, counts: bool = True) -> dict[str, Setting]:
         node = self._entry(table, "parameters")
@@ -266,21 +273,25 @@ class _Reader:
         if node is None or self.later:
             return {}
         if not isinstance(node, Table):
-            said = f"must be a mapping of settings such as 'density: 0.5', found {show(node)}"
-            self.problems.add(node.location, f"'parameters'{of} {said}")
+            said = (
+                f"'parameters'{of} must be a mapping of settings such as 'density: 0.5', found {show(node)}"
+            )
+            self._tell(node.location, "parameters", said)
             return {}
         settings: dict[str, Setting] = {}
         misplaced: dict[str, Node] = {}
         for key, entry in node.entries.items():
             parameter = self.known.get(key)
             if parameter is None:
+                hint = None
                 if key in _TOP_KEYS and key != "parameters":
                     said = f"{key!r} belongs at the top level of the recipe, not in parameters{of}"
                 elif key == "input_norms":
                     said = f"{key!r} {_BESIDE}"
                 else:
-                    said = f"unknown key {clip(key)!r} in parameters{of}{suggest(key, tuple(self.known))}"
-                self.problems.add(entry.key, said)
+                    said = f"unknown key {clip(key)!r} in parameters{of}"
+                    hint = suggest(key, self.known)
+                self._tell(entry.key, key, said, hint)
             elif number and parameter.scope == "shared":
                 misplaced[key] = entry.node
             else:
@@ -303,13 +314,13 @@ class _Reader:
         if not isinstance(node, Items) or not node.nodes:
             found = "an empty list" if isinstance(node, Items) else show(node)
             said = f"'models' must be a list of entries that begin with '- model:', found {found}"
-            self.problems.add(node.location, said)
+            self._tell(node.location, "models", said)
             return ()
         read = [self._model(child, number, base) for number, child in enumerate(node.nodes, 1)]
         experts = [entry for entry in read if entry is not None]
         if self.bases == len(read):
-            said = "'models' lists only the base model; add at least one expert to merge into it"
-            self.problems.add(node.location, said)
+            fix = "add at least one expert to merge into it"
+            self._tell(node.location, "models", "'models' lists only the base model", fix)
         names = _identities([entry.reference for entry in experts])
         self._tell_twice(experts)
         return tuple(replace(entry, identity=name) for entry, name in zip(experts, names, strict=True))
@@ -318,9 +329,9 @@ class _Reader:
         """One entry of ``models``; None if it is the base's own, or faulty."""
         owner = f"model {number}"
         if not isinstance(node, Table):
-            example = f"; write '- model: {clip(node.text)}'" if isinstance(node, Leaf) and node.value else ""
-            said = f"{owner} must be a mapping that begins with 'model:', found {show(node)}{example}"
-            self.problems.add(node.location, said)
+            example = f"write '- model: {clip(node.text)}'" if isinstance(node, Leaf) and node.value else None
+            said = f"{owner} must be a mapping that begins with 'model:', found {show(node)}"
+            self._tell(node.location, "models", said, example)
             return None
         self._refuse_strange_keys(node, _MODEL_KEYS, f"in {owner}", owner)
         leaf = self._text(node, "model", f"'model' of {owner}")
@@ -329,10 +340,10 @@ class _Reader:
         parameters = self._parameters(node, number, counts=not is_base)
         norms = self._text(node, "input_norms", f"'input_norms' of {owner}")
         if leaf is None:
-            said = f"{owner} does not say which model it is; add 'model: NAME'"
-            self._missing(node, "model", node.location, said)
+            said = f"{owner} does not say which model it is"
+            self._missing(node, "model", node.location, said, "add 'model: NAME'")
             return None
-        self._reference(leaf, f"'model' of {owner}")
+        self._reference(leaf, "model", f"'model' of {owner}")
         if is_base:
             self.bases += 1
             for key, of in (("parameters", "parameters have"), ("input_norms", "input norms have")):
@@ -376,17 +387,10 @@ def _same(a: str, b: str) -> bool:
 
 
 def _identities(references: Iterable[str]) -> list[str]:
-    """Each reference's last component, without revision; equal names are told apart by occurrence."""
-    given: list[str] = []
-    counts: dict[str, int] = {}
+    """Each reference's last component, without revision; equal ones are made distinct."""
+    names = []
     for reference in references:
         whole = _HUB_REVISION.sub("", reference).rstrip("/\\")
         last = re.split(r"[/\\]", whole)[-1]
-        name = _WEIGHT_FILES.sub("", last.split("@")[0]) or reference
-        unique = name
-        while unique in counts:
-            counts[name] += 1
-            unique = f"{name}#{counts[name]}"
-        counts[unique] = 1
-        given.append(unique)
-    return given
+        names.append(_WEIGHT_FILES.sub("", last.split("@")[0]) or reference)
+    return distinct(names)

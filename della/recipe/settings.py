@@ -1,14 +1,13 @@
-"""The value of a parameter as a recipe writes it: scalar, gradient over the layers, or cases by name."""
+"""The setting of a parameter as a recipe writes it: scalar, gradient over the layers, or cases by name."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from della.errors import Location, nearest
+from della.errors import Collector, Location, Problem, clip, suggest
 from della.merging.methods import Parameter
-from della.recipe.tree import Items, Leaf, Node, Problems, Table, Value, clip, number, show
+from della.recipe.tree import Items, Leaf, Node, Table, Value, number, show
+from della.recipe.values import checked, expected, takes
 
 
 @dataclass(frozen=True)
@@ -54,6 +53,7 @@ class Filtered:
 
 Setting = Scalar | Gradient | Filtered
 CASE_KEYS = ("filter", "value")
+_TRUTH = {"true": True, "1": True, "false": False, "0": False}
 
 
 def choose(chain: tuple[Setting, ...], tensor_name: str) -> Scalar | Gradient | None:
@@ -74,7 +74,7 @@ def possible(setting: Setting | None) -> set[Value]:
     return set() if setting is None else {setting.value} if isinstance(setting, Scalar) else {*setting.values}
 
 
-def read_setting(parameter: Parameter, node: Node, subject: str, problems: Problems) -> Setting | None:
+def read_setting(parameter: Parameter, node: Node, subject: str, problems: Collector) -> Setting | None:
     """The Setting that ``node`` writes, or None after adding to ``problems``; messages name ``subject``."""
     before = len(problems)
     setting: Setting | None
@@ -88,16 +88,18 @@ def read_setting(parameter: Parameter, node: Node, subject: str, problems: Probl
 
 
 def _unfiltered(
-    parameter: Parameter, node: Node, subject: str, problems: Problems
+    parameter: Parameter, node: Node, subject: str, problems: Collector
 ) -> Scalar | Gradient | None:
     if isinstance(node, Table):
-        problems.add(node.location, f"{subject} must be {expected(parameter)} here, found a mapping")
+        said = f"{subject} must be {expected(parameter)} here, found a mapping"
+        problems.add(said, location=node.location, parameter=parameter.name)
         return None
     if isinstance(node, Leaf):
         value = read_value(parameter, node, subject, problems)
         return None if value is None else Scalar(value, node.location)
     if not node.nodes:
-        problems.add(node.location, f"{subject} is an empty list; write at least one value")
+        said, fix = f"{subject} is an empty list", "write at least one value"
+        problems.add(said, fix, location=node.location, parameter=parameter.name)
         return None
     values: list[Value] = []
     for child in node.nodes:
@@ -106,143 +108,57 @@ def _unfiltered(
             if value is not None:
                 values.append(value)
         else:
-            said = "holds either values for the layers or {filter, value} cases"
-            problems.add(
-                child.location, f"the list of {subject} {said}, found {show(child)} among the others"
-            )
+            said = f"the list of {subject} holds either values for the layers or {{filter, value}} cases"
+            said += f", found {show(child)} among the others"
+            problems.add(said, location=child.location, parameter=parameter.name)
     return Gradient(tuple(values), node.location)
 
 
 def _filtered(
-    parameter: Parameter, tables: list[Node], location: Location, subject: str, problems: Problems
+    parameter: Parameter, tables: list[Node], location: Location, subject: str, problems: Collector
 ) -> Filtered | None:
     cases: list[tuple[str, Scalar | Gradient]] = []
     for table in tables:
         assert isinstance(table, Table)
         for key, entry in table.entries.items():
             if key not in CASE_KEYS:
-                hint = suggest(key, CASE_KEYS)
-                problems.add(entry.key, f"unknown key {clip(key)!r} in a case of {subject}{hint}")
+                said = f"unknown key {clip(key)!r} in a case of {subject}"
+                problems.add(said, suggest(key, CASE_KEYS), location=entry.key, parameter=parameter.name)
         if "value" not in table.entries:
             if not any(suggest(key, ("value",)) for key in table.entries):
-                problems.add(table.location, f"this case of {subject} has no 'value'")
+                said = f"this case of {subject} has no 'value'"
+                problems.add(said, location=table.location, parameter=parameter.name)
             continue
         setting = _unfiltered(parameter, table.entries["value"].node, subject, problems)
         part = table.entries["filter"].node if "filter" in table.entries else None
         if part is not None and not isinstance(part, Leaf):
-            problems.add(
-                part.location,
-                f"the filter of {subject} must be a part of a tensor's name, found {show(part)}",
-            )
+            said = f"the filter of {subject} must be a part of a tensor's name, found {show(part)}"
+            problems.add(said, location=part.location, parameter=parameter.name)
         elif setting is not None:
             everything = part is None or part.value is None or part.text == "*"
             cases.append(("" if everything or part is None else part.text, setting))
     return Filtered(tuple(cases), location)
 
 
-def expected(parameter: Parameter) -> str:
-    """What the parameter may be, in words."""
-    kinds = _kinds(parameter)
-    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-    said = [words[kind] for kind in kinds if kind is not str or not parameter.choices]
-    if parameter.choices:
-        said.insert(
-            0,
-            "one of " + ", ".join(parameter.choices) if len(parameter.choices) > 1 else parameter.choices[0],
-        )
-    return ", or ".join(said)
-
-
-def _kinds(parameter: Parameter) -> tuple[type, ...]:
-    return parameter.kind if isinstance(parameter.kind, tuple) else (parameter.kind,)
-
-
-def read_value(parameter: Parameter, leaf: Leaf, subject: str, problems: Problems) -> Value | None:
+def read_value(parameter: Parameter, leaf: Leaf, subject: str, problems: Collector) -> Value | None:
     """The leaf as the parameter's type, within its bounds; None after adding to ``problems``."""
     if leaf.value is None:
-        problems.add(leaf.location, f"{subject} has no value")
+        problems.add(f"{subject} has no value", location=leaf.location, parameter=parameter.name)
         return None
-    for kind in _kinds(parameter):
-        value = _AS[kind](leaf)
-        if value is None or (isinstance(value, str) and parameter.choices and value not in parameter.choices):
-            continue
-        said = _out_of_bounds(parameter, value)
-        if said:
-            problems.add(leaf.location, f"{subject} {said}, found {show(leaf)}")
-            return None
-        return value
-    hint = suggest(leaf.text, parameter.choices) if isinstance(leaf.value, str) else ""
-    problems.add(leaf.location, f"{subject} must be {expected(parameter)}, found {show(leaf)}{hint}")
-    return None
-
-
-def _out_of_bounds(parameter: Parameter, value: Value) -> str:
-    if isinstance(value, (bool, str)):
-        return ""
-    if isinstance(value, float) and not math.isfinite(value):
-        return "must be a finite number"
-    low, high = parameter.low, parameter.high
-    if (low is None or value >= low) and (high is None or value <= high):
-        return ""
-    if low is not None and high is not None:
-        return (
-            f"must lie between {low:g} and {high:g}" if high < 1e6 else f"must lie between {low} and {high}"
-        )
-    return f"must be at least {low:g}" if low is not None else f"must be at most {high:g}"
-
-
-def _as_bool(leaf: Leaf) -> bool | None:
-    if isinstance(leaf.value, bool):
-        return leaf.value
-    return {"true": True, "1": True, "false": False, "0": False}.get(leaf.text.lower())
-
-
-def _as_float(leaf: Leaf) -> float | None:
-    value = number(leaf.value) if isinstance(leaf.value, str) else leaf.value
-    if value is None or isinstance(value, (bool, str)):
+    value = checked(parameter, _meant(parameter, leaf), subject, show(leaf))
+    if isinstance(value, Problem):
+        problems.extend([replace(value, location=leaf.location)])
         return None
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf
+    return value
 
 
-def _as_int(leaf: Leaf) -> int | None:
-    value = number(leaf.value) if isinstance(leaf.value, str) else leaf.value
-    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
-        return int(value)
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
-
-
-def _as_str(leaf: Leaf) -> str | None:
-    return leaf.value if isinstance(leaf.value, str) else None
-
-
-_AS: dict[type, Callable[[Leaf], Value | None]] = {
-    bool: _as_bool,
-    int: _as_int,
-    float: _as_float,
-    str: _as_str,
-}
-
-
-def suggest(word: str, known: tuple[str, ...]) -> str:
-    """A hint ``; did you mean 'density'?`` or an empty string.
-
-    Every known word that is one slip of the fingers away is named, since two may be: 'modles' is 'models'
-    with two letters swapped and 'modules' with one left out.
+def _meant(parameter: Parameter, leaf: Leaf) -> Value | None:
+    """The leaf's value as the parameter needs it: a number may stand in quotes, and 0 and 1 for false and
+    true.
     """
-    clean = clip(word).lower().replace("-", "_").replace(" ", "_")
-    if clean in known:
-        return f"; did you mean {clean!r}?"
-    close = [repr(name) for name in known if _one_slip(clean, name)]
-    return f"; did you mean {' or '.join(close)}?" if close else nearest(clean, known)
-
-
-def _one_slip(a: str, b: str) -> bool:
-    """Whether one letter added, left out, changed, or swapped with the next one turns ``a`` into ``b``."""
-    if abs(len(a) - len(b)) > 1:
-        return False
-    start = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-    x, y = a[start:], b[start:]
-    return x[1:] == y or x == y[1:] or x[1:] == y[1:] or (x[:2] == y[:2][::-1] and x[2:] == y[2:])
+    value, text = leaf.value, leaf.text.lower()
+    if takes(parameter, bool) and text in _TRUTH:
+        return _TRUTH[text]
+    if isinstance(value, str) and takes(parameter, int, float) and (found := number(value)) is not None:
+        return found
+    return value

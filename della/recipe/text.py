@@ -9,11 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 
-from della.errors import Location, Problem, RecipeError
+from della.errors import Collector, Location, Problem, RecipeError, clip
 from della.recipe.tree import (
     FORBIDDEN,
     MAX_DEPTH,
@@ -22,12 +22,12 @@ from della.recipe.tree import (
     Items,
     Leaf,
     Node,
-    Problems,
     Table,
-    clip,
+    forbidden,
     from_objects,
     make_leaf,
     meaning,
+    refusal,
     show,
 )
 
@@ -52,35 +52,36 @@ def load_text(source: str | Path) -> tuple[Path | None, str, str]:
             with open(path, "rb") as file:
                 data = file.read(MAX_BYTES + 1)
         except FileNotFoundError:
-            hint = "; YAML given as text must hold a line break" if ": " in name else ""
-            raise RecipeError(f"{name}: no such file{hint}") from None
+            hint = "YAML given as text must hold a line break" if ": " in name else None
+            raise RecipeError(Problem("no such file", hint, name)) from None
         except IsADirectoryError:
-            raise RecipeError(f"{name}: this is a folder; name the recipe file in it") from None
+            raise RecipeError(Problem("this is a folder", "name the recipe file in it", name)) from None
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-            raise RecipeError(f"{name}: cannot be read: {reason}") from None
+            raise RecipeError(Problem(f"cannot be read: {reason}", subject=name)) from None
     if len(data) > MAX_BYTES:
-        raise RecipeError(f"{name}: larger than 1 MiB, which no recipe is; is this the right file?")
+        said = "larger than 1 MiB, which no recipe is"
+        raise RecipeError(Problem(said, "is this the right file?", name))
     return path, name, _decode(data, name)
 
 
 def _decode(data: bytes, name: str) -> str:
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise RecipeError(f"{name}:1:1: saved as UTF-16; save the file as UTF-8")
+        raise refusal(Location(1, 1, name), "saved as UTF-16", "save the file as UTF-8")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         before = data[: error.start].decode("utf-8-sig", "replace")
         location = _location_at(before, len(before), name)
         byte = data[error.start]
-        raise RecipeError(f"{location}: not UTF-8 (byte 0x{byte:02x}); save the file as UTF-8") from None
+        raise refusal(location, f"not UTF-8 (byte 0x{byte:02x})", "save the file as UTF-8") from None
     fence = text.lstrip()[:3]
     if fence in ("'''", '"""', "```"):
         location = _location_at(text, text.index(fence), name)
         first = clip(text.lstrip().splitlines()[0].rstrip())
         said = "a recipe is a mapping that begins with a key such as 'models:', but this begins with"
         fix = f"remove the line with {fence} at the beginning and the one at the end"
-        raise RecipeError(Problem(f"{said} {first!r}", fix, location=location))
+        raise refusal(location, f"{said} {first!r}", fix)
     return text
 
 
@@ -89,22 +90,22 @@ def _location_at(text: str, index: int, name: str) -> Location:
     return Location(len(breaks) + 1, index - (breaks[-1] if breaks else 0) + 1, name)
 
 
-def parse(text: str, name: str, problems: Problems, *, location: Location | None = None) -> Node:
+def parse(text: str, name: str, problems: Collector, *, location: Location | None = None) -> Node:
     """The tree of one YAML document.  Every node is placed at ``location`` if it is given (an override)."""
     bad = FORBIDDEN.search(text)
     if bad:
-        at = location or _location_at(text, bad.start(), name)
-        raise RecipeError(f"{at}: the character U+{ord(bad[0]):04X} is not allowed in a recipe; remove it")
+        raise refusal(location or _location_at(text, bad.start(), name), *forbidden(bad[0]))
     try:
         return _Composer(text, name, problems, location).document()
     except yaml.MarkedYAMLError as error:
         if "nesting depth" in str(error.problem):
-            at, said = _too_deep(text, error.problem_mark, name), TOO_DEEP
+            at, said, fix = _too_deep(text, error.problem_mark, name), TOO_DEEP, None
         else:
-            at, said = _explain(error, text, name)
+            at, said, fix = _explain(error, text, name)
     except yaml.YAMLError as error:
-        at, said = Location(0, 0, name), f"this is not valid YAML: {clip(str(error).splitlines()[0])}"
-    raise RecipeError(f"{location or at}: {said}")
+        at, fix = Location(0, 0, name), None
+        said = f"this is not valid YAML: {clip(str(error).splitlines()[0])}"
+    raise refusal(location or at, said, fix)
 
 
 def _too_deep(text: str, mark: Any, name: str) -> Location:
@@ -136,7 +137,7 @@ def _events(text: str) -> Iterator[Any]:
 class _Composer:
     """Parser events to nodes, with the bounds that PyYAML's own composer lacks."""
 
-    def __init__(self, text: str, name: str, problems: Problems, location: Location | None) -> None:
+    def __init__(self, text: str, name: str, problems: Collector, location: Location | None) -> None:
         self.events = _events(text)
         self.name, self.problems, self.fixed = name, problems, location
         self.values = self.expanded = 0
@@ -148,7 +149,7 @@ class _Composer:
             if isinstance(event, yaml.DocumentStartEvent):
                 if root is not None:
                     said = "a second document (---) begins here, which is not part of this version yet"
-                    self.refuse(self.location(event), f"{said}; use one file each")
+                    raise refusal(self.location(event), said, "use one file each")
                 root = self.node(next(self.events), 1)
         return root if root is not None else Leaf(self.fixed or Location(1, 1, self.name), "", True, None)
 
@@ -156,21 +157,18 @@ class _Composer:
         mark = event.start_mark
         return self.fixed or Location(mark.line + 1, mark.column + 1, self.name)
 
-    def refuse(self, location: Location, sentence: str) -> NoReturn:
-        raise RecipeError(f"{location}: {sentence}")
-
     def node(self, event: Any, depth: int) -> Node:
         location, before, anchor = self.location(event), self.values, event.anchor
         self.values += 1
         if depth > MAX_DEPTH:
-            self.refuse(location, TOO_DEEP)
+            raise refusal(location, TOO_DEEP)
         if self.values > MAX_VALUES:
-            self.refuse(location, f"more than {MAX_VALUES:,} values, which no recipe has")
+            raise refusal(location, f"more than {MAX_VALUES:,} values, which no recipe has")
         if isinstance(event, yaml.AliasEvent):
             return self.alias(anchor, location, depth)
         if event.tag is not None:
             tag = clip(event.tag.replace("tag:yaml.org,2002:", "!!"))
-            self.refuse(location, f"the tag {tag} is not read in a recipe; remove it")
+            raise refusal(location, f"the tag {tag} is not read in a recipe", "remove it")
         if anchor:
             self.anchors[anchor] = None
         node: Node
@@ -191,28 +189,27 @@ class _Composer:
     def entry(self, table: Table, key: Node, depth: int) -> None:
         value = self.node(next(self.events), depth + 1)
         if not isinstance(key, Leaf):
-            self.refuse(key.location, f"{show(key)} cannot be a key; a key is a word such as 'weight'")
+            raise refusal(key.location, f"{show(key)} cannot be a key", "a key is a word such as 'weight'")
         elif key.plain and key.text == "<<":
-            self.problems.add(
-                key.location, "merge keys (<<) are not read in a recipe; write the keys out here"
-            )
+            said = "merge keys (<<) are not read in a recipe"
+            self.problems.add(said, "write the keys out here", location=key.location)
         elif key.text in table.entries:
             first = table.entries[key.text].key
             at = f"in line {first.line}" if first.column else "before"
-            said = f"the key {clip(key.text)!r} stands twice, here and {at}; keep one of them"
-            self.problems.add(key.location, said)
+            said = f"the key {clip(key.text)!r} stands twice, here and {at}"
+            self.problems.add(said, "keep one of them", location=key.location, parameter=key.text)
         else:
             table.entries[key.text] = Entry(key.location, value)
 
     def alias(self, name: str, location: Location, depth: int) -> Node:
         if name not in self.anchors:
-            self.refuse(location, f"the alias *{clip(name)} has no anchor &{clip(name)} before it")
+            raise refusal(location, f"the alias *{clip(name)} has no anchor &{clip(name)} before it")
         target = self.anchors[name]
         if target is None:
-            self.refuse(location, f"the alias *{clip(name)} refers to itself")
+            raise refusal(location, f"the alias *{clip(name)} refers to itself")
         self.expanded += target[1]
         if self.expanded > MAX_EXPANDED:
-            self.refuse(
+            raise refusal(
                 location, f"aliases expand to more than {MAX_EXPANDED:,} values, which no recipe needs"
             )
         self.values += target[1]
@@ -221,7 +218,7 @@ class _Composer:
     def copy(self, node: Node, depth: int) -> Node:
         """An alias becomes a copy, so that an override of one model does not reach another."""
         if depth > MAX_DEPTH:
-            self.refuse(node.location, TOO_DEEP)
+            raise refusal(node.location, TOO_DEEP)
         if isinstance(node, Items):
             return Items(node.location, [self.copy(child, depth + 1) for child in node.nodes])
         if isinstance(node, Table):
@@ -231,7 +228,6 @@ class _Composer:
 
 
 _LOST_INDENT = (
-    "the indentation does not fit the lines before it; "
     "what belongs to a list item stands under its first key:\n"
     "      - model: NAME\n"
     "        parameters:\n"
@@ -239,8 +235,10 @@ _LOST_INDENT = (
 )
 
 
-def _explain(error: yaml.MarkedYAMLError, text: str, name: str) -> tuple[Location, str]:
-    """A parser's complaint in plain words; libyaml and PyYAML's own parser word theirs differently."""
+def _explain(error: yaml.MarkedYAMLError, text: str, name: str) -> tuple[Location, str, str | None]:
+    """A parser's complaint in plain words, with advice; libyaml and PyYAML's own parser word theirs
+    differently.
+    """
     problem, context = str(error.problem or ""), str(error.context or "")
     mark = error.problem_mark
     here = Location(mark.line + 1, mark.column + 1, name) if mark else Location(1, 1, name)
@@ -249,37 +247,48 @@ def _explain(error: yaml.MarkedYAMLError, text: str, name: str) -> tuple[Locatio
     lines = _LINE_BREAK.split(text)
     line = lines[here.line - 1] if here.line <= len(lines) else ""
     character = line[here.column - 1 : here.column]
-    rules: tuple[tuple[bool, Location, str], ...] = (
+    colon = "a ':' cannot stand here: the line is indented too far, or a text with ': ' in it needs quotes"
+    escape = any(word in problem for word in ("escape", "hexdecimal"))
+    rules: tuple[tuple[bool, Location, str, str | None], ...] = (
         (
             character == "\t" or "a tab" in problem,
             here,
-            "a tab stands here; YAML is indented with spaces only",
+            "a tab stands here",
+            "YAML is indented with spaces only",
         ),
+        ("mapping values" in problem, here, colon, None),
         (
-            "mapping values" in problem,
-            here,
-            "a ':' cannot stand here: the line is indented too far, or a text with ': ' in it needs quotes",
-        ),
-        (
-            any(word in problem for word in ("escape", "hexdecimal")),
+            escape,
             start,
-            "in double quotes a backslash begins an escape; write a path in single quotes, or with / instead",
+            "in double quotes a backslash begins an escape",
+            "write a path in single quotes, or with / instead",
         ),
-        ("start any token" in problem, here, f"a value cannot begin with {character!r}; put it into quotes"),
-        ("scalar" in context and "quote" in context, start, "the quote that opens here is never closed"),
         (
-            "flow" in context,
+            "start any token" in problem,
             here,
-            "a bracket before this is not closed, or a comma is missing",
+            f"a value cannot begin with {character!r}",
+            "put it into quotes",
         ),
-        (character in ("]", "}"), here, f"this {character!r} closes nothing"),
-        ("block" in context and "scalar" not in context, here, _LOST_INDENT),
-        ("expected ':'" in problem, start, "this line is not of the form 'key: value'"),
+        (
+            "scalar" in context and "quote" in context,
+            start,
+            "the quote that opens here is never closed",
+            None,
+        ),
+        ("flow" in context, here, "a bracket before this is not closed, or a comma is missing", None),
+        (character in ("]", "}"), here, f"this {character!r} closes nothing", None),
+        (
+            "block" in context and "scalar" not in context,
+            here,
+            "the indentation does not fit the lines before it",
+            _LOST_INDENT,
+        ),
+        ("expected ':'" in problem, start, "this line is not of the form 'key: value'", None),
     )
-    for applies, location, sentence in rules:
+    for applies, location, said, fix in rules:
         if applies:
-            return location, sentence
-    return here, f"this is not valid YAML: {clip(problem or context)}"
+            return location, said, fix
+    return here, f"this is not valid YAML: {clip(problem or context)}", None
 
 
 def dump(node: Node) -> str:

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
-from della.errors import Location, RecipeError
+from della.errors import Location, Problem, RecipeError, clip
 
 MAX_DEPTH = 32
 MAX_VALUES = 10_000
-MAX_PROBLEMS = 50
 
 _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)")
 _NUMBER = re.compile(r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
@@ -63,30 +62,9 @@ class Table:
 Node = Leaf | Items | Table
 
 
-class Problems:
-    """What is wrong with a recipe, collected so that all of it is told at once, in the order of its lines."""
-
-    def __init__(self) -> None:
-        self._found: list[tuple[Location, str]] = []
-
-    def add(self, location: Location, sentence: str) -> None:
-        self._found.append((location, sentence))
-        if len(self._found) >= MAX_PROBLEMS:
-            self.raise_any()
-
-    def __len__(self) -> int:
-        return len(self._found)
-
-    def raise_any(self) -> None:
-        """Raise everything found so far as one RecipeError; return if nothing was."""
-        if self._found:
-            ordered = sorted(self._found, key=lambda found: found[0][:2])
-            raise RecipeError(*dict.fromkeys(f"{location}: {said}" for location, said in ordered))
-
-
-def clip(text: str, most: int = 60) -> str:
-    """Text that came from outside, short enough for an error message."""
-    return text if len(text) <= most else text[: most - 3] + "..."
+def refusal(location: Location, said: str, fix: str | None = None) -> RecipeError:
+    """One fault of a recipe behind which nothing of it can be read."""
+    return RecipeError(Problem(said, fix, location=location))
 
 
 def show(node: Node) -> str:
@@ -122,12 +100,15 @@ def meaning(text: str) -> Value | None:
     return text if value is None else value
 
 
+def forbidden(character: str) -> tuple[str, str]:
+    """(what is wrong, what to do) about a character that no recipe may have."""
+    return f"the character U+{ord(character):04X} is not allowed in a recipe", "remove it"
+
+
 def make_leaf(location: Location, text: str, plain: bool) -> Leaf:
     bad = FORBIDDEN.search(text)
     if bad:
-        raise RecipeError(
-            f"{location}: the character U+{ord(bad[0]):04X} is not allowed in a recipe; remove it"
-        )
+        raise refusal(location, *forbidden(bad[0]))
     return Leaf(location, text, plain, meaning(text) if plain else text)
 
 
@@ -140,16 +121,14 @@ def from_objects(value: Any) -> Node:
         made += 1
         location = Location(made, 0, f"recipe at {clip(path, 200)}" if path else "recipe")
         if depth > MAX_DEPTH or made > MAX_VALUES:
-            raise RecipeError(
-                f"{location}: nested too deep or too large; is something in it a part of itself?"
-            )
+            raise refusal(location, "nested too deep or too large", "is something in it a part of itself?")
         if hasattr(value, "tolist"):
             value = value.tolist()
         if isinstance(value, Mapping):
             table = Table(location, {})
             for key, child in value.items():
                 if not isinstance(key, str):
-                    raise RecipeError(f"{location}: keys must be text, found {clip(repr(key))}")
+                    raise refusal(location, f"keys must be text, found {clip(repr(key))}")
                 node = convert(child, f"{path}.{key}" if path else key, depth + 1)
                 table.entries[make_leaf(location, key, False).text] = Entry(node.location, node)
             return table
@@ -163,7 +142,7 @@ def from_objects(value: Any) -> Node:
             return make_leaf(location, value, False)
         if value is None or isinstance(value, (bool, int, float)):
             return Leaf(location, _plain_text(value), True, value)
-        raise RecipeError(f"{location}: a recipe cannot hold a {type(value).__name__}")
+        raise refusal(location, f"a recipe cannot hold a {type(value).__name__}")
 
     return convert(value, "", 1)
 

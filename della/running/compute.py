@@ -13,7 +13,7 @@ import numpy as np
 
 from della.checkpoint.view import Hashes
 from della.dtypes import Array, round_to, widen
-from della.errors import OutputError
+from della.errors import OutputError, Problem
 from della.merging import compat, reference
 from della.merging.kernels import cast
 from della.merging.tensor import Band, TensorMerge, Workspace, all_scores, find_bands
@@ -188,10 +188,9 @@ class _Overflow:
     def raise_any(self) -> None:
         if self.count and self.policy == "error":
             more = f", and {self.count - 1:,} more do so," if self.count > 1 else ""
-            raise OutputError(
-                f"{self.job.name}: {self.first}{more} when it is rounded to {self.job.dtype.torch_name}; "
-                f"choose a wider out_dtype, or a smaller lambda; or {CURE}"
-            )
+            said = f"{self.first}{more} when it is rounded to {self.job.dtype.torch_name}"
+            fix = f"choose a wider out_dtype, or a smaller lambda; or {CURE}"
+            raise OutputError(Problem(said, fix, self.job.name, self.job.name))
 
 
 def needs_bands(job: Job) -> bool:

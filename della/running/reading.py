@@ -15,7 +15,7 @@ import numpy as np
 from della.checkpoint.norms import read_norms
 from della.checkpoint.view import Hashes, TensorView
 from della.dtypes import Array, widen
-from della.errors import CheckpointError
+from della.errors import CheckpointError, Problem
 from della.merging.kernels import cast
 from della.merging.methods import Expert
 from della.merging.tensor import Tile, Workspace, cut
@@ -145,8 +145,9 @@ def damaged(view: TensorView) -> CheckpointError:
         if bad.size and not found:
             first = f"the first is element {start + int(bad[0])}: {values[bad[0]]}"
         found += bad.size
-    return CheckpointError(
-        f"{view.where} of {view.reference} holds {found:,} "
-        f"value{'s' * (found != 1)} that {'are' if found != 1 else 'is'} NaN or infinite ({first}); "
-        f"such a model is damaged: get it again, or {CURE}"
+    said = (
+        f"tensor {view.name} of {view.reference} holds {found:,} value{'s' * (found != 1)} that "
+        f"{'are' if found != 1 else 'is'} NaN or infinite ({first})"
     )
+    fix = f"such a model is damaged: get it again, or {CURE}"
+    return CheckpointError(Problem(said, fix, view.where, view.name))

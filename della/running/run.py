@@ -20,7 +20,7 @@ import xxhash
 
 from della.checkpoint.layout import STEMS
 from della.checkpoint.view import Hashes, Stored
-from della.errors import CheckpointError, DellaError, OutputError
+from della.errors import CheckpointError, DellaError, OutputError, Problem
 from della.merging.kernels import cast
 from della.merging.tensor import Band
 from della.options import Execution, Permissions, Target
@@ -225,10 +225,9 @@ class _Run:
         if before and left:
             self.tell(f"{before} of {len(self.jobs)} tensors were finished before; going on with the others")
         if self.execution.finish and left:
-            raise OutputError(
-                f"{self.staged.out}: {len(left)} of {len(self.jobs)} tensors are not finished "
-                f"({left[0].name}, ...); run the parts that are missing, or leave out --finish"
-            )
+            said = f"{len(left)} of {len(self.jobs)} tensors are not finished ({left[0].name}, ...)"
+            fix = "run the parts that are missing, or leave out --finish"
+            raise OutputError(Problem(said, fix, str(self.staged.out), left[0].name))
         if any(map(needs_bands, left)):
             self.bands = self._bands()
         self._each(self._one, left)

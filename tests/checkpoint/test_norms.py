@@ -258,7 +258,7 @@ BESIDE = "'input_norms' names a file of one model, so it belongs beside 'model:'
         ),
         (
             "wanda\n", "wanda\ncompat: mergekit\n",
-            "compat: mergekit has no importance: wanda; remove it, or do without compat (--compat)",
+            "10:15: compat: mergekit has no importance: wanda; remove it, or do without compat (--compat)",
         ),
     ],
 )  # fmt: skip
@@ -487,7 +487,7 @@ ONE = np.ones((2, 3), np.float32)
         ),
         (
             lambda: della.magprune(ONE, 0.5, input_norms=np.array([1.0, -2.0, 3.0]), name="w"),
-            "input_norms: w: an input norm must be a finite number from 0 up, and 1 of 3 is not "
+            "input_norms: tensor w: an input norm must be a finite number from 0 up, and 1 of 3 is not "
             "(feature 1: -2.0); calibrate again",
         ),
         (

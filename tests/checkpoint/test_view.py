@@ -50,7 +50,7 @@ def test_elements_are_those_that_safetensors_stored(source: Source) -> None:
         assert view.dtype is view.element
         assert view.element.numpy == array.dtype
         assert (view.read().dtype, view.read().tobytes()) == (array.dtype, array.tobytes())
-        assert view.where == f"{source.folder}/model.safetensors: tensor {name}"
+        assert view.where == f"{source.folder}/model.safetensors"
         assert view.reference == str(source.folder)
         flat = array.reshape(-1)
         for start in range(array.size + 1):

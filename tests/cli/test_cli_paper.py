@@ -16,7 +16,7 @@ run = CliRunner().invoke
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--scale 135", "--scale 135: expected mini, 135m or 13b; did you mean '135m'?"),
+        ("--scale 135", "--scale '135': expected one of mini, 135m, 13b; did you mean '135m' or '13b'?"),
         ("--scale mini --judge gpt-4", "--judge is not an option of --scale mini"),
         ("--scale mini --data folder", "--data is not an option of --scale mini"),
         ("--scale 135m --tables 1", "--tables is not an option of --scale 135m"),

@@ -255,15 +255,15 @@ def test_what_scope_model_needs(tmp_path: Path) -> None:
     folder = save(tmp_path / "models", tensors)
     own: list[dict[str, Any]] = [{"density": [{"filter": "w", "value": 0.5}, {"value": 0.6}]}] * 3
     assert refused(RecipeError, recipe(folder, "ties", own, {"scope": "model"}), tmp_path / "out") == (
-        "scope: model chooses one threshold for the whole model, so density must be the same for all "
-        "tensors; use scope: tensor, or a density without gradient and filter"
+        "recipe at parameters.scope: scope: model chooses one threshold for the whole model, so density must "
+        "be the same for all tensors; use scope: tensor, or a density without gradient and filter"
     )
     tensors["code"]["v"] = tensors["code"]["v"].astype(np.float64)
     save(tmp_path / "models", tensors)
     own = [{"density": 0.5}] * 3
     assert refused(RecipeError, recipe(folder, "ties", own, {"scope": "model"}), tmp_path / "out") == (
-        "scope: model compares all tensors in float32, and v of an input is float64; "
-        "use scope: tensor, or save that model in float32 first"
+        "recipe at parameters.scope: scope: model compares all tensors in float32, and v of an input is "
+        "float64; use scope: tensor, or save that model in float32 first"
     )
 
 
@@ -276,7 +276,7 @@ def test_what_scope_model_needs(tmp_path: Path) -> None:
         ("della", {"fuse": "calibrated"}, "fuse: calibrated"),
         ("ties", {"vote": "unweighted"}, "vote: unweighted"),
         ("ties", {"lambda_scaling": "row"}, "lambda_scaling: row"),
-        ("paper_ties", {}, "merge_method paper_ties"),
+        ("paper_ties", {}, "merge_method: paper_ties"),
     ],
 )
 def test_compat_does_not_ignore_what_mergekit_lacks(
@@ -284,9 +284,9 @@ def test_compat_does_not_ignore_what_mergekit_lacks(
 ) -> None:
     folder = save(tmp_path / "models", small())
     made = recipe(folder, method, [{"density": 0.5}] * 3, shared)
-    assert refused(RecipeError, made, tmp_path / "out", compat=True) == (
-        f"compat: mergekit has no {said}; remove it, or do without compat (--compat)"
-    )
+    told = refused(RecipeError, made, tmp_path / "out", compat=True)
+    where = "merge_method" if "merge_method" in said else f"parameters.{said.partition(':')[0]}"
+    assert told.startswith(f"recipe at {where}: compat: mergekit has no {said}; remove it")
 
 
 def test_weights_without_a_mean(tmp_path: Path) -> None:
@@ -352,8 +352,8 @@ def test_place_and_models_are_told_at_once(tmp_path: Path) -> None:
     made = {"merge_method": "linear", "models": [{"model": str(tmp_path / "absent")}]}
     said = refused(CheckpointError, made, tmp_path / "out").splitlines()
     assert said[0] == "2 problems:"
-    assert "exists already" in said[1]
-    assert "not found" in said[2]
+    assert "not found" in said[1]
+    assert "exists already" in said[2]
     assert "not a model, or more (it holds mine.txt)" in refused(
         CheckpointError, made, tmp_path / "out", overwrite=True
     )

@@ -9,9 +9,9 @@ import pytest
 from recipes import HEAD, THERE_IS, recipe_of, told
 
 from della.dtypes import RECIPE_NAMES
+from della.errors import suggest
 from della.merging.methods import ALL_PARAMETERS, LATER_METHODS, METHODS
 from della.recipe.reader import _MODEL_KEYS, _TOP_KEYS
-from della.recipe.settings import suggest
 
 
 def test_all_problems_are_told_at_once_in_the_order_of_lines_with_the_file(tmp_path: Path) -> None:
@@ -233,8 +233,8 @@ def test_the_nearest_name_is_right_for_every_slip_of_every_key(place: str) -> No
 
 
 def test_a_suggestion_names_every_key_that_is_as_near() -> None:
-    assert suggest("modles", ("models", "modules")) == "; did you mean 'models' or 'modules'?"
-    assert suggest("x" * 100_000, ("models",)) == ""
+    assert suggest("modles", ("models", "modules")) == "did you mean 'models' or 'modules'?"
+    assert suggest("x" * 100_000, ("models",)) is None
 
 
 @pytest.mark.parametrize(

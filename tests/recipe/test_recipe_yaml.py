@@ -11,11 +11,11 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from della.errors import RecipeError
+from della.errors import Collector, RecipeError
 from della.recipe import text as recipe_yaml
 from della.recipe.reader import read_recipe
 from della.recipe.text import dump, parse
-from della.recipe.tree import Leaf, Problems, Table
+from della.recipe.tree import Leaf, Table
 
 HEAD = "merge_method: della\nbase_model: owner/base\nmodels:\n  - model: owner/math\n"
 LOST_INDENT = (
@@ -368,11 +368,11 @@ def test_scalars_survive_the_dump(
     monkeypatch.setattr(recipe_yaml, "_DUMPER", dumper)
 
     def leaf(text: str) -> tuple[str, bool, Any]:
-        root = parse(text, "recipe", Problems())
+        root = parse(text, "recipe", Collector(RecipeError))
         assert isinstance(root, Table)
         node = root.entries["name"].node
         assert isinstance(node, Leaf)
         return node.text, isinstance(node.value, str), node.value
 
     text = f"name: {quote}{plain}{quote}\n"
-    assert leaf(dump(parse(text, "recipe", Problems()))) == leaf(text)
+    assert leaf(dump(parse(text, "recipe", Collector(RecipeError)))) == leaf(text)

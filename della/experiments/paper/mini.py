@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from della.errors import EvaluationError, nearest
+from della.errors import EvaluationError, unknown
 from della.evaluate.generations import Store
 from della.experiments.paper import mini_numbers, mini_rows
 from della.experiments.paper.mini_bench import Bench
@@ -100,7 +100,6 @@ def run_mini(options: MiniOptions, tell: Callable[[str], None]) -> dict[str, Any
 
 def _check(options: MiniOptions) -> None:
     if options.importance not in IMPORTANCES:
-        hint = nearest(options.importance, IMPORTANCES)
-        raise EvaluationError(f"--importance {options.importance}: expected wanda or magnitude{hint}")
+        raise EvaluationError(unknown("--importance", options.importance, IMPORTANCES))
     if min(options.seeds, options.items, options.validation_items, options.final_items, options.threads) < 1:
         raise EvaluationError("seeds, items and threads must be 1 or more")
