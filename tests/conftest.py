@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from commands import Command
 from llamas import save, trio
 from merged import FILE, FOLDER, make
 
+from della.cli import main as cli
 from della.sandbox.walls import Sandbox
 
 
@@ -42,3 +46,22 @@ def sandbox() -> Sandbox:
     from sandboxes import any_sandbox  # which tries them
 
     return any_sandbox()
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
+    """Runs the command in this process, which spares the start of another.  A test of signals, terminals,
+    pipes, or of what is loaded, needs one of its own.
+    """
+
+    def run(folder: Path | None, *words: object) -> subprocess.CompletedProcess[str]:
+        if folder is not None:
+            monkeypatch.chdir(folder)
+        monkeypatch.setattr(sys, "argv", ["della", *map(str, words)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert isinstance(ended.value.code, int)
+        return subprocess.CompletedProcess(sys.argv, ended.value.code, *capfd.readouterr())
+
+    return run

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import typer
 from checkpoints import put, tree
+from commands import Command
 from llamas import EXPERTS, load, recipe
 
 import della
@@ -74,15 +75,15 @@ def test_a_merge_tells_departures_progress_and_the_end_in_plain_lines(place: Pat
     assert "\r" not in done.stderr
 
 
-def test_quiet_says_nothing_but_errors(place: Path) -> None:
-    done = run(place, "merge", "r.yml", "out", "--quiet")
+def test_quiet_says_nothing_but_errors(command: Command, place: Path) -> None:
+    done = command(place, "merge", "r.yml", "out", "--quiet")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    again = run(place, "merge", "r.yml", "out", "-q")
+    again = command(place, "merge", "r.yml", "out", "-q")
     assert (again.returncode, again.stderr.count("\n")) == (4, 1)
 
 
-def test_json_lines(place: Path) -> None:
-    done = run(place, "merge", "r.yml", "out", "--json", "--threads", "2")
+def test_json_lines(command: Command, place: Path) -> None:
+    done = command(place, "merge", "r.yml", "out", "--json", "--threads", "2")
     assert (done.returncode, done.stderr) == (0, "")
     events = [json.loads(line) for line in done.stdout.splitlines()]
     notes = [event["message"] for event in events if event["event"] == "note"]
@@ -98,15 +99,16 @@ def test_json_lines(place: Path) -> None:
     }  # fmt: skip
 
 
-def test_a_plan_on_stdout(place: Path, models: Path) -> None:
-    text, machine = run(place, "plan", "r.yml", "--threads", "2"), run(place, "plan", "r.yml", "--json")
+def test_a_plan_on_stdout(command: Command, place: Path, models: Path) -> None:
+    text = command(place, "plan", "r.yml", "--threads", "2")
+    machine = command(place, "plan", "r.yml", "--json")
     assert (text.returncode, text.stderr, machine.returncode, machine.stderr) == (0, "", 0, "")
     assert text.stdout.startswith("della, seed 42: 40 tensors\n")
     assert "with 2 threads\n" in text.stdout
     found = json.loads(machine.stdout)
     assert (found["bytes_read"], found["bytes_written"]) == (151155, 37833)
     assert found["departures"] == list(NOTES)
-    changed = json.loads(run(place, "plan", "r.yml", "--json", "--seed", "3", "--set", "weight=2").stdout)
+    changed = json.loads(command(place, "plan", "r.yml", "--json", "--seed", "3", "--set", "weight=2").stdout)
     assert changed["seed"] == 3
     tensor = next(tensor for tensor in changed["tensors"] if tensor["name"] == "lm_head.weight")
     own = {"weight": 2.0, "density": 0.5, "epsilon": 0.15}
@@ -124,9 +126,9 @@ def test_a_closed_pipe_is_no_error_of_ours(place: Path) -> None:
 # ---- options ----------------------------------------------------------------------------------------------
 
 
-def test_options_reach_the_merge(place: Path, models: Path) -> None:
+def test_options_reach_the_merge(command: Command, place: Path, models: Path) -> None:
     options = ["--seed", "7", "--set", "lambda=0.5", "--set", "models.0.parameters.weight=2", "--no-fsync"]
-    done = run(place, "merge", "r.yml", "out", *options, "--shard-size", "0.01MB", "--threads", "1")
+    done = command(place, "merge", "r.yml", "out", *options, "--shard-size", "0.01MB", "--threads", "1")
     assert done.returncode == 0, done.stderr
     own = [{**OWN[0], "weight": 2}, *OWN[1:]]
     wanted = della.merge(
@@ -138,10 +140,10 @@ def test_options_reach_the_merge(place: Path, models: Path) -> None:
     assert (manifest["seed"], manifest["tensors"]) == (7, wanted.manifest["tensors"])
 
 
-def test_compat_and_overwrite(place: Path) -> None:
-    assert run(place, "merge", "r.yml", "out", "-q").returncode == 0
+def test_compat_and_overwrite(command: Command, place: Path) -> None:
+    assert command(place, "merge", "r.yml", "out", "-q").returncode == 0
     ours = load(place / "out")
-    done = run(place, "merge", "r.yml", "out", "--overwrite", "--compat", "mergekit")
+    done = command(place, "merge", "r.yml", "out", "--overwrite", "--compat", "mergekit")
     note = "compat mergekit: mergekit's own rules, but with seeded draws instead of an unseeded generator"
     assert told(done.stderr.splitlines())[0] == f"note: {note}"
     assert done.returncode == 0
@@ -219,11 +221,11 @@ def prepare(place: Path) -> None:
 
 @pytest.mark.parametrize(("line", "code", "sentence"), SENTENCES, ids=[line for line, _, _ in SENTENCES])
 def test_bad_input_gets_one_sentence_and_its_exit_code(
-    place: Path, line: str, code: int, sentence: str
+    command: Command, place: Path, line: str, code: int, sentence: str
 ) -> None:
     prepare(place)
     before = tree(place)
-    done = run(place, *line.split(), "--json" if line.startswith("plan") else "--quiet")
+    done = command(place, *line.split(), "--json" if line.startswith("plan") else "--quiet")
     wanted = sentence.format(place=place)
     assert (done.returncode, done.stderr) == (code, f"della: {wanted}\n")
     if line.startswith("plan"):
@@ -231,10 +233,10 @@ def test_bad_input_gets_one_sentence_and_its_exit_code(
     assert tree(place) == before
 
 
-def test_debug_shows_the_traceback_and_keeps_the_exit_code(place: Path) -> None:
+def test_debug_shows_the_traceback_and_keeps_the_exit_code(command: Command, place: Path) -> None:
     prepare(place)
     for line, code in (("merge bad.yml out", 2), ("merge nan.yml out", 3), ("merge r.yml r.yml", 4)):
-        plain, debug = run(place, *line.split()), run(place, *line.split(), "--debug")
+        plain, debug = command(place, *line.split()), command(place, *line.split(), "--debug")
         assert (plain.returncode, debug.returncode) == (code, code)
         assert "Traceback" not in plain.stderr
         assert debug.stderr.startswith("Traceback (most recent call last):\n")
@@ -252,8 +254,8 @@ def test_debug_shows_the_traceback_and_keeps_the_exit_code(place: Path) -> None:
         ("merg r.yml out", "No such command 'merg'."),
     ],
 )
-def test_a_wrong_command_line_exits_with_2(place: Path, line: str, sentence: str) -> None:
-    done = run(place, *line.split())
+def test_a_wrong_command_line_exits_with_2(command: Command, place: Path, line: str, sentence: str) -> None:
+    done = command(place, *line.split())
     assert (done.returncode, done.stdout) == (2, "")
     assert f"Error: {sentence}" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
