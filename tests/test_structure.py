@@ -57,6 +57,24 @@ RUNS_CODE = {
     "evaluate.alpaca": {"subprocess"},  # programs of environments that are not ours
     "evaluate.vllm_server": {"subprocess"},
 }
+# What one system has and another has not: only where files are read and where they are written.  The sandbox
+# is Linux's by nature, and so is the server that vLLM runs in.
+OF_A_SYSTEM = {
+    *("fcntl", "msvcrt", "_winapi", "ctypes", "resource", "pwd", "grp", "uname", "statvfs"),
+    *("preadv", "pread", "pwritev", "pwrite", "posix_fallocate", "geteuid", "getuid", "kill", "killpg"),
+    *("fork", "link", "flock", "mkfifo", "st_blocks", "sched_getaffinity", "O_DIRECTORY", "O_NOFOLLOW"),
+    *("O_NONBLOCK", "O_CLOEXEC", "O_BINARY", "O_PATH", "SIGKILL", "SIGALRM", "setitimer", "setrlimit"),
+    *("waitid", "set_blocking"),
+}
+KNOW_THE_SYSTEM = {
+    "checkpoint.files": {"O_BINARY", "O_NONBLOCK", "preadv"},
+    "output.disk": {
+        *("fcntl", "msvcrt", "_winapi", "ctypes", "flock", "geteuid", "kill", "link", "O_DIRECTORY"),
+        *("O_NOFOLLOW", "posix_fallocate", "pwrite", "st_blocks"),
+    },
+    "planning.job": {"sched_getaffinity"},  # where there is one
+    "evaluate.vllm_server": {"ctypes", "killpg", "SIGKILL"},
+}
 PUBLIC = [
     "CheckpointError", "DamageError", "DellaError", "OutputError", "RecipeError", "__version__", "magprune",
     "merge", "merge_state_dicts", "merge_tensors", "plan", "verify",
@@ -141,6 +159,16 @@ def test_libraries_stay_behind_their_fences() -> None:
         for library in {imported.partition(".")[0] for imported in imports(path)} & FENCES.keys():
             homes[library].append(name)
     assert homes == FENCES
+
+
+def test_two_modules_know_the_system() -> None:
+    found: dict[str, set[str]] = {}
+    for name, path in modules().items():
+        used = {imported.partition(".")[0] for imported in imports(path)}
+        used |= {n.attr for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Attribute)}
+        if used & OF_A_SYSTEM and room(name) != "sandbox":
+            found[name] = used & OF_A_SYSTEM
+    assert found == KNOW_THE_SYSTEM
 
 
 def test_no_module_runs_code_that_it_did_not_bring() -> None:

@@ -7,10 +7,8 @@ short is dropped: its answer is asked for again.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import stat
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
@@ -42,8 +40,10 @@ class Store:
         self._end = 0
         with disk.explained(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-            self._fd = os.open(path, flags, 0o666)
+            fd = disk.open_plain(path, os.O_RDWR | os.O_CREAT)
+        if fd is None:
+            raise EvaluationError(f"{path}: not a plain file; choose another --out")
+        self._fd = fd
         try:
             self._open(fresh)
         except BaseException:
@@ -76,9 +76,7 @@ class Store:
             self.records.update({str(record["id"]): dict(record) for record in records})
 
     def _open(self, fresh: bool) -> None:
-        if not stat.S_ISREG(os.fstat(self._fd).st_mode):
-            raise EvaluationError(f"{self.path}: not a plain file; choose another --out")
-        if disk.try_lock(self._fd, fcntl.LOCK_EX) is False:
+        if disk.try_lock(self._fd) is False:
             raise EvaluationError(
                 f"{self.path}: another evaluation is writing it; wait for its end, or choose another --out"
             )

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import xxhash
 
 from della.errors import OutputError
+from della.output import disk
 
 Record = dict[str, Any]
 FORMAT = 2  # of the records below; the journals of version 0.1.0 name none, and are of format 1
@@ -53,10 +53,10 @@ class Journal:
     def begin(self, key: str, part: str) -> None:
         """A writer begins; ``key`` says what is merged."""
         size = os.fstat(self.fd).st_size
-        if size and os.pread(self.fd, 1, size - 1) != b"\n":
+        if size and disk.read_back(self.fd, 1, size - 1) != b"\n":
             os.write(self.fd, b"\n")  # ends a torn line
         pid = os.getpid()
-        host, started = os.uname().nodename, _start_of(pid)
+        host, started = disk.host(), disk.started(pid)
         who = {"part": part, "pid": pid, "host": host, "started": started}
         self._append({"key": key, **who, "format": FORMAT})
 
@@ -87,16 +87,11 @@ class Journal:
 
 
 def _open(path: Path, flags: int) -> int:
-    """A journal, opened; what is no plain file is refused: a pipe would hang, a link lead elsewhere."""
-    try:
-        fd = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
-        if stat.S_ISREG(os.fstat(fd).st_mode):
-            return fd
-        os.close(fd)
-    except OSError as error:
-        if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
-            raise
-    raise OutputError(f"{path}: not a journal of della; remove {path.parent}")
+    """A journal, opened; what is no plain file is refused."""
+    fd = disk.open_plain(path, flags)
+    if fd is None:
+        raise OutputError(f"{path}: not a journal of della; remove {path.parent}")
+    return fd
 
 
 def records(path: Path) -> Iterator[Record]:
@@ -166,20 +161,4 @@ def named(writer: Record) -> str:
 
 def may_live(writer: Record) -> bool:
     """Whether a writer may still be at work: on another host nobody can tell from here."""
-    if writer["host"] != os.uname().nodename:
-        return True
-    try:
-        os.kill(writer["pid"], 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        pass
-    return bool(_start_of(writer["pid"]) == writer["started"])
-
-
-def _start_of(pid: int) -> str:
-    """When a process began, in the system's own terms: a pid may have been given anew."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return ""
+    return bool(writer["host"] != disk.host() or disk.is_running(writer["pid"], writer["started"]))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
 from della.errors import OutputError
-from della.output.disk import explained
+from della.output.disk import explained, user
 
 MANIFEST = "della.json"
 MOST_NAME_BYTES = 255 - len("..della-staging")  # what stands beside it has a longer name
@@ -84,7 +85,7 @@ def _is_ours_to_move(out: Path) -> bool:
     """Whether the system lets this user rename ``out``: in a folder with the sticky bit only its owner may,
     and a folder that moves must be writable.
     """
-    mine, home, found = os.geteuid(), out.parent.stat(), out.stat()
+    mine, home, found = user(), out.parent.stat(), out.stat()
     if mine and home.st_mode & stat.S_ISVTX and mine not in (home.st_uid, found.st_uid):
         return False
     return not out.is_dir() or os.access(out, os.W_OK | os.X_OK)
@@ -143,9 +144,8 @@ def check_space(folder: Path, needed: int) -> None:
     """
     home = next(step for step in (folder, *folder.parents) if os.path.isdir(step))
     with explained(home):
-        found = os.statvfs(home)
-    free = found.f_bavail * found.f_frsize
-    if found.f_blocks and free < needed + MARGIN_BYTES:  # some network file systems report nothing
+        total, _, free = shutil.disk_usage(home)
+    if total and free < needed + MARGIN_BYTES:  # some network file systems report nothing
         raise OutputError(
             f"{folder}: the result needs {needed + MARGIN_BYTES:,} bytes, {free:,} are free; "
             "free some space, or write to another disk"

@@ -13,7 +13,6 @@ writer whose files were replaced finds out before it commits.
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import stat
 import time
@@ -27,7 +26,7 @@ from della.output.journal import FORMAT, Bands, Done, Journal, may_live, named, 
 
 PATIENCE = 2.0  # seconds that a writer waits for another one that has just begun
 WHOLE = "journal-1-of-1"
-OWN = ("model", "refused")  # what may stand in the folder beside journals
+OWN = ("model", "refused", disk.LOCK)  # what may stand in the folder beside journals
 
 
 class Staging:
@@ -55,7 +54,7 @@ class Staging:
     @property
     def is_held(self) -> bool:
         """Whether the folder is claimed, and still the one that was."""
-        return self._journal is not None and disk.is_open(self.folder, self._fd)
+        return self._fd >= 0 and disk.is_open(disk.lock_of(self.folder), self._fd)
 
     # ---- claiming ----
 
@@ -83,7 +82,7 @@ class Staging:
         with suppress(FileExistsError):
             self.folder.mkdir()
         try:
-            self._fd = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            self._fd = disk.open_folder(self.folder)
         except FileNotFoundError:
             return False  # the run that made it has just ended
         except NotADirectoryError:
@@ -92,18 +91,18 @@ class Staging:
         locked = disk.try_lock(self._fd)
         if locked is None and self._living(self._rivals()):
             raise self._busy(*self._rivals())
-        shared = locked is False and self.parts > 1 and disk.try_lock(self._fd, fcntl.LOCK_SH) is True
+        shared = locked is False and self.parts > 1 and disk.try_lock(self._fd, self.part) is True
         if locked is False and not shared:
             if is_last or self._living(self._rivals()):
                 raise self._busy(*self._rivals())
             return False
         alone = locked is True or (locked is None and not self._living(self._journals()))
-        if not disk.is_open(self.folder, self._fd) or not self._make_ready(alone):
+        if not self.is_held or not self._make_ready(alone):
             return False
         self._begin()
         # A part lets others in only now that its journal names the merge; the change of a lock is not
         # atomic, so it may fail.
-        return self.parts == 1 or shared or disk.try_lock(self._fd, fcntl.LOCK_SH) is not False
+        return self.parts == 1 or shared or disk.try_lock(self._fd, self.part) is not False
 
     def _make_ready(self, alone: bool) -> bool:
         """Removes what is of no use; never what another merge has finished in parts, and nothing at all
@@ -171,7 +170,7 @@ class Staging:
     def _refuse_strangers(self) -> None:
         """Where everybody may write, a folder of this name may be a trap: somebody else's "finished"."""
         is_open_to_all = os.stat(self.folder.parent).st_mode & stat.S_IWOTH
-        if is_open_to_all and os.fstat(self._fd).st_uid != os.geteuid():
+        if is_open_to_all and os.fstat(self._fd).st_uid != disk.user():
             raise OutputError(
                 f"{self.folder}: made by another user in a folder that everybody may write to; "
                 "choose another place, or remove it"
@@ -197,7 +196,7 @@ class Staging:
 
     def _busy(self, *journals: Path) -> OutputError:
         names = self._living(journals)
-        here = os.uname().nodename
+        here = disk.host()
         elsewhere = any(f" on {here}" not in name for name in names)
         return OutputError(
             f"{self.out}: another run is writing there ({'; '.join(names) or 'it has just begun'}); "
@@ -207,13 +206,21 @@ class Staging:
     # ---- ending ----
 
     def clear(self) -> None:
-        """Removes all that is in the folder; the journals, by which it would be understood, last."""
+        """Removes all that is in the folder but its lock; the journals, by which it would be understood,
+        last.
+        """
+        held = disk.lock_of(self.folder)
         for entry in sorted(self.folder.iterdir(), key=lambda entry: entry.name.startswith("journal-")):
-            disk.remove(entry)
+            if entry != held:
+                disk.remove(entry)
 
     def remove(self) -> None:
         """Removes the folder, which must be held alone."""
+        self._close_journal()  # Windows removes nothing that is open
         self.clear()
+        if disk.lock_of(self.folder) != self.folder:
+            self._close_lock()
+            disk.remove(disk.lock_of(self.folder))
         self.folder.rmdir()
 
     def abandon(self, *, keep: bool) -> bool:
@@ -232,9 +239,15 @@ class Staging:
 
     def release(self) -> None:
         """Lets others in."""
+        self._close_journal()
+        self._close_lock()
+
+    def _close_journal(self) -> None:
         if self._journal is not None:
             self._journal.close()
             self._journal = None
+
+    def _close_lock(self) -> None:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -255,7 +268,7 @@ def staged_bytes(out: Path) -> int:
     model = Staging(out, "").model
     with disk.explained(model):
         try:
-            return sum(entry.stat(follow_symlinks=False).st_blocks * 512 for entry in os.scandir(model))
+            return sum(disk.taken(entry.stat(follow_symlinks=False)) for entry in os.scandir(model))
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP):
                 return 0

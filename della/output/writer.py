@@ -160,7 +160,7 @@ class StagedOutput:
         begin, end = shard.spans[name]
         with explained(self._staging.model / shard.name):
             for at in range(begin, end, _PIECE):
-                digest.update(os.pread(self._fds[shard.name], min(_PIECE, end - at), at))
+                digest.update(disk.read_back(self._fds[shard.name], min(_PIECE, end - at), at))
         if digest.hexdigest() != done.hash:
             del self.done[name]
             return False
@@ -211,6 +211,7 @@ class StagedOutput:
                 disk.sync_folder(model)
             self._check_place()
             self._check_files()
+            self._close_files()
             self._move_in(model / self.shards[0].name if self._single_file else model, replace)
         try:
             with explained(self.out):
@@ -283,7 +284,9 @@ class StagedOutput:
     def _create(self, shard: Shard) -> None:
         path = self._staging.model / shard.name
         with explained(path):
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+            fd = disk.open_plain(path, os.O_RDWR | os.O_CREAT)
+            if fd is None:
+                raise OutputError(f"{path}: not a plain file; remove it")
             self._fds[shard.name] = fd
             disk.allocate(fd, shard.size)
             disk.write_at(fd, memoryview(shard.header), 0)
@@ -309,15 +312,18 @@ class StagedOutput:
         total = 0
         for shard in self.mine:
             with suppress(OSError):
-                total -= min(shard.size, os.lstat(self._staging.model / shard.name).st_blocks * 512)
+                total -= min(shard.size, disk.taken(os.lstat(self._staging.model / shard.name)))
             total += shard.size
         return total
 
     def _close(self) -> None:
         """Closes everything; the lock last, because it keeps other runs away."""
+        self._close_files()
+        self._staging.release()
+
+    def _close_files(self) -> None:
         while self._fds:
             os.close(self._fds.popitem()[1])
-        self._staging.release()
 
     def _make_folders(self) -> None:
         missing = [step for step in (self.out.parent, *self.out.parent.parents) if not step.exists()]

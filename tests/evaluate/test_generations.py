@@ -109,7 +109,7 @@ def test_no_file_at_all_is_told(tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match=r"pipe: not a plain file; choose another --out$"):
         Store(tmp_path / "pipe", SETTINGS)
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(OutputError):
+    with pytest.raises(EvaluationError, match="link: not a plain file"):
         Store(tmp_path / "link", SETTINGS)
     assert not (tmp_path / "elsewhere").exists()
 

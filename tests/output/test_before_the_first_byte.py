@@ -35,7 +35,7 @@ def test_all_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.statvfs(tmp_path)
 
     class Full:
-        f_blocks, f_frsize, f_bavail = real.f_blocks, 1, 100
+        f_blocks, f_frsize, f_bfree, f_bavail = real.f_blocks, 1, 0, 100
 
     monkeypatch.setattr(os, "statvfs", lambda _: Full)
     out = tmp_path / "models/base/out"

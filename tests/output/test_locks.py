@@ -123,7 +123,7 @@ def test_a_pid_that_was_given_anew_is_not_taken_for_the_holder(
     out: Path, claim: Held, locks: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("della.output.journal._start_of", lambda pid: "an earlier process")
+        patch.setattr(disk, "started", lambda pid: "an earlier process")
         claim(out).release()  # without an end: as if killed
     claim(out)
 
@@ -132,9 +132,8 @@ def test_a_holder_on_another_host(
     out: Path, claim: Held, locks: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With locks, a lock that was got is proof that the other one is gone; without, nobody can tell."""
-    real = os.uname()
     with monkeypatch.context() as patch:
-        patch.setattr(os, "uname", lambda: os.uname_result((real[0], "elsewhere", *real[2:])))
+        patch.setattr(disk, "host", lambda: "elsewhere")
         claim(out).release()
     if locks == "locks":
         claim(out)
@@ -235,10 +234,10 @@ def test_a_lock_that_could_not_be_shared_is_taken_anew(
     """From alone to shared is two steps for the system, and another one may come between."""
     real, answers = disk.try_lock, iter([False])
 
-    def try_lock(fd: int, kind: int = fcntl.LOCK_EX) -> bool | None:
-        if kind == fcntl.LOCK_SH and next(answers, True) is False:
+    def try_lock(fd: int, shared: int = 0) -> bool | None:
+        if shared and next(answers, True) is False:
             return False
-        return real(fd, kind)
+        return real(fd, shared)
 
     monkeypatch.setattr(disk, "try_lock", try_lock)
     part = claim(out, "k", 1, 2)

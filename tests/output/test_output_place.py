@@ -64,7 +64,7 @@ def test_one_single_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "aside"])
 def test_overwrite_swaps(tmp_path: Path, exchange: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not exchange:
-        monkeypatch.setattr(disk, "_renameat2", lambda *_: False)
+        monkeypatch.setattr(disk, "_rename_by", lambda *_: False)
     out = save_model(tmp_path / "out", 1.0)
     (out / "stale-00001-of-00002.safetensors").write_bytes(b"")
     (out / "della.json").write_text("{}")
@@ -84,7 +84,7 @@ def test_what_appears_at_out_during_the_run_is_kept(
     tmp_path: Path, exchange: bool, overwrite: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not exchange:
-        monkeypatch.setattr(disk, "_renameat2", lambda *_: False)
+        monkeypatch.setattr(disk, "_rename_by", lambda *_: False)
     real = disk.move_in
     for checked in (True, False):
         out = tmp_path / f"late{checked}"
@@ -110,7 +110,7 @@ def test_a_swap_cut_short_is_undone_or_ended(tmp_path: Path, monkeypatch: pytest
         pass
     assert numbers(out) == [1.0, 1.0], "the old model is back"
     assert os.listdir(tmp_path) == ["out"]
-    monkeypatch.setattr(disk, "_renameat2", lambda *_: False)
+    monkeypatch.setattr(disk, "_rename_by", lambda *_: False)
     with monkeypatch.context() as patch:  # killed behind the second rename
         patch.setattr(StagedOutput, "_close", lambda self: self._staging.release())
         patch.setattr(disk, "remove", lambda path: None)
@@ -126,7 +126,7 @@ def test_an_old_model_put_aside_is_never_removed_by_mistake(
 ) -> None:
     """Killed between the two renames; then somebody makes another OUT."""
     out, aside = save_model(tmp_path / "out", 1.0), tmp_path / ".out.della-old"
-    monkeypatch.setattr(disk, "_renameat2", lambda *_: False)
+    monkeypatch.setattr(disk, "_rename_by", lambda *_: False)
     real = os.rename
 
     def once(source: Path, target: Path) -> None:
@@ -153,7 +153,7 @@ def test_an_old_model_put_aside_is_never_removed_by_mistake(
 
 def test_a_failed_second_rename_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = save_model(tmp_path / "out", 1.0)
-    monkeypatch.setattr(disk, "_renameat2", lambda *_: False)
+    monkeypatch.setattr(disk, "_rename_by", lambda *_: False)
     real = os.rename
 
     def once(source: Path, target: Path) -> None:
@@ -229,7 +229,7 @@ def test_space_is_checked_before_the_first_byte(tmp_path: Path, monkeypatch: pyt
     needed = StagedOutput(tmp_path / "out", PLAN).nbytes + place.MARGIN_BYTES
 
     class Full:
-        f_blocks, f_frsize = real.f_blocks, 1
+        f_blocks, f_frsize, f_bfree = real.f_blocks, 1, 0
         f_bavail = needed - 1
 
     monkeypatch.setattr(os, "statvfs", lambda _: Full)

@@ -557,7 +557,7 @@ def test_space_that_is_taken_already_is_not_asked_for_again(
     real = os.statvfs(tmp_path)
 
     class Nearly:
-        f_blocks, f_frsize, f_bavail = real.f_blocks, 1, 0
+        f_blocks, f_frsize, f_bfree, f_bavail = real.f_blocks, 1, 0, 0
 
     monkeypatch.setattr(os, "statvfs", lambda _: Nearly)
     with pytest.raises(DellaError, match="the result needs"):
