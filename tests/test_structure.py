@@ -72,7 +72,7 @@ KNOW_THE_SYSTEM = {
         *("fcntl", "msvcrt", "_winapi", "ctypes", "flock", "geteuid", "kill", "link", "O_DIRECTORY"),
         *("O_NOFOLLOW", "posix_fallocate", "pwrite", "st_blocks"),
     },
-    "planning.job": {"sched_getaffinity"},  # where there is one
+    "options": {"sched_getaffinity"},  # where there is one
     "evaluate.vllm_server": {"ctypes", "killpg", "SIGKILL"},
 }
 PUBLIC = [

@@ -11,6 +11,7 @@ import errno
 import functools
 import os
 import platform
+import secrets
 import shutil
 import stat
 import sys
@@ -83,10 +84,10 @@ def open_folder(folder: Path) -> int:
     return fd
 
 
-def try_lock(fd: int, shared: int = 0) -> bool | None:
+def try_lock(fd: int, shared: bool = False) -> bool | None:
     """Whether a lock was taken, in place of the one that was held; None where there are no locks.
 
-    It excludes all others, or (``shared``, the number of a part from 1 on) all but those of other parts.
+    It excludes all others, or, ``shared``, those that are not shared.
     """
     try:
         if sys.platform == "win32":
@@ -100,15 +101,16 @@ def try_lock(fd: int, shared: int = 0) -> bool | None:
     return True
 
 
-def _lock_bytes(fd: int, shared: int) -> None:
-    """Windows locks bytes, each for one only: who is alone takes them all, a part the byte of its number."""
+def _lock_bytes(fd: int, shared: bool) -> None:
+    """Windows locks bytes, each for one only: who is alone takes them all, who shares takes any."""
     if sys.platform == "win32":
         before = _spans.pop(fd, None)
         if before is not None:
             os.lseek(fd, before[0], os.SEEK_SET)
             with suppress(OSError):  # of a file that had the same descriptor
                 msvcrt.locking(fd, msvcrt.LK_UNLCK, before[1])
-        at, count = (LOCKED_FROM + shared, 1) if shared else (LOCKED_FROM, MOST_LOCKS)
+        first = secrets.randbelow(MOST_LOCKS) if shared else 0
+        at, count = LOCKED_FROM + first, 1 if shared else MOST_LOCKS
         os.lseek(fd, at, os.SEEK_SET)
         msvcrt.locking(fd, msvcrt.LK_NBLCK, count)
         _spans[fd] = (at, count)

@@ -91,7 +91,7 @@ class Staging:
         locked = disk.try_lock(self._fd)
         if locked is None and self._living(self._rivals()):
             raise self._busy(*self._rivals())
-        shared = locked is False and self.parts > 1 and disk.try_lock(self._fd, self.part) is True
+        shared = locked is False and self.parts > 1 and disk.try_lock(self._fd, shared=True) is True
         if locked is False and not shared:
             if is_last or self._living(self._rivals()):
                 raise self._busy(*self._rivals())
@@ -102,7 +102,7 @@ class Staging:
         self._begin()
         # A part lets others in only now that its journal names the merge; the change of a lock is not
         # atomic, so it may fail.
-        return self.parts == 1 or shared or disk.try_lock(self._fd, self.part) is not False
+        return self.parts == 1 or shared or disk.try_lock(self._fd, shared=True) is not False
 
     def _make_ready(self, alone: bool) -> bool:
         """Removes what is of no use; never what another merge has finished in parts, and nothing at all

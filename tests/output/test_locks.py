@@ -234,7 +234,7 @@ def test_a_lock_that_could_not_be_shared_is_taken_anew(
     """From alone to shared is two steps for the system, and another one may come between."""
     real, answers = disk.try_lock, iter([False])
 
-    def try_lock(fd: int, shared: int = 0) -> bool | None:
+    def try_lock(fd: int, shared: bool = False) -> bool | None:
         if shared and next(answers, True) is False:
             return False
         return real(fd, shared)
