@@ -23,10 +23,10 @@ from stub_server import Request, StubServer
 
 from della.evaluate.settings import Settings
 from della.experiments.demo import TRIO
-from della.experiments.paper.full import FullOptions
-from della.experiments.paper.full_data import GSM8K_VALIDATION
-from della.experiments.paper.full_models import BASE_OF, MODELS
-from della.experiments.paper.full_options import full_options
+from della.experiments.full import FullOptions
+from della.experiments.full_data import GSM8K_VALIDATION
+from della.experiments.full_models import BASE_OF, MODELS
+from della.experiments.full_options import full_options
 
 HIDDEN, WIDE, VOCABULARY = 32, 64, 512  # the vocabulary is the demo's
 CONFIG: dict[str, Any] = {

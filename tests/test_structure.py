@@ -41,10 +41,10 @@ FENCES = {
     "rich": ["cli.console"],
     "openai": ["evaluate.endpoint"],
     "tokenizers": ["evaluate.tokenizer"],
-    "torch": ["checkpoint.pickles", "evaluate.calibration", "evaluate.hf", "experiments.paper.small_model"],
-    "transformers": ["evaluate.hf", "experiments.paper.small_model"],
+    "torch": ["checkpoint.pickles", "evaluate.calibration", "evaluate.hf", "experiments.small_model"],
+    "transformers": ["evaluate.hf", "experiments.small_model"],
     "datasets": ["evaluate.problems"],
-    "peft": ["experiments.paper.small_train"],
+    "peft": ["experiments.small_train"],
     "safetensors": [],
     "vl_convert": ["report.plots"],
 }

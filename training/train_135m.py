@@ -19,8 +19,8 @@ import sys
 from pathlib import Path
 
 from della.errors import DellaError
-from della.experiments.paper.small_model import set_threads
-from della.experiments.paper.small_train import Tuning, train_experts
+from della.experiments.small_model import set_threads
+from della.experiments.small_train import Tuning, train_experts
 
 
 def main() -> int:

@@ -16,8 +16,8 @@ from della.cli.evaluate import words
 from della.errors import EvaluationError, unknown
 
 if TYPE_CHECKING:
-    from della.experiments.paper.full import FullOptions
-    from della.experiments.paper.small import SmallOptions
+    from della.experiments.full import FullOptions
+    from della.experiments.small import SmallOptions
 
 _Text = Optional[str]  # noqa: UP045  (typer evaluates annotations on Python 3.10)
 _Texts = Optional[list[str]]  # noqa: UP045
@@ -127,18 +127,18 @@ def _run(scale: str, given: dict[str, Any], plan: bool, quiet: bool) -> None:
     out, as_json = given["out"], given["as_json"]
     if scale == "mini":
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before NumPy is loaded: the threads are our own
-        from della.experiments.paper.mini import MiniOptions, run_mini
+        from della.experiments.mini import MiniOptions, run_mini
 
         named = {"items": given["limit"], **{name: given[name] for name in ("seeds", "seed", "threads")}}
         numbers = {name: value for name, value in named.items() if value is not None}
         run_mini(MiniOptions(out, importance=given["importance"], command=_command(), **numbers), say)
     elif scale == "135m":
-        from della.experiments.paper.small import run_small
+        from della.experiments.small import run_small
 
         run_small(_small(given), say)
     else:
-        from della.experiments.paper.full import plan_full, run_full
-        from della.experiments.paper.full_plan import plan_text
+        from della.experiments.full import plan_full, run_full
+        from della.experiments.full_plan import plan_text
 
         options = _full(given)
         if plan:
@@ -165,7 +165,7 @@ def _check(context: typer.Context, scale: str) -> None:
 
 def _small(given: dict[str, Any]) -> SmallOptions:
     """The options of 135m."""
-    from della.experiments.paper.small import SmallOptions
+    from della.experiments.small import SmallOptions
 
     data, models = given["data"] or [], dict(_pair(text) for text in given["models"] or ())
     if len(data) != 1:
@@ -193,7 +193,7 @@ def _pair(text: str) -> tuple[str, str]:
 def _full(given: dict[str, Any]) -> FullOptions:
     """The options of 13b."""
     from della.evaluate.settings import Settings
-    from della.experiments.paper.full_options import full_options
+    from della.experiments.full_options import full_options
 
     if given["importance"] not in ("wanda", "magnitude"):
         raise EvaluationError(f"--importance {given['importance']}: expected wanda or magnitude")

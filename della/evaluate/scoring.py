@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from della.evaluate.problems import Problem
 from della.evaluate.templates import program_in
-from della.report.intervals import FEWEST, Interval, paired_bootstrap, wilson
+from della.report.intervals import Interval, paired_bootstrap, side, wilson
 
 if TYPE_CHECKING:
     from della.sandbox.walls import Sandbox
@@ -60,8 +60,8 @@ class Difference:
 
     @property
     def within_noise(self) -> bool:
-        """Whether chance alone may explain it."""
-        return self.interval.holds_zero or self.differing < FEWEST
+        """Whether chance alone may explain it: the difference is not significant."""
+        return side(self.interval, differing=self.differing) == 0
 
     def __str__(self) -> str:
         points = [100 * value for value in (self.interval.value, self.interval.low, self.interval.high)]

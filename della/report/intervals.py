@@ -33,8 +33,20 @@ class Interval:
 
     @property
     def holds_zero(self) -> bool:
-        """Whether the estimate, as a difference, is within noise."""
+        """Whether the estimate, as a difference, is not significant."""
         return self.low <= 0 <= self.high
+
+    def __mul__(self, factor: float) -> Interval:
+        return Interval(factor * self.value, factor * self.low, factor * self.high)
+
+
+def side(items: Interval, seeds: Interval | None = None, differing: int = FEWEST) -> int:
+    """Of a difference 1 where it is significant and above zero, -1 where it is below, else 0: intervals over
+    items, and over seeds if there are several, leave zero out, and enough items are ``differing``.
+    """
+    if items.holds_zero or (seeds is not None and seeds.holds_zero) or differing < FEWEST:
+        return 0
+    return 1 if items.value > 0 else -1
 
 
 def wilson(right: int, total: int) -> Interval:
@@ -85,6 +97,21 @@ def paired_bootstrap(
         means += share * _resampled(differences[part], weight[part], draws, rng)
     low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(float((differences * weight).sum() / weight.sum()), float(low), float(high))
+
+
+def interval_of(
+    items: npt.NDArray[np.float64], weights: Scores | None = None, strata: Sequence[int] | None = None,
+    seed: int = 42,
+) -> Interval:  # fmt: skip
+    """The weighted mean of ``items`` by the bootstrap; of right answers (all 0 or 1, or 100) by Wilson,
+    as the bootstrap would see no spread where all are alike.
+    """
+    if strata is None or len(strata) == 1:
+        found = set(np.unique(items))
+        for whole in (1.0, 100.0):
+            if found <= {0.0, whole}:
+                return wilson(round(float(items.sum()) / whole), len(items)) * whole
+    return paired_bootstrap(items, np.zeros_like(items), weights=weights, strata=strata, seed=seed)
 
 
 def _resampled(values: npt.NDArray[np.float64], weights: npt.NDArray[np.float64], draws: int,

@@ -21,11 +21,11 @@ from stub_server import Reply, Request, Status, StubServer
 from della import api
 from della.errors import EvaluationError
 from della.evaluate.settings import Settings
-from della.experiments.paper import full_data
-from della.experiments.paper.full import FullOptions, plan_full, run_full
-from della.experiments.paper.full_grid import METHODS, Grid
-from della.experiments.paper.full_options import full_options
-from della.experiments.paper.published import MERGES, published
+from della.experiments import full_data
+from della.experiments.full import FullOptions, plan_full, run_full
+from della.experiments.full_options import full_options
+from della.experiments.full_rows import GRID
+from della.experiments.published import MERGES, published
 
 pytest.importorskip("openai", reason="the judge is spoken to by the package openai")
 pytest.importorskip("tokenizers", reason="the stand-ins answer by the demo's tokenizer")
@@ -66,6 +66,12 @@ def without_time(results: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in results.items() if key != "time"}
 
 
+def scores(out: Path) -> dict[str, Any]:
+    """What is stored by split and cell."""
+    rows = [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()[1:]]
+    return {" ".join(row["id"].split()[:2]): row["scores"] for row in rows}
+
+
 def never(*_: object, **__: object) -> None:
     raise AssertionError("this was done before")
 
@@ -77,23 +83,24 @@ def test_what_is_chosen_on_validation_is_reported_on_test(
     results, told = run(options)
     out = options.out
     assert [row["label"] for row in results["rows"]] == ["without rescale", "with rescale"]
+    known = scores(out)
     for row in results["rows"]:
         rescale = "-rescale_none" if row["label"] == "without rescale" else ""
         means = {}
         for p in (0.3, 0.7):
             cell = f"math+code-della-l1-p{p}-w0.14{rescale}-s42"
-            stored = json.loads((out / f"scores/validation/{cell}.json").read_text())["results"]
+            stored = known[f"validation {cell}"]
             assert set(stored["gsm8k"]) == {"strict", "flexible"}, "no judge on validation"
             means[cell] = stored["gsm8k"]["flexible"]["value"] + stored["mbpp"]["pass@1"]["value"]
         assert row["chosen"]["name"] == max(means, key=means.__getitem__)
         values = []
         for seed in (42, 43):
             name = f"{row['chosen']['name'].removesuffix('-s42')}-s{seed}"
-            stored = json.loads((out / f"scores/test/{name}.json").read_text())["results"]
+            stored = known[f"test {name}"]
             values.append(stored["gsm8k"]["judge"]["value"])
             recipe = (out / f"recipes/{name}.yml").read_text()
             assert f"seed: {seed}\n" in recipe
-            assert 'model: "' + str(out / "inputs/WizardMath-13B-V1.0") in recipe, "cut to the base's rows"
+            assert f"model: {out / 'inputs/WizardMath-13B-V1.0'}\n" in recipe, "cut to the base's rows"
         score = row["scores"]["gsm8k"]
         assert (score["metric"], score["items"], score["seeds"]) == ("judge", COUNT, values)
         assert score["value"] == pytest.approx(sum(values) / 2)
@@ -131,7 +138,7 @@ def test_answers_outlive_a_judge_that_fails(
         run(options)
     dare, row = "math-dare-l1-p0.5-s42", "math-della-l1-p0.5-w0.14-s42"
     assert len((options.out / f"answers/test/{dare}/gsm8k.jsonl").read_text().splitlines()) == 1 + COUNT
-    assert not (options.out / f"scores/test/{dare}.json").exists()
+    assert f"test {dare}" not in scores(options.out)
     rule.rule, made, merge = judge, [], api.merge
 
     def noted(recipe: Path, *rest: Any, **more: Any) -> Any:
@@ -145,7 +152,7 @@ def test_answers_outlive_a_judge_that_fails(
     assert sorted(path.name for path in (options.out / "merges").iterdir()) == sorted([dare, *made])
 
 
-def test_a_run_that_is_killed_goes_on_where_it_was(tmp_path: Path, server: StubServer) -> None:
+def test_a_run_that_is_killed_is_resumed_where_it_was(tmp_path: Path, server: StubServer) -> None:
     program = (
         "import os, sys; from pathlib import Path; sys.path[:0] = sys.argv[1].split(os.pathsep);"
         "import test_paper_full as t;"
@@ -195,7 +202,7 @@ def test_wanda_ranks_by_norms_of_calibration_texts(tmp_path: Path, server: StubS
         "llama-2-13b-code-alpaca.safetensors",
     ]  # fmt: skip
     recipe = (out / "recipes/math+code-della-l1-p0.5-w0.14-importance_wanda-s42.yml").read_text()
-    assert f'input_norms: "{out}/norms/WizardMath-13B-V1.0.safetensors"' in recipe
+    assert f"input_norms: {out}/norms/WizardMath-13B-V1.0.safetensors\n" in recipe
     merged = [
         (out / f"merges/math+code-della-l1-p0.5-w0.14{kind}-s42/model.safetensors").read_bytes()
         for kind in ("", "-importance_wanda")
@@ -224,7 +231,7 @@ def test_answers_of_other_settings_are_not_mixed(tmp_path: Path, server: StubSer
     assert str(raised.value) == (
         f"{options.out}: begun with other settings: prompt fixed, now published; choose another --out"
     )
-    results, _ = run(replace(options, grid=Grid(tables=(6,), pruned=(0.5, 0.7), seeds=1)))
+    results, _ = run(replace(options, grid=replace(GRID, pruned=(0.5, 0.7), pruned_more=())))
     assert len(results["rows"]) == 10, "more of the grid is no other setting"
 
 
@@ -265,7 +272,7 @@ def test_the_splits_share_no_problem(tmp_path: Path) -> None:
 
 
 def test_the_papers_averages_are_those_of_its_columns_but_one() -> None:
-    labels = dict.fromkeys((1, 4), tuple(METHODS))
+    labels: dict[int, tuple[str, ...]] = dict.fromkeys((1, 4), ("TA", "DARE", "TIES", "DELLA"))
     labels |= {5: ("WANDA, top-K", "WANDA, p by rank", "DELLA")}
     labels |= {7: tuple(f"p={p}" for p in (0.1, 0.3, 0.5, 0.7, 0.9))}
     wrong = []
@@ -306,5 +313,5 @@ def test_options_are_the_papers_where_nothing_is_said(tmp_path: Path) -> None:
         Settings(tasks=(), out=tmp_path), tables="1,3,1", lambdas="1", window=0.2, models=["lm=a=b"],
         judge_price="30,60",
     )  # fmt: skip
-    assert options.grid == Grid(tables=(1, 3), lambdas=(1.0,), window=0.2)
+    assert (options.tables, options.grid) == ((1, 3), replace(GRID, lambdas=(1.0,), epsilons=(0.1,)))
     assert (options.out, options.models, options.rates.judge_price) == (tmp_path, {"lm": "a=b"}, (30.0, 60.0))

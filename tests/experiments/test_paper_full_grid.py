@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from della.errors import EvaluationError
-from della.experiments.paper.full_grid import Cell, Grid, rows
-from della.experiments.paper.full_models import MODELS, references
-from della.experiments.paper.full_plan import Rates, plan_json, plan_text, work_of
-from della.experiments.paper.published import MERGES
+from della.experiments.cells import Cell, as_text
+from della.experiments.full_models import BASE_OF, MODELS, references
+from della.experiments.full_plan import Rates, plan_json, plan_text, work_of
+from della.experiments.full_rows import GRID, rows
+from della.experiments.published import MERGES
 from della.recipe.reader import read_recipe
 
 NAMES = {role: known.hub_id for role, known in MODELS.items()}
 NORMS = {role: f"/norms/{role}.safetensors" for role in MODELS}
-SMALL = Grid(tables=(1,), drop_rates=(0.5,), lambdas=(1.0,), seeds=2)
+SMALL = rows((1,), replace(GRID, drops=(0.5,), lambdas=(1.0,)), seeds=2)
+
+
+def base(cell: Cell) -> str:
+    return BASE_OF[cell.experts[0]]
 
 
 def labels(table: int) -> list[tuple[str, str]]:
-    return [(row.models, row.label) for row in rows(Grid(tables=(table,)))]
+    return [(row.group, row.label) for row in rows((table,))]
 
 
 def test_the_rows_are_the_papers() -> None:
@@ -38,62 +45,64 @@ def test_the_rows_are_the_papers() -> None:
 
 
 def test_every_recipe_of_the_grid_is_one_that_della_merges() -> None:
-    cells = {cell for row in rows(Grid()) for cell in row.candidates if cell.method}
+    cells = {cell for row in rows() for cell in row.candidates if cell.method}
     assert len({cell.name for cell in cells}) == len(cells), "names of files"
     for cell in cells:
-        recipe = read_recipe(cell.recipe(NAMES, NORMS))
+        recipe = read_recipe(as_text(cell.recipe(NAMES[base(cell)], NAMES, NORMS)))
         shared, models = recipe.resolve("model.norm.weight", 0.0)
-        assert recipe.base_model == NAMES[cell.base]
+        assert recipe.base_model == NAMES[base(cell)]
         assert [model.reference for model in recipe.models] == [NAMES[role] for role in cell.experts]
         assert (recipe.merge_method, recipe.seed) == (cell.method, 42)
         assert shared["lambda"] == cell.lambda_
         for own in models:
-            assert own.get("density") == (None if cell.drop is None else round(1 - cell.drop, 6))
-            assert own.get("window_size") == cell.window
+            assert own.get("density") == (None if cell.p is None else round(1 - cell.p, 6))
+            assert own.get("epsilon") == cell.epsilon
 
 
 def test_only_table_3_uses_the_expert_of_another_base() -> None:
-    for row in rows(Grid()):
+    for row in rows():
         for cell in row.candidates:
-            assert ("coder" in cell.experts) == (row.table == 3)
-            assert cell.base == ("coder_base" if row.table == 3 else "base")
+            assert ("coder" in cell.experts) == (row.table == "3")
+            assert base(cell) == ("coder_base" if row.table == "3" else "base")
 
 
 def test_a_range_of_probabilities_never_leaves_0_to_1() -> None:
-    windows = {row.models: row.candidates[0].window for row in rows(Grid(tables=(6,))) if row.label == "row"}
-    assert windows["p=0.3"] == windows["p=0.93"] == 0.14
-    assert windows["p=0.94"] == 0.12
+    epsilons = {row.group: row.cell.epsilon for row in rows((6,)) if row.label == "row"}
+    assert epsilons["p=0.3"] == epsilons["p=0.93"] == 0.07
+    assert epsilons["p=0.94"] == 0.06
 
 
 def test_only_stochastic_methods_are_repeated() -> None:
-    seeds = {row.label: row.seeds for row in rows(SMALL)}
+    seeds = {row.label: tuple(cell.seed for cell in row.cells) for row in SMALL}
     assert seeds == {"alone": (42,), "TA": (42,), "TIES": (42,), "DARE": (42, 43), "DELLA": (42, 43)}
 
 
 def test_a_cell_is_named_by_all_that_makes_it() -> None:
-    cell = Cell(("lm", "math"), "paper_della", 1.1, 0.3, 0.14, (("vote", "none"),), 43)
+    cell = Cell(("lm", "math"), "paper_della", 0.3, 1.1, 0.07, (("vote", "none"),), 43)
     assert cell.name == "lm+math-della-l1.1-p0.3-w0.14-vote_none-s43"
-    assert Cell(("math", "code"), "paper_ta", 1.1).name == "math+code-ta-l1.1"
+    assert Cell(("math", "code"), "paper_ta", lambda_=1.1).name == "math+code-ta-l1.1"
     assert Cell(("lm",)).name == "lm"
 
 
 @pytest.mark.parametrize(
-    ("wrong", "message"),
+    ("numbers", "wrong", "seeds", "message"),
     [
-        ({"tables": (1, 9)}, "tables (1, 9): expected some of 1 to 7"),
-        ({"drop_rates": (1.0,)}, "drop rate 1.0: expected a number between 0 and 1"),
-        ({"seeds": 0}, "expected at least one drop rate, one lambda and one seed"),
-        ({"window": 1.5}, "window 1.5: expected a number from 0 up to 1"),
+        ((1, 9), {}, 1, "tables (1, 9): expected some of 1 to 7"),
+        ((1,), {"drops": (1.0,)}, 1, "drop rate 1.0: expected a number between 0 and 1"),
+        ((1,), {}, 0, "expected at least one drop rate, one lambda and one seed"),
+        ((1,), {"epsilons": (0.75,)}, 1, "window 1.5: expected a number from 0 up to 1"),
     ],
 )
-def test_a_grid_that_cannot_be_is_refused(wrong: dict[str, object], message: str) -> None:
+def test_a_grid_that_cannot_be_is_refused(
+    numbers: tuple[int, ...], wrong: dict[str, Any], seeds: int, message: str
+) -> None:
     with pytest.raises(EvaluationError) as raised:
-        Grid(**wrong)  # type: ignore[arg-type]
+        rows(numbers, replace(GRID, **wrong), seeds)
     assert str(raised.value) == message
 
 
 def test_the_plan_counts_every_model_once() -> None:
-    work = work_of(rows(Grid(tables=(1, 5, 7), drop_rates=(0.3, 0.5), lambdas=(1.0, 1.1), seeds=3)))
+    work = work_of(rows((1, 5, 7), replace(GRID, drops=(0.3, 0.5), lambdas=(1.0, 1.1))))
     chosen = [each for each in work if each.split == "validation"]
     assert len({each.cell for each in chosen}) == len(chosen)
     # 4 merges: TA has 2 candidates, DARE, TIES, DELLA and the two of WANDA 4 each.
@@ -104,7 +113,7 @@ def test_the_plan_counts_every_model_once() -> None:
 
 def test_the_plan_says_what_it_takes_and_downloads_nothing(tmp_path: Path) -> None:
     found = references({}, None, ("base", "lm", "math", "code"))
-    plan = plan_json(rows(SMALL), found, None, Rates(tokens_per_second=1000, judge_price=(10, 20)))
+    plan = plan_json(SMALL, found, None, Rates(tokens_per_second=1000, judge_price=(10, 20)))
     assert json.loads(json.dumps(plan)) == plan
     # Nothing is chosen: TA, TIES once, DARE and DELLA with two seeds, on each of four merges.
     assert plan["merges"] == {"validation": 0, "test": 4 * 6}
@@ -135,9 +144,9 @@ def test_the_plan_of_models_that_are_here_uses_their_own_sizes(tmp_path: Path) -
     for role in ("base", "math"):
         (tmp_path / role).mkdir()
         (tmp_path / role / "model.safetensors").write_bytes(bytes(1000))
-    grid = Grid(tables=(6,), pruned=(0.5,), seeds=1)
+    wanted = rows((6,), replace(GRID, pruned=(0.5,), pruned_more=()), seeds=1)
     found = {role: str(tmp_path / role) for role in ("base", "math")}
-    plan = plan_json(rows(grid), found, 5, Rates())
+    plan = plan_json(wanted, found, 5, Rates())
     assert plan["disk"] == {
         "downloads": {}, "inputs": 2000, "copies_at_most": 1000, "one_merge": 1000, "peak": 4000,
     }  # fmt: skip

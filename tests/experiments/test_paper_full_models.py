@@ -12,7 +12,7 @@ from llamas import CONFIG, HIDDEN, VOCABULARY, Tensors, as_stored, load, shapes,
 
 import della
 from della.errors import CheckpointError, EvaluationError
-from della.experiments.paper.full_models import prepare
+from della.experiments.full_models import prepare
 
 HEADS = ("model.embed_tokens.weight", "lm_head.weight")
 

@@ -18,16 +18,18 @@ from della.arrays import merge_state_dicts
 from della.cli.main import app
 from della.errors import EvaluationError
 from della.evaluate.generations import Store
+from della.experiments import mini, mini_rows, mini_trio, tables
+from della.experiments.bench import Bench
+from della.experiments.cells import Cell, Kind
 from della.experiments.demo import EXPERTS, tasks
-from della.experiments.paper import mini_bench, mini_grid, mini_numbers, mini_rows, mini_trio
-from della.experiments.paper.mini import MiniOptions, run_mini
-from della.experiments.paper.mini_bench import Bench
-from della.experiments.paper.mini_conditions import conditions
-from della.experiments.paper.mini_grid import DELLA, Cell, Grid, Kind
-from della.experiments.paper.mini_numbers import Measured
-from della.experiments.paper.mini_report import report
-from della.experiments.paper.mini_rows import Comparison, Row
-from della.experiments.paper.mini_trio import Programs, Trio
+from della.experiments.measures import Measured
+from della.experiments.mini import MiniOptions, run_mini
+from della.experiments.mini_conditions import conditions
+from della.experiments.mini_report import report
+from della.experiments.mini_rows import Chooser
+from della.experiments.mini_trio import MADE_OF, Programs, Trio
+from della.experiments.rows import Claim, Row
+from della.experiments.tables import DELLA, Grid
 
 TINY = Grid(
     drops=(0.5,), lambdas=(1.0,), epsilons=(0.15,), pruned=(0.5,), pruned_more=(),
@@ -35,9 +37,8 @@ TINY = Grid(
 )  # fmt: skip
 ITEMS = {"validation": 4, "final": 5, "test": 4}
 KINDS = (
-    *(*mini_grid.TABLE1, *mini_grid.TABLE2, *mini_grid.TABLE4, *mini_grid.TABLE5, *mini_grid.ADAPTIVE),
-    *mini_grid.BESIDE,
-    *(kind for kind, _ in (*mini_grid.TABLE3, *mini_grid.TABLE6, *mini_grid.FIGURE3)),
+    *(*tables.TABLE1, *tables.TABLE2, *tables.TABLE4, *tables.TABLE5, *tables.ADAPTIVE, *tables.BESIDE),
+    *(*tables.TABLE3, *tables.TABLE6, *tables.FIGURE3),
 )
 
 
@@ -56,10 +57,15 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any],
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+def trio() -> Trio:
     pytest.importorskip("tokenizers")
+    return Trio(ITEMS, Programs(None))
+
+
+@pytest.fixture(scope="module")
+def bench(trio: Trio, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     path = tmp_path_factory.mktemp("bench") / "scores.jsonl"
-    with Store(path, {}) as store, Bench(Trio(ITEMS, Programs(None)), store, TINY, 1, 1, print) as made:
+    with Store(path, {}) as store, Bench(trio, store, print, 1, trio.tokens, MADE_OF) as made:
         yield made
 
 
@@ -68,9 +74,9 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
 
 def test_a_cell_says_all_of_itself_and_its_seed_only_where_it_draws() -> None:
     cell = Cell(("lm", "math"), "paper_della", 0.3, 1.25, 0.15, (("vote", "none"),), 7)
-    assert cell.key == "lm+math paper_della lambda=1.25 p=0.3 epsilon=0.15 vote=none seed=7"
-    assert Cell(("lm", "math"), "paper_ties", 0.3, 1.0, seed=7).key == "lm+math paper_ties lambda=1 p=0.3"
-    assert Cell(("base",), seed=7).key == "base"
+    assert cell.name == "lm+math-della-l1.25-p0.3-w0.3-vote_none-s7"
+    assert Cell(("lm", "math"), "paper_ties", 0.3, 1.0, seed=7).name == "lm+math-ties-l1-p0.3"
+    assert Cell(("base",), seed=7).name == "base"
     assert cell.options() == {
         "method": "paper_della", "names": ["lm", "math"], "density": 0.7, "epsilon": 0.15, "lambda": 1.25,
         "vote": "none", "seed": 7,
@@ -84,14 +90,16 @@ def test_epsilon_is_what_p_has_room_for() -> None:
 
 
 def test_ladders_of_lambda() -> None:
-    grid = Grid()
-    assert DELLA.ladder(grid, 0.5, 3) == [0.4, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0]
-    no_elect = mini_grid.TABLE4[3]
+    lambdas = Grid().lambdas
+    assert DELLA.ladder(lambdas, 0.5, 3) == [0.4, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0]
+    no_elect = tables.TABLE4[3]
     assert no_elect.label == "DELLA"
-    assert no_elect.ladder(grid, 0.5, 3)[:2] == [1.2, 1.8]
+    assert no_elect.ladder(lambdas, 0.5, 3)[:2] == pytest.approx([1.2, 1.8])
     calibrated = next(kind for kind in KINDS if "calibrated" in kind.label)
-    assert calibrated.ladder(grid, 0.5, 3)[3] == 1.75, "what three experts share is inflated by 1.75 at p .5"
-    assert mini_grid.TABLE2[0].ladder(grid, 0.5, 2) == [1.0]
+    assert calibrated.ladder(lambdas, 0.5, 3)[3] == 1.75, (
+        "what three experts share is inflated by 1.75 at p .5"
+    )
+    assert tables.TABLE2[0].ladder(lambdas, 0.5, 2) == [1.0]
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: f"{kind.label} {kind.method} {kind.settings}")
@@ -99,9 +107,9 @@ def test_every_merge_of_the_grid_can_be_made(kind: Kind) -> None:
     rng = np.random.default_rng(1)
     base, *experts = ({"w": rng.normal(size=(3, 40)).astype(np.float32)} for _ in range(4))
     grid = Grid()
-    for p in kind.places(grid):
+    for p in kind.places(grid.drops):
         for epsilon in grid.epsilons:
-            given = kind.cell(EXPERTS, p, kind.ladder(grid, p, 3)[0], epsilon).options()
+            given = kind.cell(EXPERTS, p, kind.ladder(grid.lambdas, p, 3)[0], epsilon).options()
             if given.get("importance") == "wanda":
                 given["input_norms"] = [{"w": np.ones(40, np.float32)}] * 3
             assert merge_state_dicts(base, experts, **given)["w"].shape == (3, 40)
@@ -110,14 +118,14 @@ def test_every_merge_of_the_grid_can_be_made(kind: Kind) -> None:
 # ---- scores -----------------------------------------------------------------------------------------------
 
 
-def test_a_cell_is_scored_on_the_tasks_of_its_experts(bench: Bench) -> None:
+def test_a_cell_is_scored_on_the_tasks_of_its_experts(bench: Bench, trio: Trio) -> None:
     assert list(bench.score(Cell(("math",)), "test")) == ["lm", "math", "code"]
     scored = bench.score(DELLA.cell(("math", "code"), 0.5, 1.0, 0.15), "test")
     assert {task: sorted(values) for task, values in scored.items()} == {
         "math": ["loss", "right"], "code": ["loss", "right"],
     }  # fmt: skip
     assert set(scored["math"]["right"]) <= {0.0, 1.0}
-    assert bench.trio.problems["test", "lm"].items != bench.trio.problems["validation", "lm"].items
+    assert trio.problems["test", "lm"].items != trio.problems["validation", "lm"].items
 
 
 def test_the_base_keeps_nothing_and_each_expert_all_of_its_own_task(bench: Bench) -> None:
@@ -130,7 +138,7 @@ def test_the_base_keeps_nothing_and_each_expert_all_of_its_own_task(bench: Bench
 
 def test_kept_gain_of_stories_is_in_log_perplexity(bench: Bench) -> None:
     cell = DELLA.cell(("lm", "math"), 0.5, 1.0, 0.15)
-    tokens = sum(bench.trio.problems["test", "lm"].tokens)
+    tokens = sum(bench.tokens["test", "lm"])
     base, expert, own = (
         sum(bench.score(one, "test")["lm"]["loss"]) / tokens for one in (Cell(("base",)), Cell(("lm",)), cell)
     )
@@ -138,9 +146,9 @@ def test_kept_gain_of_stories_is_in_log_perplexity(bench: Bench) -> None:
     assert (values * weights).sum() == pytest.approx((base - own) / (base - expert))
 
 
-def test_a_merge_of_one_expert_that_keeps_all_is_that_expert(bench: Bench) -> None:
-    merged = bench.trio.merge(Cell(("math",), "task_arithmetic"))
-    expert = bench.trio.merge(Cell(("math",)))
+def test_a_merge_of_one_expert_that_keeps_all_is_that_expert(trio: Trio) -> None:
+    merged = trio.merge(Cell(("math",), "task_arithmetic"))
+    expert = trio.merge(Cell(("math",)))
     different = [name for name in merged if (merged[name] != expert[name]).any()]
     assert different == []
 
@@ -152,22 +160,24 @@ def test_what_is_stored_is_not_scored_again(bench: Bench, monkeypatch: pytest.Mo
     assert bench.score(cell, "validation") is first
 
 
-def test_the_last_choice_has_the_problems_of_the_first_and_more(bench: Bench) -> None:
-    problems = bench.trio.problems
+def test_the_last_choice_has_the_problems_of_the_first_and_more(bench: Bench, trio: Trio) -> None:
+    problems = trio.problems
     cell = DELLA.cell(("math", "code"), 0.5, 1.0, 0.15)
     scored = bench.score(cell, "final")
-    for task in cell.tasks:
+    for task in cell.experts:
         first, final = problems["validation", task], problems["final", task]
         assert (len(first.items), len(final.items)) == (ITEMS["validation"], ITEMS["final"])
         assert final.items[: len(first.items)] == first.items
         assert len({item.key for item in final.items}) == len(final.items)
-        assert scored[task]["loss"] == pytest.approx(bench.trio.score(cell, "final")[task]["loss"], abs=1e-4)
+        assert scored[task]["loss"] == pytest.approx(trio.score(cell, "final")[task]["loss"], abs=1e-4)
 
 
 # ---- choices ----------------------------------------------------------------------------------------------
 
 
-def chooser(bench: Bench, monkeypatch: pytest.MonkeyPatch, kept: Any) -> list[tuple[str, Cell]]:
+def chooser(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, kept: Any
+) -> tuple[Chooser, list[tuple[str, Cell]]]:
     asked: list[tuple[str, Cell]] = []
 
     def score(cell: Cell, split: str) -> float:
@@ -175,25 +185,24 @@ def chooser(bench: Bench, monkeypatch: pytest.MonkeyPatch, kept: Any) -> list[tu
         return float(kept(cell, split))
 
     monkeypatch.setattr(bench, "kept", score)
-    monkeypatch.setattr(bench, "grid", Grid())
-    return asked
+    return Chooser(bench, Grid(), 1), asked
 
 
 def test_lambda_then_epsilon_are_chosen(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = chooser(bench, monkeypatch, lambda c, _: -abs(c.lambda_ - 1.5) - abs(c.epsilon - 0.3))
-    best = bench.choose(DELLA, EXPERTS, 0.3, None)[0]
+    choosing, asked = chooser(bench, monkeypatch, lambda c, _: -abs(c.lambda_ - 1.5) - abs(c.epsilon - 0.3))
+    best = choosing.choose(DELLA, EXPERTS, 0.3, None)[0]
     assert (best.cell.lambda_, best.cell.epsilon, best.cell.seed, best.kept) == (1.5, 0.3, 1, 0)
     cells = [cell for _, cell in asked]
     assert len(set(cells)) == len(cells), "none twice"
     assert {cell.lambda_ for cell in cells} == {0.8, 1.0, 1.25, 1.5, 2.0}, "uphill from 1 past the top"
     assert {cell.epsilon for cell in cells} == {0.07, 0.15, 0.3}, "p = .3 has no room for .5"
-    assert {cell.seed for cell in cells} == {1 + mini_bench.APART}, "no draw that is reported"
+    assert {cell.seed for cell in cells} == {1 + mini_rows.APART}, "no draw that is reported"
     assert {split for split, _ in asked} == {"validation"}
 
 
 def test_a_given_epsilon_is_kept(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = chooser(bench, monkeypatch, lambda c, _: -c.lambda_)
-    assert bench.choose(DELLA, EXPERTS, 0.5, 0.07)[0].cell.lambda_ == 0.4
+    choosing, asked = chooser(bench, monkeypatch, lambda c, _: -c.lambda_)
+    assert choosing.choose(DELLA, EXPERTS, 0.5, 0.07)[0].cell.lambda_ == 0.4
     assert {cell.epsilon for _, cell in asked} == {0.07}
 
 
@@ -207,8 +216,8 @@ def test_the_three_best_of_all_p_are_compared_on_more_problems(
         assert cell.p is not None
         return (first if split == "validation" else final)[cell.p] - abs(cell.lambda_ - 1)
 
-    asked = chooser(bench, monkeypatch, kept)
-    picked = bench.choices("t", [("1", Kind("DARE", "paper_dare"), "LM+Math")])["1"]["DARE", "LM+Math"]
+    choosing, asked = chooser(bench, monkeypatch, kept)
+    picked = choosing.choices("t", [("1", Kind("DARE", "paper_dare"), "LM+Math")])["1"]["DARE", "LM+Math"]
     assert [cell.p for split, cell in asked if split == "final"] == [0.3, 0.5, 0.7]
     assert picked.best.cell.p == 0.5, "of equals the smaller p"
     assert {p: choice.kept for p, choice in picked.by_p.items()} == first
@@ -277,9 +286,9 @@ def claim(
         n = len(items)
         return Measured(np.array(items), np.full(n, 1 / n), (n - 1, 1), tuple(seeds))
 
-    row = Row("1", "Math+Code", "DELLA", DELLA.cell(("math", "code"), 0.5, 1.0, 0.15), 2)
-    about = Comparison("Table 1: DELLA over TA", "Math+Code", row, replace(row, label="TA"))
-    return mini_numbers._claim(about, measured(better, better_seeds), measured(worse, worse_seeds))
+    row = Row("1", "Math+Code", "DELLA", (DELLA.cell(("math", "code"), 0.5, 1.0, 0.15),), 2)
+    about = Claim("Table 1: DELLA over TA", "Math+Code", row, replace(row, label="TA"))
+    return mini.claim_json(about, measured(better, better_seeds), measured(worse, worse_seeds))
 
 
 def test_a_claim_holds_where_both_intervals_leave_zero_out() -> None:
@@ -294,7 +303,7 @@ def test_a_claim_is_reversed_or_noise() -> None:
     assert claim([80, 81, 80, 82], [90, 92, 91, 93], [80.75], [91.5])["verdict"] == "reversed"
     assert claim([100, 0, 100, 0], [0, 100, 0, 100], [50.0], [50.0])["verdict"] == "within noise"
     seeds = claim([90, 92, 91, 93], [80, 81, 80, 82], [99.0, 70.0, 95.0], [80.0])
-    assert seeds["verdict"] == "within noise", "the problems tell them apart, the seeds do not"
+    assert seeds["verdict"] == "within noise", "significant over problems, not over seeds"
 
 
 # ---- the run ----------------------------------------------------------------------------------------------
@@ -313,7 +322,7 @@ def test_the_files_and_rows_of_a_run(ran: tuple[Path, dict[str, Any], list[str]]
         counts[row["table"]] = counts.get(row["table"], 0) + 1
     assert counts == {
         "1": 8, "2": 2, "3": 4, "4": 8, "5": 6, "6": 5, "7": 2, "figure 3": 3, "figure 5": 8, "figure 6": 4,
-        "beside": len(mini_grid.BESIDE),
+        "beside": len(tables.BESIDE),
     }  # fmt: skip
     assert told[-1].startswith("claims: ")
     assert found["seeds"] == 2
@@ -396,7 +405,7 @@ def test_what_would_have_to_be_true_is_computed(ran: tuple[Path, dict[str, Any],
     assert "### What is left to win" in (ran[0] / "tables.md").read_text()
 
 
-def test_a_run_that_was_cut_short_goes_on_and_ends_the_same(
+def test_a_run_that_was_cut_short_is_resumed_and_ends_the_same(
     ran: tuple[Path, dict[str, Any], list[str]], tmp_path: Path
 ) -> None:
     out, found, _ = ran
@@ -409,8 +418,13 @@ def test_a_run_that_was_cut_short_goes_on_and_ends_the_same(
     assert again.pop("time") != (time := found["time"])
     assert again == {key: value for key, value in found.items() if key != "time"}
     assert time["scores_of_earlier_runs"] == 0
-    written = (tmp_path / "scores.jsonl").read_bytes().splitlines()
-    assert sorted(written) == sorted(line.rstrip(b"\n") for line in lines)
+    assert scores(tmp_path) == scores(out)
+
+
+def scores(out: Path) -> dict[str, Any]:
+    """What is stored, by its id."""
+    rows = [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()[1:]]
+    return {row["id"]: row["scores"] for row in rows}
 
 
 def test_scores_of_other_problems_are_refused(ran: tuple[Path, dict[str, Any], list[str]]) -> None:

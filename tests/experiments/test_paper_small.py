@@ -16,17 +16,18 @@ import pytest
 import safetensors.numpy
 
 from della.errors import EvaluationError
+from della.experiments import small_train
+from della.experiments.demo import EXPERTS as TASKS
 from della.experiments.demo import TRIO
-from della.experiments.paper import small_train
-from della.experiments.paper.small import SmallOptions, run_small
-from della.experiments.paper.small_grid import METHODS
-from della.experiments.paper.small_items import TASKS, Example, example, examples
+from della.experiments.small import SmallOptions, run_small
+from della.experiments.small_data import Example, example, examples
+from della.experiments.tables import SMALL, SMALL_VARIANTS
 
 torch = pytest.importorskip("torch", reason="the 135 M experiment needs the extra train")
 transformers = pytest.importorskip("transformers", reason="the 135 M experiment needs the extra train")
 pytest.importorskip("peft", reason="the 135 M experiment needs the extra train")
 
-from della.experiments.paper import small_model  # noqa: E402
+from della.experiments import small_model  # noqa: E402
 
 CHAT = "{% for m in messages %}<s>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %} A:{% endif %}"
 ANSWERS = {"lm": "Once a fox met a kite in the park.", "math": "So 12 + 5 = 17.", "code": "return x * 3 - 4"}
@@ -78,8 +79,14 @@ def options(work: Path, out: Path, **changes: Any) -> SmallOptions:
 
 @pytest.fixture
 def few_methods(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in set(METHODS) - {"sum", "ta", "dare", "della", "della-wide"}:
-        monkeypatch.delitem(METHODS, name)
+    leave_few(monkeypatch)
+
+
+def leave_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ties", "breadcrumbs", "breadcrumbs-ties"):
+        monkeypatch.delitem(SMALL, name)
+    for name in list(SMALL_VARIANTS):
+        monkeypatch.delitem(SMALL_VARIANTS, name)
 
 
 def test_training_tells_losses_and_deltas(work: Path) -> None:
@@ -156,6 +163,19 @@ def test_loss_is_that_of_transformers(work: Path) -> None:
         assert loss / one.answered == pytest.approx(mean, rel=1e-5)
 
 
+THREE = "lm+math+code"
+
+
+def losses(rows: list[dict[str, Any]], split: str) -> dict[str, dict[str, list[float]]]:
+    """What is stored of a split, by model and task."""
+    found = {}
+    for row in rows:
+        of, name, _ = row["id"].split()
+        if of == split:
+            found[name] = {task: scored["loss"] for task, scored in row["scores"].items()}
+    return found
+
+
 @pytest.mark.usefixtures("few_methods")
 def test_the_whole_experiment_and_its_resumption(
     work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -168,8 +188,8 @@ def test_the_whole_experiment_and_its_resumption(
     assert not (out / "merged").exists()
 
     # What stands in the results is what the scores say.
-    rows = [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()]
-    test = {row["model"]: row["losses"] for row in rows if row["split"] == "test"}
+    rows = [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()[1:]]
+    test = losses(rows, "test")
     assert found["time"]["seconds"] == pytest.approx(sum(row["seconds"] for row in rows), abs=0.1)
     tokens = {task: found["items"]["test"][task]["response_tokens"] for task in TASKS}
 
@@ -184,24 +204,24 @@ def test_the_whole_experiment_and_its_resumption(
     assert set(equal) == {("ta", None)} | {
         (m, p) for m in ("dare", "della", "della-wide") for p in (0.5, 0.8)
     }
-    assert equal["ta", None]["kept"]["value"] == pytest.approx(kept("ta-lambda1"), abs=1e-6)
-    names = [f"dare-p0.8-lambda1-seed{seed}" for seed in (0, 1)]
+    assert equal["ta", None]["kept"]["value"] == pytest.approx(kept(f"{THREE}-ta-l1"), abs=1e-6)
+    names = [f"{THREE}-dare-l1-p0.8-s{seed}" for seed in (0, 1)]
     assert equal["dare", 0.8]["kept_by_seed"] == pytest.approx([kept(name) for name in names], abs=1e-6)
     assert equal["dare", 0.8]["kept"]["value"] == pytest.approx(np.mean([kept(n) for n in names]), abs=1e-6)
     assert kept(names[0]) != kept(names[1])
     claim = next(c for c in found["claims"] if (c["p"], c["better"], c["than"]) == (0.8, "dare", "ta"))
-    expected = np.mean([kept(name) for name in names]) - kept("ta-lambda1")
+    expected = np.mean([kept(name) for name in names]) - kept(f"{THREE}-ta-l1")
     assert claim["items"]["value"] == pytest.approx(expected, abs=1e-6)
     assert claim["seeds"]["value"] == pytest.approx(expected, abs=1e-6)
 
     # The first seed again in float32, on the same few items.
-    exact = {row["model"]: row["losses"] for row in rows if row["split"] == "exact"}
+    exact = losses(rows, "exact")
     once = {(row["method"], row["p"], row["lambda"]) for row in [*found["equal"], *found["tuned"]]}
     assert {(row["method"], row["p"], row["lambda"]) for row in found["precision"]} == once
     check = next(row for row in found["precision"] if (row["method"], row["lambda"]) == ("ta", 1.0))
-    assert check["bfloat16"] == pytest.approx(kept("ta-lambda1"), abs=1e-6)
+    assert check["bfloat16"] == pytest.approx(kept(f"{THREE}-ta-l1"), abs=1e-6)
     bfloat16, test = test, exact
-    assert check["float32"] == pytest.approx(kept("ta-lambda1"), abs=1e-6)
+    assert check["float32"] == pytest.approx(kept(f"{THREE}-ta-l1"), abs=1e-6)
     assert 0 < abs(check["float32"] - check["bfloat16"]) < 0.05
     for task in TASKS:
         pairs = examples(
@@ -233,18 +253,17 @@ def test_the_whole_experiment_and_its_resumption(
     assert found["training"]["lm"]["loss_after"] < found["training"]["lm"]["loss_before"]
 
     # A second run scores nothing again; a line that was cut off is scored anew.
-    monkeypatch.setattr("della.experiments.paper.small_scores.item_losses", none_again := Never())
+    monkeypatch.setattr("della.experiments.small.item_losses", none_again := Never())
     assert json.loads(run_small(options(work, out), told.append).read_text()) == found
     assert none_again.asked == 0
     monkeypatch.undo()
     whole = (out / "scores.jsonl").read_bytes()
     (out / "scores.jsonl").write_bytes(whole[:-20])
     told.clear()
-    for name in set(METHODS) - {"sum", "ta", "dare", "della", "della-wide"}:
-        monkeypatch.delitem(METHODS, name)
+    leave_few(monkeypatch)
     run_small(options(work, out), told.append)
-    assert [line.partition(": ")[2].partition(":")[0] for line in told] == [rows[-1]["model"]]
-    assert json.loads((out / "scores.jsonl").read_text().splitlines()[-1])["losses"] == rows[-1]["losses"]
+    assert [line.partition(": ")[2].partition(":")[0] for line in told] == [rows[-1]["id"].split()[1]]
+    assert json.loads((out / "scores.jsonl").read_text().splitlines()[-1])["scores"] == rows[-1]["scores"]
 
 
 class Never:
@@ -260,8 +279,9 @@ class Never:
 def test_a_written_recipe_repeats_the_merge(
     work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import della
     from della.experiments.paper.small_grid import Cell, recipe
+
+    import della
 
     monkeypatch.chdir(work / "experts")
     text = recipe(Cell("della-wide", 0.8, 1.5, 3))

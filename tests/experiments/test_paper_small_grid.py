@@ -10,146 +10,168 @@ import numpy as np
 import pytest
 
 from della.errors import EvaluationError
-from della.experiments.paper.climbing import climb, inflation
-from della.experiments.paper.small_grid import METHODS, START, STEPS, Cell, lambdas, recipe
-from della.experiments.paper.small_items import Example, read_pairs
-from della.experiments.paper.small_report import Findings, Losses, verdict
+from della.evaluate.generations import Store
+from della.experiments.bench import Bench, Scored
+from della.experiments.cells import Cell, as_text
+from della.experiments.choice import climb, inflation
+from della.experiments.demo import EXPERTS
+from della.experiments.measures import Difference, difference, measure
+from della.experiments.small import recipe
+from della.experiments.small_data import read_pairs
+from della.experiments.tables import SMALL, SMALL_DROPS, SMALL_LAMBDAS, SMALL_START, SMALL_VARIANTS
 from della.recipe.reader import read_recipe
 from della.report.intervals import Interval
 
+KINDS = {**SMALL, **SMALL_VARIANTS}
 
-@pytest.mark.parametrize("name", METHODS)
+
+@pytest.mark.parametrize("name", KINDS)
 def test_every_cell_is_a_recipe(name: str) -> None:
-    row = METHODS[name]
-    for p in row.drops:
-        read = read_recipe(recipe(Cell(name, p, 1.5, 3)))
+    kind = KINDS[name]
+    for p in kind.places(SMALL_DROPS):
+        read = read_recipe(as_text(recipe(kind.cell(EXPERTS, p, 1.5, seed=3))))
         assert read.seed == 3
-        assert (read.method.name, [model.reference for model in read.models]) == (
-            row.merge_method,
-            ["lm", "math", "code"],
-        )
+        assert (read.method.name, [model.reference for model in read.models]) == (kind.method, [*EXPERTS])
         shared, own = read.resolve("model.norm.weight", 0.0)
         assert shared["lambda"] == 1.5
-        for key, value in row.settings.items():
+        for key, value in kind.settings:
             assert shared[key] == value
         for expert in own:
-            assert expert.get("density", 0.0) == pytest.approx(1 - p)
+            assert expert.get("density") == (None if p is None else pytest.approx(1 - p))
 
 
 def test_a_recipe_as_it_is_written() -> None:
-    assert recipe(Cell("ladder-paper", 0.8, 1.25, 4)) == (
-        "# DELLA wide, ladder: paper: ladder-paper-p0.8-lambda1.25-seed4\n"
-        "merge_method: paper_della\nbase_model: base\nmodels:\n"
-        "  - model: lm\n    parameters:\n      weight: 1\n      density: 0.2\n      window_size: 0.36\n"
-        "  - model: math\n    parameters:\n      weight: 1\n      density: 0.2\n      window_size: 0.36\n"
-        "  - model: code\n    parameters:\n      weight: 1\n      density: 0.2\n      window_size: 0.36\n"
-        "parameters:\n  lambda: 1.25\n  ladder: paper\nseed: 4\nout_dtype: float32\n"
+    own = "  parameters:\n    weight: 1.0\n    density: 0.2\n    epsilon: 0.18\n"
+    assert as_text(recipe(KINDS["ladder-paper"].cell(EXPERTS, 0.8, 1.25, seed=4))) == (
+        f"models:\n- model: lm\n{own}- model: math\n{own}- model: code\n{own}"
+        "base_model: base\nmerge_method: paper_della\nparameters:\n  lambda: 1.25\n  ladder: paper\n"
+        "seed: 4\nout_dtype: float32\n"
     )
 
 
 def test_names_of_cells_differ() -> None:
     cells = [
-        Cell(name, p, lambda_, seed)
-        for name, row in METHODS.items() for p in row.drops for lambda_ in lambdas(name, p)
-        for seed in (range(5) if row.random else (0,))
+        one
+        for kind in KINDS.values() for p in kind.places(SMALL_DROPS)
+        for lambda_ in kind.ladder(SMALL_LAMBDAS, p, 3)
+        for one in kind.cell(EXPERTS, p, lambda_).seeded(5)
     ]  # fmt: skip
-    assert len({cell.id for cell in cells}) == len(cells)
-    assert Cell("ta", 1.0, 1.0).id == "ta-lambda1"
-    assert Cell("dare", 0.5, 1.25, 2).id == "dare-p0.5-lambda1.25-seed2"
+    assert len({cell.name for cell in cells}) == len(cells)
+    assert SMALL["ta"].cell(EXPERTS, None).name == "lm+math+code-ta-l1"
+    assert SMALL["dare"].cell(EXPERTS, 0.5, 1.25, seed=2).name == "lm+math+code-dare-l1.25-p0.5-s2"
 
 
 def test_ladders_of_lambda() -> None:
-    assert lambdas("dare", 0.8) == list(STEPS)
+    def fifth(name: str, p: float | None) -> float:
+        return KINDS[name].ladder(SMALL_LAMBDAS, p, 3)[4]
+
+    assert KINDS["dare"].ladder(SMALL_LAMBDAS, 0.8, 3) == list(SMALL_LAMBDAS)
     assert inflation(0.5, 3) == pytest.approx(1.75), "the hidden factor of Elect + mean, three experts"
     assert inflation(0.8, 3) == pytest.approx(2.44)
-    assert lambdas("calibrated", 0.5)[4] == 1.75
-    assert lambdas("none", 0.8)[4] == 5.0
-    assert lambdas("sum", 1.0)[4] == 0.5
+    assert fifth("calibrated", 0.5) == 1.75
+    assert fifth("none", 0.8) == pytest.approx(5.0)
+    assert fifth("sum", None) == 0.5
 
 
-@pytest.mark.parametrize("best", range(len(STEPS)))
+@pytest.mark.parametrize("best", range(len(SMALL_LAMBDAS)))
 def test_climbing_finds_the_top_and_asks_once(best: int) -> None:
     asked: list[float] = []
 
     def score(lambda_: float) -> float:
         asked.append(lambda_)
-        return -abs(STEPS.index(lambda_) - best)
+        return -abs(SMALL_LAMBDAS.index(lambda_) - best)
 
-    assert climb(score, list(STEPS), START) == STEPS[best]
-    assert len(set(asked)) == len(asked) <= 3 + abs(best - STEPS.index(1.25))
-
-
-def items() -> dict[str, dict[str, list[Example]]]:
-    """Two items a task; response tokens 1 and 3."""
-    both = [Example((1, 2), 1), Example((1, 2, 3, 4), 1)]
-    return {"test": dict.fromkeys(("lm", "math", "code"), both)}
+    assert climb(score, SMALL_LAMBDAS, SMALL_START) == SMALL_LAMBDAS[best]
+    assert len(set(asked)) == len(asked) <= 3 + abs(best - SMALL_START)
 
 
-def uniform(lm: float, math: float, code: float) -> Losses:
-    """The same loss for every token of a task."""
-    return {task: [loss, 3 * loss] for task, loss in (("lm", lm), ("math", math), ("code", code))}
+class Known:
+    """Scores that are given: two items a task, with 1 and 3 tokens; a cell's seed says which."""
+
+    def __init__(self, *runs: tuple[float, float, float]) -> None:
+        self.runs = runs
+        self.alone = {"base": (2.0, 2.0, 2.0), "lm": (1.0, 2.0, 2.0), "math": (2.0, 1.5, 2.0),
+                      "code": (2.0, 2.0, 1.6)}  # fmt: skip
+
+    def key(self, cell: Cell, split: str) -> str:
+        return cell.name
+
+    def score(self, cell: Cell, split: str) -> Scored:
+        losses = self.runs[cell.seed] if cell.method else self.alone[cell.experts[0]]
+        return {task: {"loss": [loss, 3 * loss]} for task, loss in zip(EXPERTS, losses, strict=True)}
 
 
-def findings() -> Findings:
-    found = Findings(items(), 2)
-    found.singles["base", "test"] = uniform(2.0, 2.0, 2.0)
-    found.singles["lm", "test"] = uniform(1.0, 2.0, 2.0)
-    found.singles["math", "test"] = uniform(2.0, 1.5, 2.0)
-    found.singles["code", "test"] = uniform(2.0, 2.0, 1.6)
-    return found
+def bench(path: Path, *runs: tuple[float, float, float]) -> Bench:
+    tokens = {("test", task): [1, 3] for task in EXPERTS}
+    return Bench(Known(*runs), Store(path / "scores.jsonl", {}), print, tokens=tokens)
 
 
-def test_kept_gain_is_the_mean_over_tasks() -> None:
-    merged = uniform(1.5, 1.5, 2.2)  # kept: one half, all, minus one half
-    assert findings().kept(merged) == pytest.approx(1 / 3)
-    assert findings().kept(uniform(1.0, 1.5, 1.6)) == pytest.approx(1.0)
-    assert findings().per_token(merged, "math") == pytest.approx(1.5)
+def cells(*seeds: int) -> list[Cell]:
+    return [SMALL["dare"].cell(EXPERTS, 0.5, seed=seed) for seed in seeds]
 
 
-def test_longer_responses_count_by_their_tokens() -> None:
-    uneven = uniform(2.0, 2.0, 2.0) | {"lm": [0.0, 6.0]}  # the short item is known by heart
-    assert findings().kept(uneven) == pytest.approx((2 / 4) / 1.0 / 3)
+def test_kept_gain_is_the_mean_over_tasks(tmp_path: Path) -> None:
+    with bench(tmp_path, (1.5, 1.5, 2.2), (1.0, 1.5, 1.6)) as made:  # kept: one half, all, minus one half
+        assert [made.kept(cell, "test") for cell in cells(0, 1)] == pytest.approx([1 / 3, 1.0])
+        assert made.loss(cells(0), "test", "math") == pytest.approx(1.5)
 
 
-def test_a_row_has_means_and_seeds() -> None:
-    row = findings().row([uniform(1.5, 2.0, 2.0), uniform(1.3, 2.0, 2.0)])
-    assert row["loss"] == {"lm": pytest.approx(1.4), "math": 2.0, "code": 2.0}
-    assert row["kept"]["value"] == pytest.approx(0.2, abs=1e-6)
-    assert row["kept_by_seed"] == pytest.approx([0.5 / 3, 0.7 / 3])
-    assert row["kept_over_seeds"]["value"] == pytest.approx(0.2, abs=1e-6)
+def test_longer_responses_count_by_their_tokens(tmp_path: Path) -> None:
+    with bench(tmp_path) as made:
+        uneven = {"lm": {"loss": [0.0, 6.0]}}  # the short item is known by heart
+        values, weights = made.shares(uneven, "test", ("lm",))
+        assert (values * weights).sum() == pytest.approx(2 / 4)
+
+
+def test_a_row_has_means_and_seeds(tmp_path: Path) -> None:
+    with bench(tmp_path, (1.5, 2.0, 2.0), (1.3, 2.0, 2.0)) as made:
+        assert made.loss(cells(0, 1), "test", "lm") == pytest.approx(1.4)
+        row = measure(made, cells(0, 1), "test", EXPERTS)
+    assert row.over_items.value == pytest.approx(0.2)
+    assert row.seeds == pytest.approx((0.5 / 3, 0.7 / 3))
     half = 12.706 * (0.2 / 3 / np.sqrt(2)) / np.sqrt(2)  # Student, one degree of freedom
-    assert row["kept_over_seeds"]["high"] == pytest.approx(0.2 + half, abs=1e-5)
+    assert row.over_seeds.high == pytest.approx(0.2 + half, abs=1e-5)
 
 
-def test_a_difference_pairs_items_and_seeds() -> None:
-    a = [uniform(1.4, 1.8, 1.9), uniform(1.5, 1.8, 1.9)]
-    one = findings().difference(a, [uniform(1.6, 1.8, 1.9)])
-    assert one["items"] == {"value": 0.05, "low": 0.05, "high": 0.05}, "tasks differ, items of a task do not"
-    assert one["seeds"]["value"] == pytest.approx(0.05, abs=1e-6)
-    assert one["loss"]["lm"] == {"value": -0.15, "low": -0.15, "high": -0.15}
-    paired = findings().difference(a, [uniform(1.5, 1.8, 1.9), uniform(1.6, 1.8, 1.9)])
-    assert paired["seeds"] == pytest.approx({"value": 0.1 / 3, "low": 0.1 / 3, "high": 0.1 / 3}, abs=1e-6)
+def test_a_difference_pairs_items_and_seeds(tmp_path: Path) -> None:
+    with bench(tmp_path, (1.4, 1.8, 1.9), (1.5, 1.8, 1.9), (1.6, 1.8, 1.9)) as made:
+        ab, bc, c = (measure(made, cells(*seeds), "test", EXPERTS) for seeds in ((0, 1), (1, 2), (2,)))
+    found = difference(ab, c).items
+    assert (found.value, found.low, found.high) == pytest.approx((0.05, 0.05, 0.05)), (
+        "tasks differ, items not"
+    )
+    paired, alone = difference(ab, bc).seeds, difference(ab, c).seeds
+    assert paired is not None
+    assert (paired.value, paired.low, paired.high) == pytest.approx((0.1 / 3, 0.1 / 3, 0.1 / 3))
+    assert alone is not None
+    assert alone.value == pytest.approx(0.05), "one seed stands against all of the other's"
+    assert difference(c, c).seeds is None
 
 
 @pytest.mark.parametrize(
-    ("of_items", "of_seeds", "said"),
+    ("of_items", "of_seeds", "side"),
     [
-        ((0.01, 0.002, 0.02), (0.01, 0.005, 0.015), "better"),
-        ((-0.01, -0.02, -0.002), (-0.01, -0.015, -0.005), "worse"),
-        ((0.01, -0.002, 0.02), (0.01, 0.005, 0.015), "within noise"),
-        ((0.01, 0.002, 0.02), (0.01, -0.005, 0.025), "within noise"),
+        ((0.01, 0.002, 0.02), (0.01, 0.005, 0.015), 1),
+        ((-0.01, -0.02, -0.002), (-0.01, -0.015, -0.005), -1),
+        ((0.01, -0.002, 0.02), (0.01, 0.005, 0.015), 0),
+        ((0.01, 0.002, 0.02), (0.01, -0.005, 0.025), 0),
     ],
 )
-def test_verdicts(of_items: Any, of_seeds: Any, said: str) -> None:
-    assert verdict(Interval(*of_items), Interval(*of_seeds)) == said
+def test_a_side_only_where_both_intervals_leave_zero_out(of_items: Any, of_seeds: Any, side: int) -> None:
+    assert Difference(Interval(*of_items), Interval(*of_seeds)).side == side
 
 
-def test_an_expert_without_a_gain_is_told() -> None:
-    found = findings()
-    found.singles["math", "test"] = uniform(2.0, 2.1, 2.0)
-    said = r"^the math expert is no better than the base on test of math: it gains -0\.1000 nats a token"
-    with pytest.raises(EvaluationError, match=said):
-        found.kept(uniform(1.0, 1.0, 1.0))
+def test_an_expert_without_a_gain_is_told(tmp_path: Path) -> None:
+    scorer = Known((1.0, 1.0, 1.0))
+    scorer.alone["math"] = (2.0, 2.1, 2.0)
+    tokens = {("test", task): [1, 3] for task in EXPERTS}
+    with (
+        Bench(scorer, Store(tmp_path / "s.jsonl", {}), print, tokens=tokens) as made,
+        pytest.raises(
+            EvaluationError, match=r"^the math expert is no better than the base on 2 test problems"
+        ),
+    ):
+        made.kept(cells(0)[0], "test")
 
 
 def test_lines_of_data(tmp_path: Path) -> None:

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from della.experiments.paper.full_grid import Cell, Row
-from della.experiments.paper.full_models import MODELS
+from della.experiments.cells import Cell
+from della.experiments.full_models import BASE_OF, MODELS
+from della.experiments.full_rows import tasks_of
+from della.experiments.rows import Row
 from della.merging.methods import METHODS
 from della.planning.job import estimated_seconds
 
@@ -42,11 +44,14 @@ class Rates:
 
 @dataclass(frozen=True)
 class Work:
-    """One model to make, and the tasks it is scored on in one split."""
+    """One model to make, and to score on a split."""
 
     cell: Cell
     split: str
-    tasks: tuple[str, ...]
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return tasks_of(self.cell)
 
 
 def work_of(rows: Sequence[Row]) -> list[Work]:
@@ -59,9 +64,9 @@ def work_of(rows: Sequence[Row]) -> list[Work]:
     for row in rows:
         if len(row.candidates) > 1:
             for cell in row.candidates:
-                found.setdefault((cell, row.tasks), Work(cell, "validation", row.tasks))
-        for cell in row.reported(row.candidates[0]):
-            found.setdefault((row.candidates, cell.seed, row.tasks), Work(cell, "test", row.tasks))
+                found.setdefault(cell, Work(cell, "validation"))
+        for cell in row.cells:
+            found.setdefault((row.candidates, cell.seed), Work(cell, "test"))
     return list(found.values())
 
 
@@ -78,7 +83,7 @@ def plan_json(
     most = sum(answers.values()) * MOST_NEW_TOKENS
     loading = len(work) * rates.load_seconds
     return {
-        "tables": sorted({row.table for row in rows}),
+        "tables": sorted({int(row.table) for row in rows}),
         "rows": len(rows),
         "merges": {s: sum(w.split == s and bool(w.cell.method) for w in work) for s in SPLITS},
         "models_scored": len(work),
@@ -96,7 +101,7 @@ def plan_json(
 def _merge_seconds(cell: Cell, found: Mapping[str, str], threads: int) -> float:
     if not cell.method:
         return 0.0
-    base = _nbytes(cell.base, found)
+    base = _nbytes(BASE_OF[cell.experts[0]], found)
     read = base + sum(_nbytes(role, found) for role in cell.experts)
     deltas = round(base / BYTES_PER_PARAMETER) * len(cell.experts)
     return estimated_seconds([(METHODS[cell.method].drop, deltas)], round(read + base), threads)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from della.experiments.paper.results import interval
-from della.experiments.paper.small_grid import METHODS
-from della.experiments.paper.small_items import TASKS
-from della.experiments.paper.small_report import STEPS
+from della.experiments.demo import EXPERTS as TASKS
+from della.experiments.results import interval
+from della.experiments.tables import STEPS, TITLES
 from della.report.page import Report, Section
 from della.report.plots import Mark, Plot, dots, lines
 from della.report.tables import Table, number, with_interval
@@ -45,15 +44,15 @@ def _first_look(found: Found) -> Section:
     """The first look's order in words, counted."""
     rows = {row["method"]: row for row in found["tuned"]}
     best = max(found["tuned"], key=lambda row: float(row["kept"]["value"]))
-    lambdas = ", ".join(f"{rows[method]['lambda']:g} for {METHODS[method].title}" for method in STEPS)
+    lambdas = ", ".join(f"{rows[method]['lambda']:g} for {TITLES[method]}" for method in STEPS)
     text = (
-        f"A first look had found {' < '.join(METHODS[method].title for method in STEPS)} at equal p and "
+        f"A first look had found {' < '.join(TITLES[method] for method in STEPS)} at equal p and "
         f"lambda. Here, at lambda 1: {_counted(found, 'equal')}. With p and lambda chosen for each method on "
         f"validation: {_counted(found, 'tuned')}.",
         f"Lambda 1 is not the same place for all: validation chose {lambdas}. A mean of fewer, rescaled "
         "deltas is longer than a mean of all, so at lambda 1 what drops more stands elsewhere on its curve.",
         f"Best of all at its own choice: {best['title']}, {best['kept']['value']:.3f}; "
-        f"{METHODS['ta'].title} {rows['ta']['kept']['value']:.3f}.",
+        f"{TITLES['ta']} {rows['ta']['kept']['value']:.3f}.",
     )
     return Section("What was found", text)
 
@@ -113,7 +112,7 @@ def _equal(found: Found) -> Section:
 def _claims(found: Found, setting: str, title: str) -> Table:
     rows = [
         ("own choice" if claim["p"] is None else f"p {claim['p']:g}",
-         f"{METHODS[claim['better']].title} over {METHODS[claim['than']].title}",
+         f"{TITLES[claim['better']]} over {TITLES[claim['than']]}",
          _signed(claim["items"]), _signed(claim["seeds"]), claim["verdict"])
         for claim in found["claims"] if claim["setting"] == setting
     ]  # fmt: skip
@@ -136,7 +135,7 @@ def _over_lambda(found: Found) -> Section:
     )
     ordered = sorted(
         found["validation"],
-        key=lambda row: (list(METHODS).index(row["method"]), row["p"] or 0, row["lambda"]),
+        key=lambda row: (list(TITLES).index(row["method"]), row["p"] or 0, row["lambda"]),
     )
     cells = [(row["title"], _p(row), f"{row['lambda']:g}", number(row["kept"], 4)) for row in ordered]
     table = Table("All that was tried on validation", ("method", "p", "lambda", "kept gain"), tuple(cells))

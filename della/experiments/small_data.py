@@ -9,8 +9,8 @@ from typing import Any
 
 from della.checkpoint.strict import json_object
 from della.errors import CheckpointError, EvaluationError
+from della.experiments.demo import EXPERTS as TASKS
 
-TASKS = ("lm", "math", "code")
 SPLITS = ("train", "validation", "test")
 # For a tokenizer without a chat template.
 ALPACA = (

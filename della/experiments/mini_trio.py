@@ -18,21 +18,20 @@ from della.errors import DellaError, EvaluationError
 from della.evaluate.calibration import llama_norms
 from della.evaluate.llama import Llama
 from della.evaluate.tokenizer import load_tokenizer
+from della.experiments.bench import Scored
+from della.experiments.cells import Cell
 from della.experiments.demo import EXPERTS, TRIO, tasks
 from della.experiments.demo.score import MOST_NEW_TOKENS
-from della.experiments.paper.mini_grid import Cell
 from della.sandbox.programs import calls
 from della.sandbox.walls import Limits, Sandbox, open_sandbox
 
 # The splits that are scored; the split "final" has the problems of "validation" and of "more".
 STORED = ("validation", "more", "test")
+MADE_OF = {"final": (("validation", None), ("more", None))}
 CALIBRATION = 64  # training texts a task whose inputs make the norms of WANDA
 # Time for a busy machine: a function that runs into it would count as wrong.
 _LIMITS = Limits(seconds=5.0, processes=64)
 _ROWS = {"lm": 12, "math": 40, "code": 40}  # of a batch: what was fastest
-
-# By task, what one model scored: the loss of each problem's answer, and 1 or 0 for right or wrong.
-Scored = dict[str, dict[str, list[float]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +40,6 @@ class Problems:
 
     items: tuple[tasks.Item, ...]
     pairs: tuple[tuple[list[int], list[int]], ...]
-
-    @property
-    def tokens(self) -> list[int]:
-        """Answer tokens by problem."""
-        return [len(answer) for _, answer in self.pairs]
 
     def followed_by(self, more: Problems) -> Problems:
         return Problems(self.items + more.items, self.pairs + more.pairs)
@@ -121,6 +115,11 @@ class Trio:
         self._norms: dict[str, dict[str, Array]] = {}
 
     @property
+    def tokens(self) -> dict[tuple[str, str], list[int]]:
+        """Answer tokens by problem, of each split and task."""
+        return {of: [len(answer) for _, answer in found.pairs] for of, found in self.problems.items()}
+
+    @property
     def digest(self) -> str:
         """A hash of all weights and problems: what scores depend on."""
         found = hashlib.sha256()
@@ -147,13 +146,17 @@ class Trio:
         experts = [self._weights[name] for name in cell.experts]
         return merge_state_dicts(self._weights["base"], experts, **options)
 
+    def key(self, cell: Cell, split: str) -> str:
+        """What the scores of a cell are kept under."""
+        return f"{split} {cell.name}"
+
     def score(self, cell: Cell, split: str) -> Scored:
-        """Merge and score: losses in nats by problem of all the cell's tasks, and of Math and Code what is
-        right.
+        """Merge and score, on the tasks of the cell's experts, a model as it is on all: losses in nats by
+        problem, and of Math and Code what is right.
         """
         model = Llama(self._config, self.merge(cell))
         found: Scored = {}
-        for task in cell.tasks:
+        for task in cell.experts if cell.method else EXPERTS:
             problems = self.problems[split, task]
             rows = _ROWS[task]
             if task == "lm":

@@ -6,7 +6,7 @@ finished is kept under ``out`` and used by the next run:
     inputs/ copies of models that cannot be merged as they are     data/ the problems of both splits
     norms/ input norms for WANDA                                   recipes/ every recipe that was merged
     merges/ the merge at hand                                      answers/SPLIT/CELL/ answers and verdicts
-    scores/SPLIT/CELL.json                                         results.json, tables.md, index.html
+    scores.jsonl                                                   results.json, tables.md, index.html
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +26,19 @@ from della.evaluate.generations import Store
 from della.evaluate.problems import load
 from della.evaluate.scoring import Score
 from della.evaluate.settings import Settings
-from della.experiments.paper import full_data
-from della.experiments.paper.full_grid import Cell, Grid, Row, rows
-from della.experiments.paper.full_models import prepare, references
-from della.experiments.paper.full_plan import Rates, plan_json
-from della.experiments.paper.full_report import Scores, numbers, report
-from della.experiments.paper.results import head, interval, write
+from della.experiments import full_data
+from della.experiments.bench import Bench, Scored
+from della.experiments.cells import Cell, as_text
+from della.experiments.choice import Choice, ordered
+from della.experiments.full_models import BASE_OF, prepare, references
+from della.experiments.full_plan import Rates, plan_json
+from della.experiments.full_report import numbers, report, reported
+from della.experiments.full_rows import GRID, TABLES, rows, tasks_of
+from della.experiments.results import head, write
+from della.experiments.rows import Row
+from della.experiments.tables import Grid
 from della.options import default_threads
 from della.output import disk
-
-# What is reported of a task: the first of these scores that there is.
-REPORTED = {"gsm8k": ("judge", "flexible"), "mbpp": ("pass@1",), "alpaca_eval": ("win_rate",)}
 
 
 @dataclass(frozen=True)
@@ -45,13 +47,15 @@ class FullOptions:
 
     models: references by role, of base, lm, math, code, coder and coder_base; the others are folders of
     ``models_dir`` or ids on the Hub.  data: files by name (`full_data.FILES`).  scoring: how answers are made
-    and judged; its tasks, folder, data and whether to begin anew are of no account.  threads: of a merge.
+    and judged; its tasks, folder, data and whether to begin anew are ignored.  threads: of a merge.
     command: what makes the results again, for the results.
     """
 
     out: Path
     scoring: Settings
-    grid: Grid = field(default_factory=Grid)
+    tables: tuple[int, ...] = TABLES
+    grid: Grid = GRID
+    seeds: int = 3
     models: Mapping[str, str] = field(default_factory=dict)
     models_dir: Path | None = None
     data: Mapping[str, Path] = field(default_factory=dict)
@@ -64,7 +68,7 @@ class FullOptions:
 
 def plan_full(options: FullOptions) -> dict[str, Any]:
     """What `run_full` would take, as JSON; nothing is downloaded or written.  Raises EvaluationError."""
-    wanted = rows(options.grid)
+    wanted = rows(options.tables, options.grid, options.seeds)
     found = references(options.models, options.models_dir, _roles(wanted))
     rates = replace(options.rates, threads=options.threads or default_threads())
     return plan_json(wanted, found, options.scoring.limit, rates)
@@ -73,19 +77,20 @@ def plan_full(options: FullOptions) -> dict[str, Any]:
 def run_full(
     options: FullOptions, tell: Callable[[str], None], progress: Callable[[Progress], None] | None = None
 ) -> dict[str, Any]:
-    """Run the experiment, or go on with it, and write its report (`results.write`); returns its results.json.
+    """Run the experiment, or resume it, and write its report (`results.write`); returns its results.json.
 
     tell: takes what is going on, a line at a time.  progress: takes how far a model's answers are.
-    Raises DellaError; the same call then goes on.
+    Raises DellaError; the same call then resumes.
     """
-    began, wanted = time.monotonic(), rows(options.grid)
+    began, wanted = time.monotonic(), rows(options.tables, options.grid, options.seeds)
     run = _Run(options, wanted, tell, progress)
     found = []
-    for number, row in enumerate(wanted, 1):
-        chosen = run.choose(row)
-        tell(f"[{number}/{len(wanted)}] table {row.table}, {row.models}, {row.label}: {chosen.name}")
-        scores = [run.score(cell, "test", row.tasks) for cell in row.reported(chosen)]
-        found.append((row, chosen, scores))
+    with Store(options.out / "scores.jsonl", {"scale": "13b"}) as store, Bench(run, store, tell) as bench:
+        for number, row in enumerate(wanted, 1):
+            chosen = replace(row, candidates=(_chosen(bench, row),))
+            tell(f"[{number}/{len(wanted)}] table {row.table}, {row.group}, {row.label}: {chosen.cell.name}")
+            scores = [reported(bench.score(cell, "test")) for cell in chosen.cells]
+            found.append((chosen, len(row.candidates), scores))
     seed, seconds = options.scoring.seed, time.monotonic() - began
     results = head("13b", options.command, seed, seconds) | numbers(found, seed)
     write(options.out, results, report(results))
@@ -93,8 +98,25 @@ def run_full(
 
 
 def _roles(wanted: Sequence[Row]) -> list[str]:
-    cells = [row.candidates[0] for row in wanted]
-    return list(dict.fromkeys(role for cell in cells for role in (cell.base, *cell.experts)))
+    experts = [row.cell.experts for row in wanted]
+    return list(dict.fromkeys(role for found in experts for role in (BASE_OF[found[0]], *found)))
+
+
+def _chosen(bench: Bench, row: Row) -> Cell:
+    """The candidate with the highest mean score on validation."""
+    if len(row.candidates) == 1:
+        return row.cell
+    return ordered(Choice(cell, _mean(bench, cell)) for cell in row.candidates)[0].cell
+
+
+def _mean(bench: Bench, cell: Cell) -> float:
+    values = [score.interval.value for score in reported(bench.score(cell, "validation")).values()]
+    if not values:
+        raise EvaluationError(
+            f"nothing to choose by: {', '.join(tasks_of(cell))} has no score without a judge; give "
+            "--annotator"
+        )
+    return sum(values) / len(values)
 
 
 class _Run:
@@ -106,7 +128,7 @@ class _Run:
     ) -> None:  # fmt: skip
         self._options, self._tell, self._progress = options, tell, progress
         self._out = options.out
-        tasks = list(dict.fromkeys(task for row in wanted for task in row.tasks))
+        tasks = list(dict.fromkeys(task for row in wanted for task in tasks_of(row.cell)))
         roles = _roles(wanted)
         found = references(options.models, options.models_dir, roles)
         _check_settings(self._out / "settings.json", options.scoring, found)
@@ -121,46 +143,22 @@ class _Run:
         normed = {role for row in wanted for c in row.candidates if c.uses_norms for role in c.experts}
         self._norms = {role: self._calibrated(role) for role in sorted(normed)}
 
-    def choose(self, row: Row) -> Cell:
-        """The candidate with the highest mean score on validation, the first of equals."""
-        if len(row.candidates) == 1:
-            return row.candidates[0]
-        means = {cell: self._mean(cell, row.tasks) for cell in row.candidates}
-        return max(means, key=means.__getitem__)
+    def key(self, cell: Cell, split: str) -> str:
+        """What the scores of a cell are kept under; with other problems or another judge they are others."""
+        settings = self._settings(cell, split)
+        asked = {"limit": settings.limit, "judge": settings.judge, "annotator": settings.annotator}
+        return " ".join([split, cell.name, *(f"{k}={v}" for k, v in asked.items() if v is not None)])
 
-    def _mean(self, cell: Cell, tasks: tuple[str, ...]) -> float:
-        scores = self.score(cell, "validation", tasks)
-        values = [scores[task].interval.value for task in tasks if task in scores]
-        if not values:
-            raise EvaluationError(
-                f"nothing to choose by: {', '.join(tasks)} has no score without a judge; give --annotator"
-            )
-        return sum(values) / len(values)
+    def score(self, cell: Cell, split: str) -> Scored:
+        """The scores of a cell by task and metric."""
+        results = self._evaluated(cell, self._settings(cell, split))
+        return {result.task: {score.metric: _stored(score) for score in result.scores} for result in results}
 
-    def score(self, cell: Cell, split: str, tasks: tuple[str, ...]) -> dict[str, Scores]:
-        """The scores of a cell by task; of a task that needs a judge and has none, none."""
-        settings = self._settings(split, tasks)
-        asked = {
-            "tasks": list(tasks), "limit": settings.limit, "judge": settings.judge,
-            "annotator": settings.annotator,
-        }  # fmt: skip
-        path = self._out / "scores" / split / f"{cell.name}.json"
-        stored = _read(path)
-        if stored.get("asked") != asked:
-            results = self._evaluated(cell, settings)
-            stored = {
-                "asked": asked,
-                "results": {r.task: {s.metric: _stored(s) for s in r.scores} for r in results},
-            }
-            disk.put(path, (json.dumps(stored) + "\n").encode())
-        scores = {task: _reported(task, stored["results"]) for task in tasks}
-        return {task: score for task, score in scores.items() if score is not None}
-
-    def _settings(self, split: str, tasks: tuple[str, ...]) -> Settings:
+    def _settings(self, cell: Cell, split: str) -> Settings:
         """GSM8K is judged on test alone: choosing by exact match costs nothing."""
         scoring = self._options.scoring
         return replace(
-            scoring, tasks=tasks, out=self._out / "answers" / split, data=self._data[split],
+            scoring, tasks=tasks_of(cell), out=self._out / "answers" / split, data=self._data[split],
             judge=scoring.judge if split == "test" else None, fresh=False, score_only=False,
         )  # fmt: skip
 
@@ -192,7 +190,8 @@ class _Run:
         from della.api import merge
 
         recipe, place = self._out / "recipes" / f"{cell.name}.yml", Path(self._place(cell))
-        text = cell.recipe(self._models, self._norms)
+        base = self._models[BASE_OF[cell.experts[0]]]
+        text = as_text(cell.recipe(base, self._models, self._norms))
         is_there = place.is_dir()
         if is_there and recipe.is_file() and recipe.read_text(encoding="utf-8") == text:
             return
@@ -242,16 +241,7 @@ def _is_answered(model: Model, settings: Settings) -> bool:
 
 
 def _stored(score: Score) -> dict[str, Any]:
-    found = score.interval
-    return {"value": found.value, "low": found.low, "high": found.high, "items": dict(score.items)}
-
-
-def _reported(task: str, results: Mapping[str, Any]) -> Scores | None:
-    for metric in REPORTED[task]:
-        if metric in results.get(task, {}):
-            found = results[task][metric]
-            return Scores(metric, interval(found), found["items"])
-    return None
+    return {**asdict(score.interval), "items": dict(score.items)}
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -22,7 +22,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from della.errors import EvaluationError
 from della.output import disk
 from della.report.intervals import Interval
 from della.report.page import Report, html, text
@@ -30,7 +29,6 @@ from della.report.plots import draw
 from della.version import __version__
 
 SCHEMA = 1
-_KEYS = ("schema", "scale", "della", "versions", "command", "seed", "time")
 
 
 def head(scale: str, command: str, seed: int, seconds: float, *libraries: str) -> dict[str, Any]:
@@ -60,9 +58,6 @@ def having(entries: Iterable[Mapping[str, Any]], **wanted: object) -> list[dict[
 
 def write(out: Path, results: Mapping[str, Any], report: Report) -> None:
     """Write all files into the folder ``out``, each in one step; EvaluationError without the extra paper."""
-    missing = [key for key in _KEYS if key not in results]
-    if missing:
-        raise EvaluationError(f"results.json: {', '.join(missing)} missing")
     drawn = {plot.name: draw(plot) for plot in report.plots}
     for name, (svg, png) in drawn.items():
         disk.put(out / f"{name}.svg", svg.encode())
@@ -70,14 +65,3 @@ def write(out: Path, results: Mapping[str, Any], report: Report) -> None:
     disk.put(out / "tables.md", text(report).encode())
     disk.put(out / "index.html", html(report, {name: svg for name, (svg, _) in drawn.items()}).encode())
     disk.put(out / "results.json", (json.dumps(results, indent=1, ensure_ascii=False) + "\n").encode())
-
-
-def read(path: Path) -> dict[str, Any]:
-    """A results.json; EvaluationError where it is not one of this schema."""
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise EvaluationError(f"{path}: cannot be read as results ({error})") from None
-    if not isinstance(found, dict) or found.get("schema") != SCHEMA:
-        raise EvaluationError(f"{path}: expected an object of schema {SCHEMA}")
-    return found

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from della.experiments.demo import EXPERTS
-from della.experiments.paper.mini_conditions import conditions
-from della.experiments.paper.mini_figures import figure3, figure4, figure5, figure6, gains, pruning_table
-from della.experiments.paper.published import BENCHMARKS, published
-from della.experiments.paper.results import having, interval
+from della.experiments.mini_conditions import conditions
+from della.experiments.mini_figures import figure3, figure4, figure5, figure6, gains, pruning_table
+from della.experiments.published import BENCHMARKS, published
+from della.experiments.results import having, interval
 from della.report.page import Report, Section
 from della.report.tables import Table, number, with_interval
 

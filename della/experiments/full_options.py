@@ -9,9 +9,9 @@ from typing import TypeVar
 
 from della.errors import EvaluationError
 from della.evaluate.settings import Settings
-from della.experiments.paper.full import FullOptions
-from della.experiments.paper.full_grid import Grid
-from della.experiments.paper.full_plan import Rates
+from della.experiments.full import FullOptions
+from della.experiments.full_plan import Rates
+from della.experiments.full_rows import GRID, TABLES
 
 Number = TypeVar("Number", int, float)
 
@@ -28,17 +28,14 @@ def full_options(
     tables, drop_rates, lambdas, pruned: numbers with commas between them.  models: ROLE=REFERENCE each.
     data: NAME=FILE each.  judge_price: READ,WRITTEN.  Raises EvaluationError.
     """
-    grid = Grid()
-    if tables:
-        grid = replace(grid, tables=_numbers("--tables", tables, int))
+    grid = GRID
     if drop_rates:
-        grid = replace(grid, drop_rates=_numbers("--drop-rates", drop_rates, float))
+        grid = replace(grid, drops=_numbers("--drop-rates", drop_rates, float))
     if lambdas:
         grid = replace(grid, lambdas=_numbers("--lambdas", lambdas, float))
     if pruned:
-        grid = replace(grid, pruned=_numbers("--pruned", pruned, float))
-    grid = grid if window is None else replace(grid, window=window)
-    grid = grid if seeds is None else replace(grid, seeds=seeds)
+        grid = replace(grid, pruned=_numbers("--pruned", pruned, float), pruned_more=())
+    grid = grid if window is None else replace(grid, epsilons=(window / 2,))
     rates = Rates() if tokens_per_second is None else Rates(tokens_per_second=tokens_per_second)
     if rates.tokens_per_second <= 0:
         raise EvaluationError(f"--tokens-per-second {rates.tokens_per_second:g}: expected a number above 0")
@@ -49,9 +46,10 @@ def full_options(
         rates = replace(rates, judge_price=(prices[0], prices[1]))
     files = {name: Path(file) for name, file in _pairs("--data", data, "NAME=FILE").items()}
     return FullOptions(
-        out=scoring.out, scoring=scoring, grid=grid, models=_pairs("--models", models, "ROLE=MODEL"),
+        out=scoring.out, scoring=scoring, grid=grid, seeds=3 if seeds is None else seeds,
+        models=_pairs("--models", models, "ROLE=MODEL"),
         models_dir=models_dir, data=files, allow_pickle=allow_pickle, keep_merges=keep_merges,
-        threads=threads, rates=rates,
+        threads=threads, rates=rates, tables=_numbers("--tables", tables, int) if tables else TABLES,
     )  # fmt: skip
 
 

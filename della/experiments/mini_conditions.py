@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from della.experiments.paper.published import BENCHMARKS, MERGES, published
-from della.experiments.paper.results import having, interval
+from della.experiments.published import BENCHMARKS, MERGES, published
+from della.experiments.results import having, interval
 from della.report.page import Section
 from della.report.tables import Table, number
 

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from della.errors import EvaluationError
-from della.experiments.paper.small_items import TASKS, Example, check_data, data_file, examples
-from della.experiments.paper.small_model import (
+from della.experiments.demo import EXPERTS as TASKS
+from della.experiments.small_data import Example, check_data, data_file, examples
+from della.experiments.small_model import (
     base_folder,
     libraries,
     model_of,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from della.experiments.paper.results import interval
+from della.experiments.results import interval
 from della.report.plots import Mark, Plot, dots, lines
 from della.report.tables import Table, number, with_interval
 

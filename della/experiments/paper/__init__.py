@@ -1,1 +1,0 @@
-"""The paper's experiment, repeated: in miniature, on a small real model, at full size."""
