@@ -279,12 +279,10 @@ class Never:
 def test_a_written_recipe_repeats_the_merge(
     work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from della.experiments.paper.small_grid import Cell, recipe
-
     import della
 
     monkeypatch.chdir(work / "experts")
-    text = recipe(Cell("della-wide", 0.8, 1.5, 3))
+    text = as_text(recipe(SMALL["della-wide"].cell(TASKS, 0.8, 1.5, seed=3)))
     della.merge(text, tmp_path / "relative")
     elsewhere = [f"base_model={work / 'experts' / 'base'}"]
     elsewhere += [f"models.{i}.model={work / 'experts' / task}" for i, task in enumerate(TASKS)]
