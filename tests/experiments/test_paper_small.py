@@ -17,9 +17,10 @@ import safetensors.numpy
 
 from della.errors import EvaluationError
 from della.experiments import small_train
+from della.experiments.cells import as_text
 from della.experiments.demo import EXPERTS as TASKS
 from della.experiments.demo import TRIO
-from della.experiments.small import SmallOptions, run_small
+from della.experiments.small import SmallOptions, recipe, run_small
 from della.experiments.small_data import Example, example, examples
 from della.experiments.tables import SMALL, SMALL_VARIANTS
 
