@@ -102,6 +102,7 @@ def build(cls: type[T], given: Mapping[str, Any]) -> T:
 
 # ---- how values are written -------------------------------------------------------------------------------
 
+_WORDS = (("kB", 1e3), ("MB", 1e6), ("GB", 1e9), ("TB", 1e12))
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
 
 
@@ -116,6 +117,15 @@ def size_of(text: str, name: str = "--shard-size") -> int:
     if size < 1:
         raise RecipeError(f"{name} {text}: expected a size such as 5GB or 500MB")
     return size
+
+
+def size_text(count: int) -> str:
+    """Bytes in words, with three digits: 38 bytes, 37.8 kB, 5.34 GB."""
+    if count < 1000:
+        return f"{count} byte{'s' * (count != 1)}"
+    unit, size = next((pair for pair in _WORDS if count < 999.5 * pair[1]), _WORDS[-1])
+    value = count / size
+    return f"{value:,.{2 if value < 9.995 else 1 if value < 99.95 else 0}f} {unit}"
 
 
 def percent_of(text: str) -> float:

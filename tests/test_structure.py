@@ -30,14 +30,14 @@ ROOMS = (
         "planning",
         "running",
     ),
-    *("arrays", "api", "della", "report", "sandbox", "evaluate", "experiments", "cli"),
+    *("arrays", "api", "della", "report", "sandbox", "evaluate", "experiments", "cli", "__main__"),
 )
 # Where a library may be imported; nowhere if it is not said.
 FENCES = {
     "yaml": ["recipe.text"],
     "huggingface_hub": ["checkpoint.source"],
     "numba": ["merging.kernels.compile"],
-    "typer": ["cli.calibrate", "cli.evaluate", "cli.main", "cli.options", "cli.paper"],
+    "typer": ["cli.main", "cli.options", "cli.paper"],
     "rich": ["cli.console"],
     "openai": ["evaluate.endpoint"],
     "tokenizers": ["evaluate.tokenizer"],

@@ -8,20 +8,18 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from della.errors import printable
-from della.options import Share, option
+from della.options import Share, option, size_text
 
 if TYPE_CHECKING:
     from della.planning.job import Plan
     from della.running.run import Progress, Result
     from della.running.verify import Verdict
 
-
-def size_text(count: int) -> str:
-    """Bytes in words."""
-    return f"{count / 1e6:,.0f} MB" if count >= 1e7 else f"{count / 1e3:,.0f} kB"
+P = TypeVar("P")
+PACE = 5.0  # seconds between two lines of progress
 
 
 def print_json(**fields: Any) -> None:
@@ -72,26 +70,37 @@ class Speaker:
             self.has_compiled = True
             self.note("compiling kernels for this processor; later runs find them on disk")
 
+    def lines(
+        self, text: Callable[[P], str], fields: Callable[[P], dict[str, Any]], is_last: Callable[[P], bool],
+        *, pace: float = PACE, at_once: bool = False,
+    ) -> Callable[[P], None] | None:  # fmt: skip
+        """What to call with each progress: lines of ``text``, or with --json of ``fields``, every few seconds
+        and at the last one; ``pace`` and ``at_once``, with --json, as of `paced`.
+        """
+        if self.as_json:
+            return paced(pace, lambda p: print_json(event="progress", **fields(p)), is_last, at_once=at_once)
+        return None if self.quiet else paced(PACE, lambda p: tell(text(p)), is_last)
+
     @contextmanager
     def progress(
         self, doing: str = "merging", counted: str = "tensors"
     ) -> Iterator[Callable[[Progress], None] | None]:
-        """What to call with each Progress; ``counted`` is what its numbers count, in words."""
-        if self.as_json:
-            yield _paced(1.0, lambda p: print_json(
-                event="progress", bytes=p.done, total=p.total, tensors=p.tensors, of=p.of_tensors,
-                tensor=p.name,
-            ))  # fmt: skip
-        elif self.quiet:
-            yield None
-        elif sys.stderr.isatty():
+        """What to call with each Progress: a bar on a terminal; ``counted`` is what its numbers count."""
+        if sys.stderr.isatty() and not self.quiet and not self.as_json:
             with _bar(doing) as update:
                 yield update
-        else:
-            yield _paced(5.0, lambda p: tell(
+            return
+        yield self.lines(
+            lambda p: (
                 f"{100 * p.done / max(p.total, 1):3.0f} %  {size_text(p.done)} of {size_text(p.total)}  "
                 f"{p.tensors} of {p.of_tensors} {counted}"
-            ), at_once=False)  # fmt: skip
+            ),
+            lambda p: {
+                "bytes": p.done, "total": p.total, "tensors": p.tensors, "of": p.of_tensors, "tensor": p.name,
+            },
+            _is_last,
+            pace=1.0, at_once=True,
+        )  # fmt: skip
 
     def merged(self, result: Result, part: Share) -> None:
         """The end of a merge, or of one part of it."""
@@ -142,22 +151,26 @@ def _tensors(count: int) -> str:
     return f"{count:,} tensor{'s' * (count != 1)}"
 
 
-def _paced(
-    seconds: float, tell: Callable[[Progress], None], *, at_once: bool = True
-) -> Callable[[Progress], None]:
-    """``tell`` at most every so many seconds, at the beginning (``at_once``) and at the end."""
+def paced(
+    seconds: float, tell: Callable[[P], None], is_last: Callable[[P], bool], *, at_once: bool = False
+) -> Callable[[P], None]:
+    """``tell`` at most every so many seconds, and at the last; with ``at_once`` also at the first."""
     last: float | None = None
 
-    def update(progress: Progress) -> None:
+    def update(progress: P) -> None:
         nonlocal last
         now = time.monotonic()
         if last is None:
             last = now - (seconds if at_once else 0)
-        if progress.tensors == progress.of_tensors or now - last >= seconds:
+        if is_last(progress) or now - last >= seconds:
             last = now
             tell(progress)
 
     return update
+
+
+def _is_last(progress: Progress) -> bool:
+    return progress.tensors == progress.of_tensors
 
 
 @contextmanager
@@ -181,6 +194,6 @@ def _bar(doing: str) -> Iterator[Callable[[Progress], None]]:
         bar.update(task, completed=progress.done, total=progress.total)
 
     try:
-        yield _paced(0.1, show)
+        yield paced(0.1, show, _is_last, at_once=True)
     finally:
         bar.stop()

@@ -157,8 +157,8 @@ def _register(name: str, command: Callable[..., None]) -> None:
 _register("merge", derived(merge))
 _register("plan", derived(plan))
 _register("verify", derived(verify))
-_register("eval", cli_evaluate.evaluate)
-_register("calibrate", cli_calibrate.calibrate)
+_register("eval", derived(cli_evaluate.evaluate))
+_register("calibrate", derived(cli_calibrate.calibrate))
 _register("paper", cli_paper.paper)
 
 

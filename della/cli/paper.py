@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from della.cli.console import print_json, tell
-from della.cli.evaluate import words
 from della.errors import EvaluationError, unknown
+from della.evaluate.options import words
 
 if TYPE_CHECKING:
     from della.experiments.full import FullOptions
@@ -200,8 +200,8 @@ def _full(given: dict[str, Any]) -> FullOptions:
     if given["importance"] == "magnitude" and not given["tables"]:
         given["tables"] = "1,2,3,4,6,7"
     scoring = Settings(
-        tasks=(), vllm_command=words("--vllm-command", given["vllm_command"]),
-        vllm_arguments=words("--vllm-args", given["vllm_args"]), **{name: given[name] for name in _SCORING},
+        tasks=(), vllm_command=words(given["vllm_command"], "--vllm-command"),
+        vllm_arguments=words(given["vllm_args"], "--vllm-args"), **{name: given[name] for name in _SCORING},
     )  # fmt: skip
     options = full_options(
         scoring, models=given["models"] or (), data=given["data"] or (),

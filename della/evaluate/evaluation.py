@@ -20,9 +20,10 @@ from della.evaluate import problems as benchmarks
 from della.evaluate import scoring
 from della.evaluate.backends import Backend, Model
 from della.evaluate.generations import Store
+from della.evaluate.options import EvaluationOptions
 from della.evaluate.problems import Problem
 from della.evaluate.scoring import Difference, Score, Scored
-from della.evaluate.settings import Settings, check, depends
+from della.evaluate.settings import check, depends
 from della.evaluate.templates import Prompt, cut, prompt_of
 from della.output import disk
 from della.report.intervals import Interval
@@ -65,8 +66,8 @@ class Result:
 
 
 def evaluate(
-    models: Sequence[Model | str], settings: Settings, *, progress: Callable[[Progress], None] | None = None,
-    tell: Callable[[str], None] | None = None,
+    models: Sequence[Model | str], settings: EvaluationOptions, *,
+    progress: Callable[[Progress], None] | None = None, tell: Callable[[str], None] | None = None,
 ) -> list[Result]:  # fmt: skip
     """Score every model on every task, and write answers, items and scores.json into ``settings.out``.
 
@@ -94,7 +95,7 @@ def differences(results: Sequence[Result], seed: int = 42) -> list[Difference]:
     ]
 
 
-def report(results: Sequence[Result], settings: Settings) -> dict[str, Any]:
+def report(results: Sequence[Result], settings: EvaluationOptions) -> dict[str, Any]:
     """Results and differences as JSON; shares, not per cent."""
     return {
         "della": __version__,
@@ -129,7 +130,10 @@ class _Run:
     """One call of `evaluate`; everything that could fail without a model does so before the first answer."""
 
     def __init__(
-        self, settings: Settings, progress: Callable[[Progress], None] | None, tell: Callable[[str], None]
+        self,
+        settings: EvaluationOptions,
+        progress: Callable[[Progress], None] | None,
+        tell: Callable[[str], None],
     ) -> None:
         self._settings, self._progress, self._tell = settings, progress, tell
         self._problems = {
@@ -288,7 +292,7 @@ class _Run:
 
 
 @contextmanager
-def _backend(model: Model, settings: Settings) -> Iterator[Backend]:
+def _backend(model: Model, settings: EvaluationOptions) -> Iterator[Backend]:
     if settings.backend == "numpy":
         from della.evaluate.numpy_backend import NumpyModel
 
@@ -311,7 +315,7 @@ def _backend(model: Model, settings: Settings) -> Iterator[Backend]:
             yield _served(base_url, model.name, settings, "", 64)  # our own server needs no key
 
 
-def _served(base_url: str, name: str, settings: Settings, key_env: str, at_once: int) -> Backend:
+def _served(base_url: str, name: str, settings: EvaluationOptions, key_env: str, at_once: int) -> Backend:
     from della.evaluate.endpoint import Endpoint
     from della.evaluate.server import ServedModel
 
@@ -327,7 +331,7 @@ def _sandbox() -> Sandbox:
     return open_sandbox()
 
 
-def _judge(settings: Settings) -> Endpoint | None:
+def _judge(settings: EvaluationOptions) -> Endpoint | None:
     if settings.judge is None:
         return None
     from della.evaluate.endpoint import Endpoint

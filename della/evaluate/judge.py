@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -19,6 +18,7 @@ from della.evaluate.endpoint import Endpoint
 from della.evaluate.generations import Store
 from della.evaluate.problems import Problem
 from della.report.intervals import Interval, wilson
+from della.running.workers import each
 
 Verdict = Literal["correct", "wrong"]
 
@@ -86,15 +86,8 @@ def judge(
         found = {"verdict": verdict, "asked": asked, "reply": reply}
         store.add({"id": keys[problem.id], "judge": endpoint.name, **found})
 
-    with ThreadPoolExecutor(at_once) as pool:
-        open_ones = [problem for problem in problems if keys[problem.id] not in store.records]
-        work = [pool.submit(grade, problem) for problem in open_ones]
-        try:
-            for done in as_completed(work):
-                done.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    open_ones = [problem for problem in problems if keys[problem.id] not in store.records]
+    each(grade, open_ones, at_once, apart=True)
     return Judged({id: cast("Verdict | None", store.records[key]["verdict"]) for id, key in keys.items()})
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from della.evaluate.problems import Problem
 from della.evaluate.templates import program_in
 from della.report.intervals import Interval, paired_bootstrap, side, wilson
+from della.running.workers import each
 
 if TYPE_CHECKING:
     from della.sandbox.walls import Sandbox
@@ -116,8 +116,8 @@ def score_mbpp(problems: Sequence[Problem], answers: Answers, sandbox: Sandbox) 
         verdict = check(sandbox, program_in(answers[problem.id]), problem.tests, problem.setup)
         return {"pass@1": verdict.passed, "reason": verdict.reason}
 
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        details = dict(zip((p.id for p in problems), pool.map(run, problems), strict=True))
+    found = each(run, problems, os.cpu_count() or 1)
+    details = {problem.id: verdict for problem, verdict in zip(problems, found, strict=True)}
     return Scored((Score.of("pass@1", {key: d["pass@1"] for key, d in details.items()}),), details)
 
 

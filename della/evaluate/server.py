@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 
 from della.evaluate.backends import Keep
 from della.evaluate.endpoint import Endpoint
 from della.evaluate.templates import Prompt
+from della.running.workers import each
 
 
 class ServedModel:
@@ -23,22 +22,7 @@ class ServedModel:
 
         After an error nothing more is asked for, and what was asked for is still waited for and kept.
         """
-        waiting, taking, stopped = iter(prompts), threading.Lock(), threading.Event()
-
-        def work() -> None:
-            while not stopped.is_set():
-                with taking:
-                    prompt = next(waiting, None)
-                if prompt is None:
-                    return
-                keep({prompt.id: self._ask(prompt)})
-
-        with ThreadPoolExecutor(self._concurrency) as pool:
-            try:
-                for worker in as_completed([pool.submit(work) for _ in range(self._concurrency)]):
-                    worker.result()
-            finally:
-                stopped.set()
+        each(lambda p: keep({p.id: self._ask(p)}), prompts, self._concurrency, apart=True)
 
     def _ask(self, prompt: Prompt) -> str:
         if prompt.is_chat:

@@ -1,65 +1,21 @@
-"""How models are scored: every setting in one place, checked before anything is opened."""
+"""What of the options of scoring is wrong, before anything is opened; and on which of them answers depend."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 from della.errors import EvaluationError, unknown
 from della.evaluate.backends import BACKENDS, DTYPES, Model
 from della.evaluate.endpoint import public
+from della.evaluate.options import EvaluationOptions
 from della.evaluate.problems import TASKS
-from della.evaluate.templates import DEFAULTS, check_template
+from della.evaluate.templates import check_template
+
+Settings = EvaluationOptions
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """How models are scored.
-
-    tasks: of gsm8k, mbpp, alpaca_eval.  out: the folder of answers and scores.  data: local files by task;
-    others come from the Hub.  templates: by task, where not the default.  prompt: `fixed` or `published`.
-    limit: only the first so many problems of a task.  seed: of a server's sampler (which is greedy) and of
-    the bootstrap.  dtype: of hf and vllm.  batch: prompts at a time of hf and numpy.  base_url, model_name,
-    key_env: the server of the backend openai.  concurrency: requests at once.  judge: the model that judges
-    GSM8K; annotator: who compares AlpacaEval's answers, by the package's command alpaca_command; both at
-    judge_url with the key in judge_key_env.  fresh: forget earlier answers.  score_only: never generate, and
-    take stored answers whatever they were made with.
-    """
-
-    tasks: tuple[str, ...]
-    out: Path
-    data: Mapping[str, Path] = field(default_factory=dict)
-    backend: str = "hf"
-    templates: Mapping[str, str] = field(default_factory=dict)
-    prompt: str = "fixed"
-    max_tokens: int = 512
-    limit: int | None = None
-    seed: int = 42
-    dtype: str = "bfloat16"
-    batch: int = 8
-    base_url: str | None = None
-    model_name: str | None = None
-    key_env: str = "OPENAI_API_KEY"
-    concurrency: int | None = None
-    vllm_command: tuple[str, ...] = ("vllm",)
-    vllm_arguments: tuple[str, ...] = ()
-    judge: str | None = None
-    annotator: str | None = None
-    alpaca_command: str = "alpaca_eval"
-    length_controlled: bool = False
-    judge_url: str | None = None
-    judge_key_env: str = "OPENAI_API_KEY"
-    fresh: bool = False
-    score_only: bool = False
-
-    def template(self, task: str) -> str:
-        """The template of a task."""
-        return self.templates.get(task, DEFAULTS[task])
-
-
-def check(models: Sequence[Model], settings: Settings) -> None:
+def check(models: Sequence[Model], settings: EvaluationOptions) -> None:
     """EvaluationError for what can be seen to be wrong before anything is opened."""
     if not models or not settings.tasks:
         raise EvaluationError("nothing to score: expected at least one model and one task")
@@ -91,7 +47,7 @@ def check(models: Sequence[Model], settings: Settings) -> None:
         raise EvaluationError("--fresh forgets the answers that --score-only is to score: leave one out")
 
 
-def depends(model: Model, task: str, settings: Settings) -> dict[str, Any]:
+def depends(model: Model, task: str, settings: EvaluationOptions) -> dict[str, Any]:
     """What the answers to a task depend on, beside the prompts, which are told apart one by one."""
     own: dict[str, dict[str, Any]] = {
         "hf": {"dtype": settings.dtype, "batch": settings.batch},

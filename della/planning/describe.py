@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from della.errors import distinct
+from della.options import size_text
 from della.planning.job import Job, Plan
 
 _NUMBER = re.compile(r"\.(\d+)(?=\.)")
@@ -78,10 +79,10 @@ def plan_text(plan: Plan, threads: int) -> str:
     lines.append(f"  shared  {_pairs(rows, '')}")
     lines += [
         "",
-        f"  read    {_bytes(plan.bytes_read)}",
-        f"  write   {_bytes(plan.bytes_written)} ({_dtypes(plan.jobs)})",
-        f"  disk    {_bytes(plan.bytes_written)} free beside OUT (an old OUT stays until all is done)",
-        f"  memory  {_bytes(plan.memory(threads))} with {threads} thread{'s' * (threads > 1)}",
+        f"  read    {size_text(plan.bytes_read)}",
+        f"  write   {size_text(plan.bytes_written)} ({_dtypes(plan.jobs)})",
+        f"  disk    {size_text(plan.bytes_written)} free beside OUT (an old OUT stays until all is done)",
+        f"  memory  {size_text(plan.memory(threads))} with {threads} thread{'s' * (threads > 1)}",
         f"  time    about {plan.seconds(threads):.0f} s",
     ]
     lines += _varying(rows)
@@ -175,10 +176,3 @@ def _value(value: Any) -> str:
 
 def _dtypes(jobs: Iterable[Job]) -> str:
     return ", ".join(dict.fromkeys(job.dtype.torch_name for job in jobs))
-
-
-def _bytes(count: int) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.2f} {unit}"
-    return f"{count} bytes"

@@ -19,7 +19,8 @@ from della.merging.kernels import cast
 from della.merging.tensor import Band, TensorMerge, Workspace, all_scores, find_bands
 from della.options import TILE
 from della.planning.job import Job, Plan
-from della.running.reading import CURE, Reader, Stopped
+from della.running.reading import CURE, Reader
+from della.running.workers import Stopped
 
 
 class Compute:

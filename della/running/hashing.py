@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +11,8 @@ import xxhash
 
 from della.checkpoint.view import PIECE_BYTES
 from della.errors import CheckpointError, DellaError
-from della.running.reading import Stopped
 from della.running.run import Progress
+from della.running.workers import Stopped, each
 
 
 @dataclass(frozen=True)
@@ -46,14 +45,8 @@ class Hashing:
         self._finished, self._count = 0, len(checks)
         # The largest go first, so that no thread ends much later.
         order = sorted(range(len(checks)), key=lambda number: -checks[number].nbytes)
-        with ThreadPoolExecutor(self.threads, thread_name_prefix="della") as pool:
-            try:
-                said = pool.map(self._fault, [checks[number] for number in order])
-                found = dict(zip(order, said, strict=True))
-            except BaseException:
-                self.stop.set()
-                pool.shutdown(cancel_futures=True)
-                raise
+        said = each(self._fault, [checks[number] for number in order], self.threads, stop=self.stop)
+        found = dict(zip(order, said, strict=True))
         return [found[number] for number in range(len(checks)) if found[number]]
 
     def _fault(self, check: Check) -> str:

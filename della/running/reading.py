@@ -20,14 +20,11 @@ from della.merging.kernels import cast
 from della.merging.methods import Expert
 from della.merging.tensor import Tile, Workspace, cut
 from della.planning.job import Job, Operand
+from della.running.workers import Stopped
 
 CURE = "write 'nonfinite: zero' to leave out such values, 'nonfinite: keep' to let them pass"
 _COPY_BYTES = 1 << 22
 _COUNTED = 1 << 21  # elements that are looked at together when a damaged tensor is counted through
-
-
-class Stopped(Exception):
-    """Another job failed, or the user interrupted."""
 
 
 class Reader:

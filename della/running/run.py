@@ -9,8 +9,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from della.output.writer import StagedOutput
 from della.planning.card import config_json, model_card, side_file
 from della.planning.job import Job, Plan
 from della.running.compute import Compute, needs_bands
-from della.running.reading import Stopped
+from della.running.workers import Stopped, each
 from della.version import __version__
 
 
@@ -219,7 +218,8 @@ class _Run:
             files = len(self.staged.shards)
             end = f"the result has {files} files; a smaller --shard-size makes more"
             self.tell(f"nothing to do for this part: {end}")
-        self._each(self._look, [job for job in self.jobs if job.name in self.staged.done])
+        threads, stop = self.execution.workers, self.compute.stop
+        each(self._look, [job for job in self.jobs if job.name in self.staged.done], threads, stop=stop)
         before = self.finished
         left = [job for job in self.jobs if job.name not in self.staged.done]
         if before and left:
@@ -230,7 +230,7 @@ class _Run:
             raise OutputError(Problem(said, fix, str(self.staged.out), left[0].name))
         if any(map(needs_bands, left)):
             self.bands = self._bands()
-        self._each(self._one, left)
+        each(self._one, left, threads, stop=stop)
         return before
 
     def _bands(self) -> dict[str, list[Band]]:
@@ -240,23 +240,6 @@ class _Run:
             self.staged.note_bands(rows)
             return found
         return {name: [Band(*row) for row in rows] for name, rows in self.staged.bands.items()}
-
-    def _each(self, work: Callable[[Job], None], jobs: Iterable[Job]) -> None:
-        if self.execution.workers == 1:
-            for job in jobs:
-                work(job)
-            return
-        with ThreadPoolExecutor(self.execution.workers, thread_name_prefix="della") as pool:
-            futures = [pool.submit(work, job) for job in jobs]
-            try:
-                wait(futures, return_when=FIRST_EXCEPTION)
-            finally:
-                if any(not f.done() or f.exception() for f in futures):
-                    self.compute.stop.set()
-                pool.shutdown(cancel_futures=True)
-            failures = [e for f in futures if not f.cancelled() and (e := f.exception())]
-        for failure in sorted(failures, key=lambda e: isinstance(e, Stopped)):
-            raise failure
 
     def _look(self, job: Job) -> None:
         """A tensor that the journal calls finished: is it?"""

@@ -69,7 +69,7 @@ def test_a_merge_tells_departures_progress_and_the_end_in_plain_lines(place: Pat
     lines = told(done.stderr.splitlines())
     assert lines[:6] == [f"note: {line}" for line in NOTES]
     assert lines[6] == "100 %  189 kB of 189 kB  40 of 40 tensors"
-    assert re.fullmatch(r"out: 38 kB in \d+\.\d s", lines[7])
+    assert re.fullmatch(r"out: 37.8 kB in \d+\.\d s", lines[7])
     assert len(lines) == 8
     assert "\x1b" not in done.stderr
     assert "\r" not in done.stderr
@@ -346,7 +346,7 @@ def test_a_terminal_shows_a_bar(place: Path, terminal: tuple[int, int]) -> None:
     assert "189.0/189.0 kB" in shown
     for note in NOTES:
         assert shown.count(f"note: {note}") == 1
-    assert re.search(r"out: 38 kB in \d+\.\d s\r\n$", shown)
+    assert re.search(r"out: 37.8 kB in \d+\.\d s\r\n$", shown)
 
 
 def test_the_bar_tells_rate_and_time_left_and_ctrl_c_takes_it_away(

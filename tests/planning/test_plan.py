@@ -201,7 +201,7 @@ def test_the_text_form(folder: Path) -> None:
         f"  read    {read / 1e3:.2f} kB",
         f"  write   {written} bytes (int64, float32)",
         f"  disk    {written} bytes free beside OUT (an old OUT stays until all is done)",
-        f"  memory  {memory / 1e6:.2f} MB with 1 thread",
+        f"  memory  {memory / 1e6:.0f} MB with 1 thread",
         f"  time    about {seconds:.0f} s",
         "",
         "Values along gradients and filters:",

@@ -33,11 +33,11 @@ def test_the_command_when_all_is_well(made: Path, della_verify: Run) -> None:
     code, stdout, stderr = della_verify(made / FOLDER)
     assert (code, stderr.count("100 %"), stderr.count("\n")) == (0, 1, 1)
     assert stderr.endswith("  46 of 46 checks\n")
-    assert stdout == f"{made}/out: all is well: 40 tensors (38 kB) in 11 files, as they were merged\n"
+    assert stdout == f"{made}/out: all is well: 40 tensors (37.8 kB) in 11 files, as they were merged\n"
     code, stdout, stderr = della_verify(made / FILE, "--sources", "100%", "--inputs", "--from", made)
     assert (code, stderr.count("100 %"), stderr.count("\n")) == (0, 2, 2)
     assert stdout == (
-        f"{made}/one.safetensors: all is well: 40 tensors (38 kB) in 1 file, as they were merged; "
+        f"{made}/one.safetensors: all is well: 40 tensors (37.8 kB) in 1 file, as they were merged; "
         "40 tensors computed again: the same; 151 tensors of the inputs: as they were\n"
     )
     assert della_verify(made / FOLDER, "--quiet") == (0, "", "")

@@ -1,0 +1,50 @@
+"""Workers: one function over independent jobs, several at a time; what comes out is the same however many."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from typing import TypeVar
+
+Job = TypeVar("Job")
+Found = TypeVar("Found")
+
+
+class Stopped(Exception):
+    """Another job failed, or the user interrupted."""
+
+
+def each(
+    work: Callable[[Job], Found], jobs: Iterable[Job], threads: int, *, stop: threading.Event | None = None,
+    apart: bool = False,
+) -> list[Found]:  # fmt: skip
+    """``work`` done for every job; when one fails, no other is begun.
+
+    Args:
+        work: called with a job, in one of the threads.
+        jobs: in the order in which they are begun.
+        threads: how many are worked on at a time.
+        stop: is set when a job fails or the user interrupts, so that others may end early, with Stopped.
+        apart: also a single thread is one of its own; an interrupt then waits for the job that it is at.
+
+    Returns:
+        What ``work`` returned, in the order of ``jobs``.
+
+    Raises:
+        Exception: the failure of the first job that failed; Stopped only if none failed otherwise.
+    """
+    if threads == 1 and not apart:
+        return [work(job) for job in jobs]
+    with ThreadPoolExecutor(threads, thread_name_prefix="della") as pool:
+        futures = [pool.submit(work, job) for job in jobs]
+        try:
+            wait(futures, return_when=FIRST_EXCEPTION)
+        finally:
+            if stop is not None and any(not each.done() or each.exception() for each in futures):
+                stop.set()
+            pool.shutdown(cancel_futures=True)
+    failures = [error for each in futures if not each.cancelled() and (error := each.exception())]
+    for failure in sorted(failures, key=lambda error: isinstance(error, Stopped)):
+        raise failure
+    return [each.result() for each in futures]
