@@ -29,7 +29,7 @@ from della.output.writer import StagedOutput
 from della.planning.card import config_json, model_card, side_file
 from della.planning.job import Job, Plan
 from della.running.compute import Compute, needs_bands
-from della.running.workers import Stopped, each
+from della.running.workers import each
 from della.version import __version__
 
 
@@ -243,8 +243,6 @@ class _Run:
 
     def _look(self, job: Job) -> None:
         """A tensor that the journal calls finished: is it?"""
-        if self.compute.stop.is_set():
-            raise Stopped
         if self.staged.holds(job.name):
             self._advance(job, job.bytes_read + job.nbytes, finished=1)
 

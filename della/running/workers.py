@@ -36,13 +36,25 @@ def each(
     """
     if threads == 1 and not apart:
         return [work(job) for job in jobs]
+    ended = stop or threading.Event()
+
+    def one(job: Job) -> Found:
+        if ended.is_set():
+            raise Stopped
+        try:
+            return work(job)
+        except BaseException:
+            ended.set()
+            raise
+
     with ThreadPoolExecutor(threads, thread_name_prefix="della") as pool:
-        futures = [pool.submit(work, job) for job in jobs]
+        futures = [pool.submit(one, job) for job in jobs]
         try:
             wait(futures, return_when=FIRST_EXCEPTION)
+        except BaseException:
+            ended.set()
+            raise
         finally:
-            if stop is not None and any(not each.done() or each.exception() for each in futures):
-                stop.set()
             pool.shutdown(cancel_futures=True)
     failures = [error for each in futures if not each.cancelled() and (error := each.exception())]
     for failure in sorted(failures, key=lambda error: isinstance(error, Stopped)):

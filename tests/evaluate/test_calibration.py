@@ -100,12 +100,12 @@ def test_what_is_calibrated_can_be_merged_by(tmp_path: Path, data: Path) -> None
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         if name == "math":
-            told = json.loads(done.stdout)
+            told = json.loads(done.stdout.splitlines()[-1])
             tokens = told.pop("tokens")
             assert told == {"event": "calibrated", "out": "math.safetensors", "layers": 22, "texts": 5}
         else:
             assert done.stdout == ""
-            (line,) = done.stderr.splitlines()
+            *_, line = done.stderr.splitlines()  # slow machines tell more
             assert line.startswith(f"{name}.safetensors: norms of 22 layers over 5 texts, ")
     again = calibrate(str(TRIO / "math"), data, tmp_path / "again.safetensors", backend="numpy", limit=5)
     assert again.out.read_bytes() == (tmp_path / "math.safetensors").read_bytes()
