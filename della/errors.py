@@ -148,9 +148,12 @@ class Collector:
         self._found: list[tuple[type[DellaError], Problem]] = []
         self._cause: DellaError | None = None
 
-    def add(self, said: str, fix: str | None = None, **about: Any) -> None:
+    def add(
+        self, said: str, fix: str | None = None, subject: str | None = None, tensor: str | None = None,
+        **about: Any,
+    ) -> None:  # fmt: skip
         """Take up the Problem of these fields; raise when there are as many as anyone would read."""
-        self.extend([Problem(said, fix, **about)])
+        self.extend([Problem(said, fix, subject, tensor, **about)])
 
     def extend(self, problems: Iterable[Problem]) -> None:
         """Take up several Problems, as `add` does."""

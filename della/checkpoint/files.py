@@ -9,7 +9,11 @@ import io
 import os
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from della.errors import CheckpointError, Problem
 
 # Without O_NONBLOCK a named pipe in a model's folder would hang the program; Windows has none there, but
 # translates line ends unless it is told not to.
@@ -41,3 +45,12 @@ def read_at(fd: int, buffer: memoryview, at: int) -> int:
 def turn(fd: int) -> threading.Lock:
     """Held while a file is read or written at its one position, where the system knows no other way."""
     return _turns[fd % len(_turns)]
+
+
+@contextmanager
+def readable(subject: str | Path) -> Iterator[None]:
+    """Errors of the system in reading ``subject`` become a CheckpointError that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(Problem(f"cannot be read ({error.strerror})", subject=str(subject))) from error

@@ -15,13 +15,14 @@ from typing import Any
 
 import xxhash
 
+from della.checkpoint.files import readable
 from della.checkpoint.header import Header, parse_header, read_header
 from della.checkpoint.names import why_hostile
 from della.checkpoint.pickles import PICKLES, pickle_refusal, read_pickle
 from della.checkpoint.quantised import quantised_tensors, refuse_quantised_config
 from della.checkpoint.strict import AGAIN, json_object
 from della.dtypes import Array, DType
-from della.errors import CheckpointError
+from della.errors import CheckpointError, Collector, Problem
 
 MOST_CONFIG_BYTES = 10_000_000
 MOST_INDEX_BYTES = 100_000_000
@@ -134,7 +135,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not os.path.lexists(place):
         return {}
     if not path.is_file():
-        raise CheckpointError(f"{place}: {why_no_file(path)}")
+        raise CheckpointError(Problem(*why_no_file(path), str(place)))
     config = json_object(read_small(path, MOST_CONFIG_BYTES), str(place))
     refuse_quantised_config(folder, config)
     return config
@@ -154,8 +155,11 @@ def weight_files(
             files = sorted(set(weight_map.values()))
             if single in names and single not in files:
                 raise CheckpointError(
-                    f"{folder}: {single} stands beside {index}, which does not name it; "
-                    "some programs load one and some the other: move the stale one away"
+                    Problem(
+                        f"{single} stands beside {index}, which does not name it",
+                        "some programs load one and some the other: move the stale one away",
+                        str(folder),
+                    )
                 )
             return files, weight_map
         if single in names:
@@ -169,14 +173,20 @@ def weight_files(
     families = {(match["stem"], match["count"]) for match in shards if match}
     if not all(shards) or len(families) != 1:
         raise CheckpointError(
-            f"{folder}: several {kind.suffix} files and no {kind.stems[0]}{kind.index}: "
-            f"{', '.join(found[:6])}; name the one file that is meant"
+            Problem(
+                f"several {kind.suffix} files and no {kind.stems[0]}{kind.index}: {', '.join(found[:6])}",
+                "name the one file that is meant",
+                str(folder),
+            )
         )
     count = int(families.pop()[1])
     if sorted(int(match["number"]) for match in shards if match) != list(range(1, count + 1)):
         raise CheckpointError(
-            f"{folder}: expected {count} shards, found {len(found)}: {', '.join(found[:6])}; "
-            "download the missing ones"
+            Problem(
+                f"expected {count} shards, found {len(found)}: {', '.join(found[:6])}",
+                "download the missing ones",
+                str(folder),
+            )
         )
     return found, None
 
@@ -189,7 +199,7 @@ def confined(folder: Path, name: str) -> Path:
         path = (home / name).resolve()
     except (OSError, RuntimeError) as error:
         raise CheckpointError(
-            f"{folder / name}: the link cannot be followed ({error}); put the file itself there"
+            Problem(f"the link cannot be followed ({error})", "put the file itself there", str(folder / name))
         ) from None
     roots = [home]
     for parent in home.parents:
@@ -197,48 +207,50 @@ def confined(folder: Path, name: str) -> Path:
             roots.append(parent.parent)
     if not any(path.is_relative_to(root) for root in roots):
         raise CheckpointError(
-            f"{folder / name}: a link that leaves the folder, to {path}; put the file itself there"
+            Problem(
+                f"a link that leaves the folder, to {path}", "put the file itself there", str(folder / name)
+            )
         )
     return path
 
 
-def why_no_file(path: Path) -> str:
-    """What is wrong with a name of a folder that leads to ``path``, which is not a file."""
+def why_no_file(path: Path) -> tuple[str, str]:
+    """(what is wrong, what to do) about a name of a folder that leads to ``path``, which is not a file."""
     if path.exists():
-        return "not a regular file; put the file itself there"
-    return "a broken link; download the file again"
+        return "not a regular file", "put the file itself there"
+    return "a broken link", "download the file again"
 
 
-def _why_no_weights(folder: Path, names: Collection[str], kind: Kind, on_hub: bool) -> str:
+def _why_no_weights(folder: Path, names: Collection[str], kind: Kind, on_hub: bool) -> Problem:
+    where = str(folder)
     if "adapter_config.json" in names:
-        return (
-            f"{folder}: a LoRA adapter, not a whole model; adapters come in a later version: "
-            "merge it into its base model first (peft: merge_and_unload), and give the result"
-        )
+        fix = "merge it into its base model first (peft: merge_and_unload), and give the result"
+        return Problem("a LoRA adapter, not a whole model", f"adapters come in a later version: {fix}", where)
     pickles = [name for name in names if name.endswith((*PICKLES, ".bin.index.json"))]
     if pickles and kind is PICKLE:
-        return (
-            f"{folder}: expected {kind.stems[0]}{kind.suffix} or {kind.stems[0]}{kind.index}, "
-            f"found {', '.join(pickles[:6])}; name the one file that is meant"
-        )
+        wanted = f"expected {kind.stems[0]}{kind.suffix} or {kind.stems[0]}{kind.index}"
+        return Problem(f"{wanted}, found {', '.join(pickles[:6])}", "name the one file that is meant", where)
     if pickles:
         return pickle_refusal(folder / pickles[0], on_hub=on_hub)
     if any(name.endswith(".gguf") for name in names):
-        return f"{folder}: holds only GGUF files; give the safetensors model that they were made from"
+        fix = "give the safetensors model that they were made from"
+        return Problem("holds only GGUF files", fix, where)
     found = f"found {', '.join(sorted(names)[:6])}" if names else "the folder is empty"
-    return f"{folder}: no model here: expected model.safetensors or model{INDEX}, {found}"
+    return Problem(f"no model here: expected model.safetensors or model{INDEX}, {found}", subject=where)
 
 
 def _read_index(folder: Path, name: str, kind: Kind) -> dict[str, str]:
     where = str(folder / name)
     path = confined(folder, name)
     if not path.is_file():
-        raise CheckpointError(f"{where}: {why_no_file(path)}")
+        raise CheckpointError(Problem(*why_no_file(path), where))
     weight_map = json_object(read_small(path, MOST_INDEX_BYTES), where).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{where}: expected an object weight_map (tensor -> file), found none; {AGAIN}")
+        raise CheckpointError(
+            Problem("expected an object weight_map (tensor -> file), found none", AGAIN, where)
+        )
     if any(not isinstance(file, str) for file in weight_map.values()):
-        raise CheckpointError(f"{where}: weight_map must name a file for each tensor; {AGAIN}")
+        raise CheckpointError(Problem("weight_map must name a file for each tensor", AGAIN, where))
     bad = [
         f"{where}: names {file[:200]!r}, which {why}"
         for file in sorted(set(weight_map.values()))
@@ -253,16 +265,14 @@ def check_small(path: Path, most: int) -> None:
     """Refuses a file of more than ``most`` bytes (CheckpointError)."""
     size = path.stat().st_size
     if size > most:
-        raise CheckpointError(f"{path}: {size:,} bytes, and {most:,} is the most; {AGAIN}")
+        raise CheckpointError(Problem(f"{size:,} bytes, and {most:,} is the most", AGAIN, str(path)))
 
 
 def read_small(path: Path, most: int) -> bytes:
     """What a file of at most ``most`` bytes holds.  Raises CheckpointError."""
     check_small(path, most)
-    try:
+    with readable(path):
         return path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def _assemble(
@@ -278,37 +288,30 @@ def _assemble(
     headers: dict[str, Header] = {}
     held: dict[str, dict[str, Array]] = {}
     files: list[File] = []
-    problems: list[str] = []
+    problems = Collector(CheckpointError)
     for name in names:
-        try:
+        where = folder / name
+        with problems, readable(where):
             # A file that the user named is followed wherever it leads; one that the folder names is not.
             path = named.resolve() if named else confined(folder, name)
             if name in remote:
                 raw, size = remote[name].raw, remote[name].size
-                header = parse_header(raw, size, str(folder / name))
+                header = parse_header(raw, size, str(where))
             elif path.is_file() and kind is PICKLE:
-                header, raw, size, held[name] = read_pickle(path, str(folder / name))
+                header, raw, size, held[name] = read_pickle(path, str(where))
             elif path.is_file():
-                header, raw, size = read_header(path, str(folder / name))
+                header, raw, size = read_header(path, str(where))
+            elif index is not None and not os.path.lexists(where):
+                said = "the index names this file, but it is not there"
+                raise CheckpointError(Problem(said, AGAIN, str(where)))
             else:
-                why = why_no_file(path)
-                if index is not None and not os.path.lexists(folder / name):
-                    why = f"the index names this file, but it is not there; {AGAIN}"
-                problems.append(f"{folder / name}: {why}")
-                continue
-        except CheckpointError as error:
-            problems.append(str(error))
-            continue
-        except OSError as error:
-            problems.append(f"{folder / name}: cannot be read ({error.strerror})")
-            continue
-        headers[name] = header
-        digest = xxhash.xxh3_128(size.to_bytes(8, "little") + raw).hexdigest()
-        files.append(File(name, folder / name, size, digest))
+                raise CheckpointError(Problem(*why_no_file(path), str(where)))
+            headers[name] = header
+            digest = xxhash.xxh3_128(size.to_bytes(8, "little") + raw).hexdigest()
+            files.append(File(name, where, size, digest))
     homes = _homes(folder, headers, problems) if index is None else _against(folder, headers, index, problems)
-    problems += quantised_tensors(folder, homes)
-    if problems:
-        raise CheckpointError(*problems)
+    problems.extend(quantised_tensors(folder, homes))
+    problems.raise_any()
     tensors = {
         info.name: Tensor(
             info.name, info.dtype, info.shape, folder / name, header.data_start + info.begin, info.nbytes
@@ -321,43 +324,53 @@ def _assemble(
     return Layout(tensors, files, config, bits)
 
 
-def _homes(folder: Path, headers: Mapping[str, Header], problems: list[str]) -> dict[str, str]:
+def _homes(folder: Path, headers: Mapping[str, Header], problems: Collector) -> dict[str, str]:
     """tensor -> file, for files without an index."""
     homes: dict[str, str] = {}
     for name, header in headers.items():
         for tensor in header.tensors:
             if tensor in homes:
-                problems.append(
-                    f"{folder}: tensor {tensor!r} stands in {homes[tensor]} and in {name}, "
-                    "and there is no index to say which one is meant; download the index again"
+                problems.add(
+                    f"tensor {tensor!r} stands in {homes[tensor]} and in {name}, and there is no index "
+                    "to say which one is meant",
+                    "download the index again",
+                    str(folder),
+                    tensor,
                 )
             homes[tensor] = name
     return homes
 
 
 def _against(
-    folder: Path, headers: Mapping[str, Header], index: Mapping[str, str], problems: list[str]
+    folder: Path, headers: Mapping[str, Header], index: Mapping[str, str], problems: Collector
 ) -> dict[str, str]:
     """tensor -> file as the index says; adds what the files say against it to ``problems``."""
     for tensor, name in index.items():
         if name in headers and tensor not in headers[name].tensors:
-            problems.append(
-                f"{folder / name}: tensor {tensor!r} is missing, which the index expects here; "
-                "download both again"
+            problems.add(
+                f"tensor {tensor!r} is missing, which the index expects here",
+                "download both again",
+                str(folder / name),
+                tensor,
             )
     for name, header in headers.items():
         for tensor, info in header.tensors.items():
             if tensor not in index:
-                problems.append(
-                    f"{folder / name}: tensor {tensor!r} is not in the index; download both again"
+                problems.add(
+                    f"tensor {tensor!r} is not in the index",
+                    "download both again",
+                    str(folder / name),
+                    tensor,
                 )
                 continue
             home = headers.get(index[tensor])
             named = home.tensors.get(tensor) if home else None
             if named and (named.dtype, named.shape) != (info.dtype, info.shape):
-                problems.append(
-                    f"{folder}: tensor {tensor!r} is {named.dtype.name} {list(named.shape)} "
-                    f"in {index[tensor]} but {info.dtype.name} {list(info.shape)} in {name}; "
-                    "download both again"
+                problems.add(
+                    f"tensor {tensor!r} is {named.dtype.name} {list(named.shape)} in {index[tensor]} "
+                    f"but {info.dtype.name} {list(info.shape)} in {name}",
+                    "download both again",
+                    str(folder),
+                    tensor,
                 )
     return dict(index)

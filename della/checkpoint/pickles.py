@@ -23,7 +23,7 @@ import numpy as np
 
 from della.checkpoint.header import METADATA, Header, TensorInfo, tensor_info
 from della.dtypes import DTYPES, Array
-from della.errors import CheckpointError
+from della.errors import CheckpointError, Collector, Problem
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 OLDEST_TORCH = (2, 10)  # before it, files are known that make weights_only run code or write out of bounds
@@ -36,15 +36,16 @@ STATE_DICT = "a state dict is needed: a dict of tensors by name, and nothing els
 _NAMES = {dtype.torch_name: dtype.name for dtype in DTYPES.values() if dtype.torch_name}
 
 
-def pickle_refusal(path: Path, *, on_hub: bool = False) -> str:
+def pickle_refusal(path: Path, *, on_hub: bool = False) -> Problem:
     """Why a .bin or .pt file is not read, and what to do; those of the Hub are not downloaded either."""
     otherwise = f"download the folder yourself, give that, and {ALLOW}" if on_hub else ALLOW
-    return (
-        f"{path}: a pickle, which can run any code when it is loaded, so it is not read. "
-        'If you trust its author, convert the folder once: python -c "from transformers import '
+    fix = (
+        'if you trust its author, convert the folder once: python -c "from transformers import '
         "AutoModelForCausalLM as M; M.from_pretrained('FOLDER', dtype='auto').save_pretrained('CONVERTED')\""
         f"; or {otherwise}"
     )
+    said = "a pickle, which can run any code when it is loaded, so it is not read"
+    return Problem(said, fix, str(path))
 
 
 def read_pickle(path: Path, where: str) -> tuple[Header, bytes, int, dict[str, Array]]:
@@ -61,16 +62,20 @@ def read_pickle(path: Path, where: str) -> tuple[Header, bytes, int, dict[str, A
             first = file.read(32)
         if not (first.startswith(ZIP) or LEGACY.match(first)):
             raise CheckpointError(
-                f"{where}: not a file of torch.save: it begins with {first[:8]!r}; download the file again"
+                Problem(
+                    f"not a file of torch.save: it begins with {first[:8]!r}",
+                    "download the file again",
+                    where,
+                )
             )
         records = _records(path, where) if first.startswith(ZIP) else None
     except OSError as error:
-        raise CheckpointError(f"{where}: cannot be read ({error.strerror})") from error
+        raise CheckpointError(Problem(f"cannot be read ({error.strerror})", subject=where)) from error
     except CheckpointError:
         raise
     except Exception as error:  # a damaged file may raise anything in zipfile and the unpackers under it
         raise CheckpointError(
-            f"{where}: truncated or damaged: {str(error)[:200]}; download it again"
+            Problem(f"truncated or damaged: {str(error)[:200]}", "download it again", where)
         ) from error
     tensors = _state_dict(torch, _load(torch, path, where, mmap=records is not None), where)
     base = _mapped_at(tensors, records, where) if records is not None else None
@@ -98,12 +103,18 @@ def _torch(where: str) -> Any:
     try:
         import torch
     except ImportError as error:
-        raise CheckpointError(f"{where}: reading a pickle needs torch, which is missing; {fix}") from error
+        raise CheckpointError(
+            Problem("reading a pickle needs torch, which is missing", fix, where)
+        ) from error
     match = re.match(r"(\d+)\.(\d+)", torch.__version__)
     if not match or (int(match[1]), int(match[2])) < OLDEST_TORCH:
         raise CheckpointError(
-            f"{where}: reading a pickle needs torch {wanted} or newer, found {torch.__version__}: "
-            f"a hostile file gets past older ones; {fix}"
+            Problem(
+                f"reading a pickle needs torch {wanted} or newer, found {torch.__version__}: a hostile "
+                "file gets past older ones",
+                fix,
+                where,
+            )
         )
     return torch
 
@@ -117,12 +128,18 @@ def _load(torch: Any, path: Path, where: str, *, mmap: bool) -> object:
         program = "TorchScript" if "TorchScript" in str(error) else ""
         if not program and not isinstance(error, pickle.UnpicklingError):
             why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise CheckpointError(f"{where}: truncated or damaged: {why[:200]}; download it again") from error
+            raise CheckpointError(
+                Problem(f"truncated or damaged: {why[:200]}", "download it again", where)
+            ) from error
         found = re.search(r"GLOBAL (\S+)", str(error))
         what = f" ({found[1][:100]!r})" if found else f" ({program})" * bool(program)
         raise CheckpointError(
-            f"{where}: holds more than tensors{what}, or is damaged; it was refused, and nothing in it was "
-            "run. Save its state dict alone, or give the model as safetensors"
+            Problem(
+                f"holds more than tensors{what}, or is damaged",
+                "it was refused, and nothing in it was run. Save its state dict alone, or give the "
+                "model as safetensors",
+                where,
+            )
         ) from None
 
 
@@ -134,7 +151,9 @@ def _records(path: Path, where: str) -> dict[int, int]:
             kind = info.filename.partition("/")[2]
             if kind == "byteorder" and archive.open(info).read(8) != sys.byteorder.encode():
                 raise CheckpointError(
-                    f"{where}: written on a machine of another byte order; give the model as safetensors"
+                    Problem(
+                        "written on a machine of another byte order", "give the model as safetensors", where
+                    )
                 )
             if kind.startswith("data/") and info.file_size and info.compress_type == zipfile.ZIP_STORED:
                 file.seek(info.header_offset)
@@ -149,29 +168,34 @@ def _records(path: Path, where: str) -> dict[int, int]:
 def _state_dict(torch: Any, loaded: object, where: str) -> dict[str, Any]:
     """What was loaded, if it is a dict of plain tensors by name; every problem is told at once."""
     if not isinstance(loaded, dict):
-        raise CheckpointError(f"{where}: holds one object of type {type(loaded).__name__}; {STATE_DICT}")
+        raise CheckpointError(Problem(f"holds one object of type {type(loaded).__name__}", STATE_DICT, where))
     inner = [name for name in ("state_dict", "model_state_dict", "module", "model") if name in loaded]
     if inner and isinstance(loaded[inner[0]], dict):
         raise CheckpointError(
-            f"{where}: a training checkpoint: the weights are in its entry {inner[0]!r}; save that alone: "
-            f"torch.save(torch.load('FILE', weights_only=True)[{inner[0]!r}], 'pytorch_model.bin')"
+            Problem(
+                f"a training checkpoint: the weights are in its entry {inner[0]!r}",
+                f"save that alone: torch.save(torch.load('FILE', weights_only=True)[{inner[0]!r}], "
+                "'pytorch_model.bin')",
+                where,
+            )
         )
     tensors: dict[str, Any] = {}
-    problems: list[str] = []
+    problems = Collector(CheckpointError)
     for name, value in loaded.items():
         if not isinstance(name, str):
-            problems.append(f"{where}: the names must be strings, found one of type {type(name).__name__}")
+            problems.add(f"the names must be strings, found one of type {type(name).__name__}", subject=where)
         elif name == METADATA or name.encode(errors="ignore").decode() != name:
-            problems.append(f"{where}: tensor {name[:200]!r}: a name that no safetensors file can hold")
+            problems.add(
+                f"tensor {name[:200]!r}: a name that no safetensors file can hold", subject=where, tensor=name
+            )
         elif not isinstance(value, torch.Tensor):
-            problems.append(f"{where}: entry {name[:200]!r} is of type {type(value).__name__}; {STATE_DICT}")
+            problems.add(f"entry {name[:200]!r} is of type {type(value).__name__}", STATE_DICT, where)
         else:
             tensors[name] = torch.Tensor.detach(value)  # without the attributes that a file may set
             what = _what_is_not_plain(torch, tensors[name])
             if what:
-                problems.append(f"{where}: tensor {name[:200]!r} {what}; give a plain, dense tensor")
-    if problems:
-        raise CheckpointError(*problems)
+                problems.add(f"tensor {name[:200]!r} {what}", "give a plain, dense tensor", where, name)
+    problems.raise_any()
     return tensors
 
 
@@ -206,8 +230,12 @@ def _mapped_at(tensors: dict[str, Any], records: dict[int, int], where: str) -> 
     lies = Counter(size for _, size in storages) - Counter(records.values())
     if lies:
         raise CheckpointError(
-            f"{where}: damaged: the pickle expects a storage of {min(lies):,} bytes, and the file has none "
-            "of that size, or packs it; download the file again"
+            Problem(
+                f"damaged: the pickle expects a storage of {min(lies):,} bytes, and the file has none "
+                "of that size, or packs it",
+                "download the file again",
+                where,
+            )
         )
     if not storages:
         return None
@@ -221,7 +249,7 @@ def _table(
     """A checked entry for each tensor, and the bits of those that do not lie in the file from ``base`` on."""
     infos: list[TensorInfo] = []
     held: dict[str, Array] = {}
-    problems: list[str] = []
+    problems = Collector(CheckpointError)
     for name, tensor in tensors.items():
         nbytes = tensor.numel() * tensor.element_size()
         lies = base is not None and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
@@ -232,14 +260,10 @@ def _table(
             "shape": list(tensor.shape),
             "data_offsets": [begin, begin + nbytes],
         }
-        try:
+        with problems:
             infos.append(tensor_info(name, entry, where))
-        except CheckpointError as error:
-            problems.append(str(error))
-            continue
-        if not lies and nbytes:
+        if not problems and not lies and nbytes:
             twin = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
             held[name] = tensor.resolve_conj().resolve_neg().view(twin).numpy()
-    if problems:
-        raise CheckpointError(*problems)
+    problems.raise_any()
     return infos, held

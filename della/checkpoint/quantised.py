@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from della.errors import CheckpointError
+from della.errors import CheckpointError, Problem
 
 # Suffixes that only quantised models give to their tensors; nested ones (quant_state) carry more behind.
 QUANTISED = {
@@ -37,9 +37,13 @@ def refuse_quantised_config(folder: Path, config: Mapping[str, Any]) -> None:
     if quantisation:
         method = quantisation.get("quant_method", "?") if isinstance(quantisation, dict) else "?"
         raise CheckpointError(
-            f"{folder}: a model quantised by {QUANTISERS.get(str(method), str(method)[:60])} "
-            f"(quantization_config in config.json) cannot be merged; {UNQUANTISED}. "
-            "If its tensors are in fact plain, remove quantization_config from config.json"
+            Problem(
+                f"a model quantised by {QUANTISERS.get(str(method), str(method)[:60])} "
+                "(quantization_config in config.json) cannot be merged",
+                f"{UNQUANTISED}. If its tensors are in fact plain, remove quantization_config from "
+                "config.json",
+                str(folder),
+            )
         )
 
 
@@ -48,13 +52,17 @@ def _quantisation(config: object) -> object:
     return isinstance(config, dict) and (config.get("quantization_config") or config.get("quantization"))
 
 
-def quantised_tensors(folder: Path, tensors: Collection[str]) -> Iterator[str]:
+def quantised_tensors(folder: Path, tensors: Collection[str]) -> Iterator[Problem]:
     """What is wrong with a model that has tensors which only a quantised one has; told once."""
     for tensor in tensors:
         for suffix, method in QUANTISED.items():
             if tensor.endswith(suffix):
                 yield (
-                    f"{folder}: a model quantised by {method} (tensor {tensor!r}) cannot be merged; "
-                    f"{UNQUANTISED}"
+                    Problem(
+                        f"a model quantised by {method} (tensor {tensor!r}) cannot be merged",
+                        UNQUANTISED,
+                        str(folder),
+                        tensor,
+                    )
                 )
                 return

@@ -106,9 +106,11 @@ class Source:
         for name in names:
             path = confined(self.folder, name)
             if set(name) & set("\\:") or not name.isprintable():
-                raise CheckpointError(f"{self.folder}: {name!r} is no name for a file of a model; rename it")
+                raise CheckpointError(
+                    Problem(f"{name!r} is no name for a file of a model", "rename it", str(self.folder))
+                )
             if not path.is_file():
-                raise CheckpointError(f"{self.folder / name}: {why_no_file(path)}")
+                raise CheckpointError(Problem(*why_no_file(path), str(self.folder / name)))
             if name.endswith("_config.json"):
                 check_small(path, MOST_CONFIG_BYTES)
         return [self.folder / name for name in sorted(names)]
@@ -144,7 +146,9 @@ def open_source(
             if path.exists():
                 return Source(reference, path, _read_file(path, allow_pickle))
         except OSError as error:  # a name too long to be one, a folder that may not be listed
-            raise CheckpointError(f"{str(path)[:1000]}: cannot be opened ({error.strerror})") from error
+            raise CheckpointError(
+                Problem(f"cannot be opened ({error.strerror})", subject=str(path)[:1000])
+            ) from error
     match = HUB_ID.fullmatch(reference)
     if not match:
         raise CheckpointError(_not_found(reference, tried))
@@ -165,7 +169,7 @@ def open_file(reference: str, *, base_dir: Path | None = None) -> Source:
     for path in tried:
         if os.path.lexists(path):
             if path.suffix != ".safetensors" or not path.is_file():
-                raise CheckpointError(f"{path}: expected a .safetensors file")
+                raise CheckpointError(Problem("expected a .safetensors file", subject=str(path)))
             return Source(reference, path, read_single(path))
     raise CheckpointError(Problem(f"no such file; tried {_shown(tried)}", _near(tried), reference))
 
@@ -178,7 +182,7 @@ def _candidates(reference: str, base_dir: Path | None) -> list[Path]:
     try:
         path = Path(reference).expanduser()
     except RuntimeError as error:
-        raise CheckpointError(f"{reference}: {error}") from None
+        raise CheckpointError(Problem(str(error), subject=reference)) from None
     roots = [Path.cwd()] if base_dir is None else [base_dir, Path.cwd()]
     return list(dict.fromkeys(root.absolute() / path for root in roots))
 
@@ -186,7 +190,7 @@ def _candidates(reference: str, base_dir: Path | None) -> list[Path]:
 def _read_file(path: Path, allow_pickle: bool) -> Layout:
     if path.suffix in (".safetensors", *PICKLES):
         return read_single(path, allow_pickle=allow_pickle)
-    raise CheckpointError(f"{path}: not a model: expected a folder or a .safetensors file")
+    raise CheckpointError(Problem("not a model: expected a folder or a .safetensors file", subject=str(path)))
 
 
 def _commit_of(folder: Path) -> str | None:
@@ -226,7 +230,9 @@ def fetch(repo_id: str, revision: str | None, *, weights: bool) -> tuple[Path, d
     try:
         from huggingface_hub import HfFileSystem, snapshot_download
     except ImportError:
-        raise CheckpointError(f"{repo_id}: models of the Hub need huggingface_hub; pip install it") from None
+        raise CheckpointError(
+            Problem("models of the Hub need huggingface_hub", "pip install it", repo_id)
+        ) from None
     try:
         # Patterns match across "/"; the second one keeps to the top folder.
         folder = Path(
@@ -276,13 +282,13 @@ def _hub_refusal(repo_id: str, revision: str | None, error: BaseException) -> Ch
     login = "log in with `hf auth login` or set HF_TOKEN"
     if isinstance(error, errors.GatedRepoError):
         return CheckpointError(
-            f"{repo_id}: gated on the Hub; accept its terms on its page there, then {login}"
+            Problem("gated on the Hub", f"accept its terms on its page there, then {login}", repo_id)
         )
     if isinstance(error, errors.RepositoryNotFoundError):
         return _Absent(f"{repo_id}: no such model on the Hub, or a private one; check the name, or {login}")
     if isinstance(error, errors.RevisionNotFoundError):
         return CheckpointError(
-            f"{repo_id}: no revision {revision!r} on the Hub; check the branch, tag or commit"
+            Problem(f"no revision {revision!r} on the Hub", "check the branch, tag or commit", repo_id)
         )
     if isinstance(error.__cause__, errors.HfHubHTTPError):
         error = error.__cause__  # an answer, though the wrapper calls it a file that is not in the cache
@@ -292,4 +298,4 @@ def _hub_refusal(repo_id: str, revision: str | None, error: BaseException) -> Ch
             "go online (HF_HUB_OFFLINE must not be set), or give a folder"
         )
     first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return CheckpointError(f"{repo_id}: cannot be fetched from the Hub: {first_line[:300]}")
+    return CheckpointError(Problem(f"cannot be fetched from the Hub: {first_line[:300]}", subject=repo_id))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any, NoReturn
 
-from della.errors import CheckpointError
+from della.errors import CheckpointError, Problem
 
 AGAIN = "download the file again"
 MOST_DIGITS = (
@@ -21,7 +21,9 @@ def json_object(raw: bytes, where: str, *, only_integers: bool = False) -> dict[
     """The JSON object in ``raw``; everything else is refused, as `json_value` does."""
     value = json_value(raw, where, only_integers=only_integers)
     if not isinstance(value, dict):
-        raise CheckpointError(f"{where}: expected a JSON object, found a {type(value).__name__}; {AGAIN}")
+        raise CheckpointError(
+            Problem(f"expected a JSON object, found a {type(value).__name__}", AGAIN, where)
+        )
     return value
 
 
@@ -46,11 +48,11 @@ def json_value(raw: bytes, where: str, *, only_integers: bool = False) -> Any:
                 "utf-8"
             )  # finds a lone surrogate, which has no UTF-8
     except UnicodeError as error:
-        raise CheckpointError(f"{where}: text is not UTF-8 ({error}); {AGAIN}") from None
+        raise CheckpointError(Problem(f"text is not UTF-8 ({error})", AGAIN, where)) from None
     except RecursionError:
-        raise CheckpointError(f"{where}: JSON is nested too deeply; {AGAIN}") from None
+        raise CheckpointError(Problem("JSON is nested too deeply", AGAIN, where)) from None
     except ValueError as error:
-        raise CheckpointError(f"{where}: invalid JSON: {error}; {AGAIN}") from None
+        raise CheckpointError(Problem(f"invalid JSON: {error}", AGAIN, where)) from None
     return value
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from della.checkpoint.files import open_to_read, read_at
 from della.checkpoint.layout import File
-from della.errors import CheckpointError
+from della.errors import CheckpointError, Problem
 
 
 class Weights:
@@ -35,7 +35,9 @@ class Weights:
             try:
                 count = read_at(fd, rest, offset)
             except OSError as error:
-                raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from error
+                raise CheckpointError(
+                    Problem(f"cannot be read ({error.strerror})", subject=str(file))
+                ) from error
             if count == 0:
                 raise _shrank(file)
             rest = rest[count:]
@@ -63,7 +65,7 @@ class Weights:
 
 
 def _shrank(file: Path) -> CheckpointError:
-    return CheckpointError(f"{file}: shrank while it was read; is something writing to it?")
+    return CheckpointError(Problem("shrank while it was read", "is something writing to it?", str(file)))
 
 
 def _open_unchanged(path: Path, size: int) -> int:
@@ -71,15 +73,18 @@ def _open_unchanged(path: Path, size: int) -> int:
         fd = open_to_read(path)
     except FileNotFoundError as error:
         raise CheckpointError(
-            f"{path}: the weights are not here; they were not downloaded, or were moved"
+            Problem("the weights are not here", "they were not downloaded, or were moved", str(path))
         ) from error
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be opened ({error.strerror})") from error
+        raise CheckpointError(Problem(f"cannot be opened ({error.strerror})", subject=str(path))) from error
     found = os.fstat(fd).st_size
     if found != size:
         os.close(fd)
         raise CheckpointError(
-            f"{path}: changed since its header was read: expected {size:,} bytes, found {found:,}; "
-            "start again"
+            Problem(
+                f"changed since its header was read: expected {size:,} bytes, found {found:,}",
+                "start again",
+                str(path),
+            )
         )
     return fd

@@ -21,7 +21,7 @@ from della.checkpoint.layout import confined, read_small, why_no_file
 from della.checkpoint.source import Source
 from della.checkpoint.strict import json_object
 from della.checkpoint.view import Stored
-from della.errors import CheckpointError, OutputError
+from della.errors import CheckpointError, OutputError, Problem
 from della.output.place import MANIFEST
 from della.version import __version__
 
@@ -159,26 +159,38 @@ def read_manifest(out: Path) -> tuple[Manifest, Header | None]:
     if out.is_dir():
         where, path = out / MANIFEST, confined(out, MANIFEST)
         if not where.is_symlink() and not path.exists():
-            raise OutputError(f"{out}: holds no {MANIFEST}; only what della has merged can be verified")
+            raise OutputError(
+                Problem(f"holds no {MANIFEST}", "only what della has merged can be verified", str(out))
+            )
         if not path.is_file():
-            raise CheckpointError(f"{where}: {why_no_file(path)}")
+            raise CheckpointError(Problem(*why_no_file(path), str(where)))
         raw = text = read_small(path, MOST_BYTES)
     elif out.is_file() and out.suffix == ".safetensors":
         where = out
         header, raw, _ = read_header(out)
         text = header.metadata.get(KEY, "").encode()
         if not text and not _SEAL.search(raw):
-            raise OutputError(f"{out}: no manifest in its header; only what della has merged can be verified")
+            raise OutputError(
+                Problem("no manifest in its header", "only what della has merged can be verified", str(out))
+            )
     else:
-        raise OutputError(f"{out}: neither a folder nor a .safetensors file; name what della has merged")
-    damage = CheckpointError(f"{where}: changed since it was written, so nothing can be held against it")
+        raise OutputError(
+            Problem("neither a folder nor a .safetensors file", "name what della has merged", str(out))
+        )
+    damage = CheckpointError(
+        Problem("changed since it was written, so nothing can be held against it", subject=str(where))
+    )
     if _SEAL.search(raw) and not is_sealed(raw):
         raise damage
     found = json_object(text, str(where))
     if type(found.get("format")) is not int or found["format"] != FORMAT:
         raise OutputError(
-            f"{where}: a manifest of format {_scalar(found.get('format'))}, and this version of della knows "
-            f"format {FORMAT}; verify with the version that merged it"
+            Problem(
+                f"a manifest of format {_scalar(found.get('format'))}, and this version of della knows "
+                f"format {FORMAT}",
+                "verify with the version that merged it",
+                str(where),
+            )
         )
     if not is_sealed(raw):
         raise damage
@@ -186,7 +198,7 @@ def read_manifest(out: Path) -> tuple[Manifest, Header | None]:
         return _parse(found), header
     except _NotOurs as error:
         raise CheckpointError(
-            f"{where}: not a manifest as della writes it ({error}); merge again to have one"
+            Problem(f"not a manifest as della writes it ({error})", "merge again to have one", str(where))
         ) from None
 
 

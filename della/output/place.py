@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from della.errors import OutputError
+from della.errors import OutputError, Problem
 from della.output.disk import explained, user
 
 MANIFEST = "della.json"
@@ -38,26 +38,26 @@ def check_place(out: Path, overwrite: bool, single_file: bool, inputs: Iterable[
         raise OutputError(*problems)
 
 
-def _complaints(out: Path, overwrite: bool, single_file: bool, inputs: Iterable[Path]) -> Iterator[str]:
+def _complaints(out: Path, overwrite: bool, single_file: bool, inputs: Iterable[Path]) -> Iterator[Problem]:
     if not is_name(out):
         said = f"cannot be the name of a model, which has 1 to {MOST_NAME_BYTES} bytes and no NUL"
-        yield f"{str(out)[:1000]!r} {said}"
+        yield Problem(f"{str(out)[:1000]!r} {said}")
         return
     if single_file and out.suffix != ".safetensors":
-        yield f"{out}: one file was asked for; its name must end in .safetensors"
+        yield Problem("one file was asked for", "its name must end in .safetensors", str(out))
     if not single_file and out.suffix == ".safetensors":
-        yield f"{out}: a folder was asked for; its name must not end in .safetensors"
+        yield Problem("a folder was asked for", "its name must not end in .safetensors", str(out))
     touched = next((place for place in inputs if _inside(out, place) or _inside(place, out)), None)
     if touched:
-        yield f"{out}: touches the input {touched}; choose another place for the result"
+        yield Problem(f"touches the input {touched}", "choose another place for the result", str(out))
         return
     home = next(step for step in out.parents if os.path.lexists(step))
     if not home.is_dir():
-        yield f"{home}: not a folder, so nothing can be written in it; choose another place"
+        yield Problem("not a folder, so nothing can be written in it", "choose another place", str(home))
     elif not os.access(home, os.W_OK | os.X_OK):
-        yield f"{home}: permission denied; choose a place that you may write to"
+        yield Problem("permission denied", "choose a place that you may write to", str(home))
     elif out.is_symlink():
-        yield f"{out}: a link; name the place that it leads to"
+        yield Problem("a link", "name the place that it leads to", str(out))
     elif out.exists():
         yield from _taken(out, overwrite, single_file)
 
@@ -67,18 +67,22 @@ def is_name(out: Path) -> bool:
     return 0 < len(os.fsencode(out.name)) <= MOST_NAME_BYTES and "\0" not in str(out)
 
 
-def _taken(out: Path, overwrite: bool, single_file: bool) -> Iterator[str]:
+def _taken(out: Path, overwrite: bool, single_file: bool) -> Iterator[Problem]:
     if not overwrite:
-        yield f"{out}: exists already; choose another place, or allow it to be replaced: --overwrite"
+        yield Problem(
+            "exists already", "choose another place, or allow it to be replaced: --overwrite", str(out)
+        )
     elif single_file != out.is_file():
         kind = "folder" if single_file else "file"
-        yield f"{out}: a {kind}, which is not replaced; choose another place"
+        yield Problem(f"a {kind}, which is not replaced", "choose another place", str(out))
     elif os.path.ismount(out):
-        yield f"{out}: a mount point, which cannot be replaced in one step; choose a folder in it"
+        yield Problem(
+            "a mount point, which cannot be replaced in one step", "choose a folder in it", str(out)
+        )
     elif not _is_ours_to_move(out):
-        yield f"{out}: belongs to another user, so it cannot be replaced; choose another place"
-    elif not single_file and (text := refusal_to_replace(out, out)):
-        yield text
+        yield Problem("belongs to another user, so it cannot be replaced", "choose another place", str(out))
+    elif not single_file and (problem := refusal_to_replace(out, out)):
+        yield problem
 
 
 def _is_ours_to_move(out: Path) -> bool:
@@ -91,15 +95,13 @@ def _is_ours_to_move(out: Path) -> bool:
     return not out.is_dir() or os.access(out, os.W_OK | os.X_OK)
 
 
-def refusal_to_replace(out: Path, found: Path) -> str:
-    """Why ``found``, which stands (or stood) at ``out``, may not be replaced, or ""."""
+def refusal_to_replace(out: Path, found: Path) -> Problem | None:
+    """Why ``found``, which stands (or stood) at ``out``, may not be replaced, if it may not."""
     foreign = _foreign(found)
     if not foreign:
-        return ""
-    return (
-        f"{out}: not replaced: it is not a model, or more (it holds {', '.join(sorted(foreign)[:5])}); "
-        "choose another place, or remove it yourself"
-    )
+        return None
+    said = f"not replaced: it is not a model, or more (it holds {', '.join(sorted(foreign)[:5])})"
+    return Problem(said, "choose another place, or remove it yourself", str(out))
 
 
 def _foreign(out: Path) -> list[str]:
@@ -147,6 +149,9 @@ def check_space(folder: Path, needed: int) -> None:
         total, _, free = shutil.disk_usage(home)
     if total and free < needed + MARGIN_BYTES:  # some network file systems report nothing
         raise OutputError(
-            f"{folder}: the result needs {needed + MARGIN_BYTES:,} bytes, {free:,} are free; "
-            "free some space, or write to another disk"
+            Problem(
+                f"the result needs {needed + MARGIN_BYTES:,} bytes, {free:,} are free",
+                "free some space, or write to another disk",
+                str(folder),
+            )
         )

@@ -12,7 +12,7 @@ from typing import Any
 
 from della.checkpoint.source import HUB_ID, Source
 from della.checkpoint.strict import json_object
-from della.errors import OutputError
+from della.errors import OutputError, Problem
 from della.output.manifest import versions
 from della.planning.compatibility import CODE
 from della.planning.job import Job, Plan
@@ -64,7 +64,9 @@ def side_file(path: Path, auto_map: bool = False) -> bytes:
     try:
         raw = path.read_bytes()
     except OSError as error:
-        raise OutputError(f"{path}: cannot be copied to the result ({error.strerror})") from error
+        raise OutputError(
+            Problem(f"cannot be copied to the result ({error.strerror})", subject=str(path))
+        ) from error
     names_code = any(key.encode() in raw for key in (*CODE, "\\u"))  # an escape may hide a key
     if auto_map or not path.name.endswith("_config.json") or not names_code:
         return raw

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from della.checkpoint.files import readable
 from della.checkpoint.layout import STEMS
 from della.checkpoint.view import Hashes, Stored
 from della.errors import CheckpointError, DellaError, OutputError, Problem
@@ -119,10 +120,8 @@ def _stamps(plan: Plan) -> dict[str, str]:
     stamps = {}
     for source in plan.sources:
         for file in source.files:
-            try:
+            with readable(file.path):
                 found = os.stat(file.path)
-            except OSError as error:
-                raise CheckpointError(f"{file.path}: cannot be read ({error.strerror})") from error
             stamp = source.revision or f"{found.st_size} {found.st_mtime_ns}"
             stamps[str(file.path)] = f"{file.fingerprint} {stamp}"
     return stamps
@@ -132,9 +131,8 @@ def _check_unchanged(plan: Plan, stamps: Mapping[str, str]) -> None:
     now = _stamps(plan)
     names = ", ".join(path for path, stamp in stamps.items() if now.get(path) != stamp)
     if names:
-        raise CheckpointError(
-            f"{names}: changed while it was merged; is something writing to it? Start again"
-        )
+        fix = "is something writing to it? Start again"
+        raise CheckpointError(Problem("changed while it was merged", fix, names))
 
 
 def _key(plan: Plan, stamps: Mapping[str, str]) -> str:

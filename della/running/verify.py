@@ -20,7 +20,7 @@ from della.checkpoint.layout import MOST_INDEX_BYTES, confined, read_small, why_
 from della.checkpoint.pickles import PICKLES
 from della.checkpoint.source import SIDE_FILES, Source
 from della.checkpoint.strict import json_object
-from della.errors import CheckpointError, DellaError, OutputError, RecipeError, printable
+from della.errors import CheckpointError, DellaError, OutputError, Problem, RecipeError, printable
 from della.options import Checks, Execution, Permissions
 from della.output.manifest import MANIFEST, Entry, Manifest, Recorded, read_manifest, versions
 from della.output.shards import INDEX
@@ -137,7 +137,7 @@ class _Model:
         if not os.path.lexists(place):
             raise CheckpointError(f"{place}: missing")
         if not path.is_file():
-            raise CheckpointError(f"{place}: {why_no_file(path)}")
+            raise CheckpointError(Problem(*why_no_file(path), str(place)))
         size = path.stat().st_size
         if size != entry.size:
             raise CheckpointError(f"{place}: has {size:,} bytes, expected {entry.size:,}")

@@ -410,9 +410,12 @@ REFUSED: dict[str, tuple[Mapping[str, Any], str]] = {
     "task": (
         {"tasks": ("gsm",)}, "task 'gsm': expected one of gsm8k, mbpp, alpaca_eval; did you mean 'gsm8k'?",
     ),
-    "backend": ({"backend": "vlm"}, "'vlm': expected one of hf, vllm, openai, numpy; did you mean 'vllm'?"),
+    "backend": (
+        {"backend": "vlm"}, "backend 'vlm': expected one of hf, vllm, openai, numpy; did you mean 'vllm'?",
+    ),
     "dtype": (
-        {"dtype": "bf16"}, "'bf16': expected one of bfloat16, float16, float32; did you mean 'bfloat16'?",
+        {"dtype": "bf16"}, "dtype 'bf16': expected one of bfloat16, float16, float32; did you mean "
+        "'bfloat16'?",
     ),
     "template": ({"templates": {"gsm8k": "x"}}, "template 'x': expected one of alpaca, vicuna, chat"),
     "limit": ({"limit": 0}, "limit 0: expected at least 1"),
