@@ -19,7 +19,7 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class DType:
-    """One storage type: its safetensors ``name``, size in bytes, and names in other places.
+    """One storage type: its safetensors ``name``, size in bytes, and its names elsewhere.
 
     ``kind`` is ``"float"`` (merged), ``"exact"`` (integers, bool: copied from the base) or ``"opaque"``
     (recognised so that it can be refused by name).  ``bits`` is the size of one element.

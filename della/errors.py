@@ -125,7 +125,7 @@ class Collector:
     """What is wrong, collected so that all of it is told at once: each problem once, those of a recipe in the
     order of its lines.
 
-    As a context manager it takes up the DellaErrors of a step, and goes on behind it.
+    As a context manager it takes up the DellaErrors of a step, and what follows it runs.
 
     Args:
         kind: The kind of error that `add` is about.

@@ -29,7 +29,7 @@ METADATA = "__metadata__"
 FIELDS = {"dtype", "shape", "data_offsets"}
 WIDE = "give the model in BF16, F16 or F32"
 Refusal = Callable[..., CheckpointError]
-LFS_POINTER = b"version "  # how the text begins that Git LFS leaves in the place of a file
+LFS_POINTER = b"version "  # how the text begins that Git LFS leaves for a file
 
 
 @dataclass(frozen=True, slots=True)

@@ -95,8 +95,8 @@ class Kind:
 
     def found(self, names: Collection[str]) -> list[str]:
         """Those of ``names`` that may hold a model's weights."""
-        fitting = [name for name in names if name.endswith(self.suffix) and name.startswith(self.prefixes)]
-        return [name for name in fitting if not name.startswith("adapter_model")]
+        found = [name for name in names if name.endswith(self.suffix) and name.startswith(self.prefixes)]
+        return [name for name in found if not name.startswith("adapter_model")]
 
 
 SAFETENSORS = Kind(".safetensors", STEMS, ("",))
@@ -130,13 +130,13 @@ def read_single(path: Path, *, allow_pickle: bool = False) -> Layout:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of ``folder``, or {}; a quantised model is refused.  Raises CheckpointError."""
-    place = folder / "config.json"
-    path = confined(folder, place.name)
-    if not os.path.lexists(place):
+    named = folder / "config.json"
+    path = confined(folder, named.name)
+    if not os.path.lexists(named):
         return {}
     if not path.is_file():
-        raise CheckpointError(Problem(*why_no_file(path), str(place)))
-    config = json_object(read_small(path, MOST_CONFIG_BYTES), str(place))
+        raise CheckpointError(Problem(*why_no_file(path), str(named)))
+    config = json_object(read_small(path, MOST_CONFIG_BYTES), str(named))
     refuse_quantised_config(folder, config)
     return config
 

@@ -69,15 +69,15 @@ class _Absent(CheckpointError):
 class Source:
     """An opened checkpoint; safe to read from several threads.  Close it, or use it in a with-block.
 
-    ``place`` is the folder or file that was opened, ``folder`` the folder it is or lies in.  ``tensors`` are
+    ``path`` is the folder or file that was opened, ``folder`` the folder it is or lies in.  ``tensors`` are
     views by name, file by file in the order of their data.  ``config`` is {} where there is no config.json.
     ``revision`` is the commit of a Hub snapshot, else None.
     """
 
-    def __init__(self, reference: str, place: Path, layout: Layout) -> None:
+    def __init__(self, reference: str, path: Path, layout: Layout) -> None:
         self.reference = reference
-        self.place = place
-        self.folder = place if place.is_dir() else place.parent
+        self.path = path
+        self.folder = path if path.is_dir() else path.parent
         self.files = layout.files
         self.config = layout.config
         self.revision = _commit_of(self.folder)
@@ -88,9 +88,9 @@ class Source:
         }
 
     @property
-    def places(self) -> list[Path]:
+    def paths(self) -> list[Path]:
         """The folder or file that was opened, and every file of weights: what no result may touch."""
-        return [self.place, *(file.path for file in self.files)]
+        return [self.path, *(file.path for file in self.files)]
 
     @property
     def parts(self) -> dict[str, Stored]:

@@ -24,7 +24,7 @@ PIECE_BYTES = 1 << 22
 
 
 class TensorView(ABC):
-    """A tensor with a name, a shape and a type, whose elements can be read from any place on, row-major.
+    """A tensor with a name, a shape and a type, whose elements can be read from any number on, row-major.
 
     A view author writes one method, `read_into`.  Views compose: one that scales, turns or cuts another reads
     from that view, and gives its ``parts`` as its own.

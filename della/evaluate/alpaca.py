@@ -2,7 +2,7 @@
 
 The package stands in an environment of its own (scripts/alpaca-venv), so it is run as another process; the
 win rates are its own.  It shuffles which of two answers comes first, and keeps what the judge said: a run
-that was stopped goes on.
+that was stopped is resumed.
 """
 
 from __future__ import annotations
@@ -78,10 +78,10 @@ def win_rate(
     Hub; otherwise nothing is fetched.  Raises EvaluationError.
     """
     total = _compared(outputs, reference)
-    place = out if "/" in annotator else out / annotator  # as the package has it
+    results = out if "/" in annotator else out / annotator  # as the package has it
     with disk.explained(out):
         out.mkdir(parents=True, exist_ok=True)
-        (place / "leaderboard.csv").unlink(missing_ok=True)
+        (results / "leaderboard.csv").unlink(missing_ok=True)
     options: dict[str, Any] = {
         "model_outputs": str(outputs.resolve()),
         "reference_outputs": str(reference.resolve()),
@@ -101,7 +101,7 @@ def win_rate(
              environment, out / _LOG)  # fmt: skip
     finally:
         (out / _CLIENT).unlink(missing_ok=True)  # its URL may hold a password
-    return _result(place, total)
+    return _result(results, total)
 
 
 def check_judge(command: str, annotator: str) -> None:
@@ -193,14 +193,14 @@ def _run(command: Sequence[str], environment: Mapping[str, str], log: Path) -> N
         )
 
 
-def _result(place: Path, total: int) -> WinRate:
+def _result(results: Path, total: int) -> WinRate:
     try:
-        with (place / "leaderboard.csv").open(encoding="utf-8", newline="") as table:
+        with (results / "leaderboard.csv").open(encoding="utf-8", newline="") as table:
             (row,) = csv.DictReader(table)
-        annotations = json.loads((place / "annotations.json").read_bytes())
+        annotations = json.loads((results / "annotations.json").read_bytes())
         if not int(float(row["n_total"])):
             raise EvaluationError(
-                f"{place}: the judge gave no preference that alpaca_eval could read; see what it said, "
+                f"{results}: the judge gave no preference that alpaca_eval could read; see what it said, "
                 "preference_raw_completion in annotations.json"
             )
         controlled = row.get("length_controlled_winrate")
@@ -215,5 +215,5 @@ def _result(place: Path, total: int) -> WinRate:
         )  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise EvaluationError(
-            f"{place}: not the results that alpaca_eval 0.6.6 writes ({type(error).__name__}: {error})"
+            f"{results}: not the results that alpaca_eval 0.6.6 writes ({type(error).__name__}: {error})"
         ) from error

@@ -84,7 +84,7 @@ class Model:
 def batches(prompts: Sequence[Prompt], ids: Sequence[Sequence[int]], size: int) -> Iterator[list[int]]:
     """Positions of prompts in batches of like length, the longest first.
 
-    An evaluation that is gone on with has answered the first of these batches whole, so the others are the
+    An evaluation that is resumed has answered the first of these batches whole, so the others are the
     same again, and so is every answer, however often it was cut short.
     """
     order = sorted(range(len(prompts)), key=lambda at: (-len(ids[at]), at))

@@ -23,7 +23,7 @@ def load(model: Model, dtype: str) -> tuple[Any, Any, str]:
         raise EvaluationError(
             "the hf backend needs the packages torch and transformers; pip install 'della[hf]'"
         ) from error
-    place, revision = model.local_or_hub
+    found, revision = model.local_or_hub
     talk: Any = transformers.utils.logging
     talk.set_verbosity_error()
     talk.disable_progress_bar()
@@ -32,9 +32,9 @@ def load(model: Model, dtype: str) -> tuple[Any, Any, str]:
         dtype = "float32"
     plain = {"revision": revision or "main", "trust_remote_code": False}
     try:
-        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(place, **plain)
+        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(found, **plain)
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            place, dtype=dtype if dtype == "auto" else getattr(torch, dtype), use_safetensors=True, **plain
+            found, dtype=dtype if dtype == "auto" else getattr(torch, dtype), use_safetensors=True, **plain
         )
     except Exception as error:  # whatever its many parts raise
         raise EvaluationError(

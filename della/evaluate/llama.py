@@ -306,7 +306,7 @@ def _losses(logits: Floats, tokens: Sequence[int]) -> Floats:
 
 
 def _gathered(going: Sequence[_Going], spare: int) -> Cache:
-    """One cache of the rows that go on, moved to the right of it."""
+    """One cache of the rows that are not finished, moved to the right of it."""
     longest = max(one.length for one in going)
 
     def moved(layers: Iterable[list[Floats]]) -> list[Floats]:

@@ -37,7 +37,7 @@ _AFTER_PROGRAM = ("\n```", 'if __name__ == "__main__":', "# Example usage", "# T
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What a model is asked: a text to go on with, or (``is_chat``) what a user says in its own chat format.
+    """What a model is asked: a text to continue, or (``is_chat``) what a user says in its own chat format.
     The answer ends before the first of ``stops``.
     """
 
@@ -66,7 +66,7 @@ def prompt_of(problem: Problem, template: str, variant: str = "fixed") -> Prompt
     if problem.task == "gsm8k":
         return Prompt(problem.id, _gsm8k(problem.instruction, variant), stops=GSM8K_STOPS)
     if problem.task == "mbpp":
-        # The release has a newline more than Alpaca here, and tabs in the place of four spaces.
+        # The release has a newline more than Alpaca here, and tabs instead of four spaces.
         text = f"{ALPACA}\n\n\n### Instruction:\n{_mbpp(problem)}\n\n### Response:"
         return Prompt(problem.id, text)
     text = f"{ALPACA}\n\n### Instruction:\n{problem.instruction}\n\n### Response:"

@@ -45,10 +45,10 @@ def vllm_server(
             f"{command[0]}: no such command; install vLLM, in an environment of its own if it does not fit "
             "this one, and give its program: --vllm-command ENV/bin/vllm"
         )
-    place, revision = model.local_or_hub
+    found, revision = model.local_or_hub
     port = _free_port()
     line = [
-        program, *command[1:], "serve", place, "--host", HOST, "--port", str(port), "--served-model-name",
+        program, *command[1:], "serve", found, "--host", HOST, "--port", str(port), "--served-model-name",
         model.name, "--dtype", dtype, "--seed", str(seed), "--generation-config", "vllm",
         *(("--revision", revision) if revision else ()), *arguments,
     ]  # fmt: skip

@@ -117,7 +117,7 @@ def _copy(
     source: Source, base: Source, shapes: Mapping[str, tuple[int, ...]], out: Path, mark: Mapping[str, object]
 ) -> None:
     tensors = [(name, tensor.dtype, shapes[name]) for name, tensor in source.tensors.items()]
-    with StagedOutput(out, tensors, inputs=[*source.places, *base.places]) as staged:
+    with StagedOutput(out, tensors, inputs=[*source.paths, *base.paths]) as staged:
         for name, dtype, shape in tensors:
             total, buffer = math.prod(shape), np.empty(_PIECE // dtype.bytes, dtype.numpy)
             for begin in range(0, total, buffer.size):  # leading rows lie first

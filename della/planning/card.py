@@ -129,7 +129,7 @@ def _model_name(source: Source) -> str | None:
     match = HUB_ID.fullmatch(source.reference)
     if match and source.revision:
         return match["repo"]
-    last = source.place.stem if source.place.is_file() else source.place.name
+    last = source.path.stem if source.path.is_file() else source.path.name
     return last if _PLAIN_NAME.fullmatch(last) else None
 
 

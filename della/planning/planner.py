@@ -128,7 +128,7 @@ def _open_file(model: ModelEntry, folder: Path | None) -> Source:
 
 def _check_target(target: Target | None, sources: Iterable[Source]) -> None:
     if target is not None:
-        inputs = [path for source in sources for path in source.places]
+        inputs = [path for source in sources for path in source.paths]
         out = Path(os.path.abspath(target.out))
         check_place(out, target.overwrite, target.is_single, inputs)
 

@@ -20,13 +20,13 @@ def checked(
     """
     subject, found = subject or repr(parameter.name), found or clip(repr(value))
     for kind in _kinds(parameter):
-        fitting = _AS[kind](value)
-        if fitting is None or (parameter.choices and kind is str and fitting not in parameter.choices):
+        typed = _AS[kind](value)
+        if typed is None or (parameter.choices and kind is str and typed not in parameter.choices):
             continue
-        said = _out_of_bounds(parameter, fitting)
+        said = _out_of_bounds(parameter, typed)
         if said:
             return Problem(f"{subject} {said}, found {found}", parameter=parameter.name)
-        return fitting
+        return typed
     hint = suggest(value, parameter.choices) if isinstance(value, str) else None
     said = f"{subject} must be {expected(parameter)}, found {found}"
     return Problem(said, hint, parameter=parameter.name)

@@ -78,7 +78,7 @@ def run(
     staged = StagedOutput(
         out, _tensors(plan), execution.shard_bytes, target.overwrite, single, execution.fsync,
         metadata=embed(_manifest(plan, unknown, {})) if single else None,
-        inputs=[path for source in plan.sources for path in source.places],
+        inputs=[path for source in plan.sources for path in source.paths],
         stem=next((s for s in STEMS if plan.base.files[0].name.startswith(s)), STEMS[0]),
         key=_key(plan, stamps),
         part=(part.number, part.count),

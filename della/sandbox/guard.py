@@ -93,14 +93,14 @@ def _landlock(readable: list[str], writable: list[str], alone: bool) -> int | No
     allowed = [(path, _READ_FILE | _READ_DIR) for path in readable]
     for path, rights in allowed + [(path, _WRITING) for path in writable]:
         try:
-            place = os.open(path, os.O_PATH | os.O_CLOEXEC)
+            fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
         except FileNotFoundError:
             continue
         if not os.path.isdir(path):
             rights &= _OF_FILES
-        rule = struct.pack("=Qi", rights & handled, place)
+        rule = struct.pack("=Qi", rights & handled, fd)
         _checked(_LIBC.syscall(_ADD_RULE, ruleset, _PATH_BENEATH, rule, 0), "Landlock")
-        os.close(place)
+        os.close(fd)
     return ruleset
 
 

@@ -36,10 +36,10 @@ def converse(
     deadline = time.monotonic() + MOST_SECONDS_TO_BEGIN
     with selectors.DefaultSelector() as selector, open(_descriptor_of(process.pid), "rb", 0) as watch:
         selector.register(process.stdin, selectors.EVENT_WRITE)
-        for place in (*read, watch.fileno()):
-            selector.register(place, selectors.EVENT_READ)
-        for place in (process.stdin.fileno(), *read):
-            os.set_blocking(place, False)
+        for fd in (*read, watch.fileno()):
+            selector.register(fd, selectors.EVENT_READ)
+        for fd in (process.stdin.fileno(), *read):
+            os.set_blocking(fd, False)
         while not over and (wait := deadline - time.monotonic()) > 0:
             for key, _ in selector.select(wait):
                 if key.fd == watch.fileno():
@@ -57,28 +57,28 @@ def converse(
                 deadline = begun + seconds
             if max(map(len, read.values())) > most:
                 break
-    for place, buffer in read.items():
-        _read(place, buffer, most)
+    for fd, buffer in read.items():
+        _read(fd, buffer, most)
     ended: Ended = "signal" if max(map(len, read.values())) > most else "exited" if over else "timeout"
     took = time.monotonic() - begun
     return ended if begun else None, bytes(stdout[:most]), bytes(stderr[:most]), took
 
 
-def _write(place: int, data: memoryview) -> memoryview:
+def _write(fd: int, data: memoryview) -> memoryview:
     """Write what fits; what is left, and nothing if nobody reads any more."""
     try:
-        return data[os.write(place, data[: 1 << 16]) :]
+        return data[os.write(fd, data[: 1 << 16]) :]
     except BlockingIOError:
         return data
     except BrokenPipeError:
         return data[:0]
 
 
-def _read(place: int, buffer: bytearray, most: int) -> bool:
+def _read(fd: int, buffer: bytearray, most: int) -> bool:
     """Read what is there, or more than ``most``; False at the end."""
     while len(buffer) <= most:
         try:
-            part = os.read(place, 1 << 16)
+            part = os.read(fd, 1 << 16)
         except BlockingIOError:
             return True
         if not part:
@@ -91,12 +91,12 @@ def _descriptor_of(pid: int) -> int:
     """A descriptor that can be read from when the process ``pid`` is over."""
     if hasattr(os, "pidfd_open"):
         return os.pidfd_open(pid)
-    place: int = ctypes.CDLL(None, use_errno=True).syscall(434, pid, 0)  # pidfd_open, of any machine
-    if place < 0:
+    fd: int = ctypes.CDLL(None, use_errno=True).syscall(434, pid, 0)  # pidfd_open, of any machine
+    if fd < 0:
         raise EvaluationError(
             "the sandbox needs Linux 5.3 or newer, which can wait for a process beside others"
         )
-    return place
+    return fd
 
 
 def end(process: subprocess.Popen[bytes], info: int | None) -> int:

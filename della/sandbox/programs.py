@@ -2,7 +2,7 @@
 
 A test such as ``assert f(1, 2) == [3]`` is taken apart: the sandbox that holds the program is given the call
 ``f(1, 2)`` and sends back its value as plain data; another, which holds no generated code, then evaluates the
-test with that value in the place of the call.  So a program cannot say that it passed: it can only answer.
+test with that value instead of the call.  So a program cannot say that it passed: it can only answer.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def _ending(outcome: Outcome) -> str:
 
 
 def _taken_apart(tests: Sequence[str], setup: str) -> list[tuple[str, dict[str, str]]]:
-    """Each test with names in the place of its calls, and the calls by these names."""
+    """Each test with names instead of its calls, and the calls by these names."""
     own = {
         node.id
         for node in ast.walk(_parsed(setup))

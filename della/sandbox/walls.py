@@ -261,16 +261,16 @@ def _interpreter() -> str:
 
 @cache
 def _readable() -> list[str]:
-    """The standard library and the shared libraries it needs, no place inside another."""
+    """The standard library and the shared libraries it needs, no path inside another."""
     prefixes = {os.path.realpath(prefix) for prefix in (sys.base_prefix, sys.base_exec_prefix)}
-    places = {os.path.join(prefix, lib) for prefix in prefixes for lib in ("lib", "lib64")}
-    places.add(os.path.realpath(sysconfig.get_path("stdlib")))
-    places |= {"/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo", "/nix/store", "/gnu/store"}
-    places |= {"/etc/ld.so.cache", *map(str, Path("/etc").glob("ld-musl-*.path"))}
+    paths = {os.path.join(prefix, lib) for prefix in prefixes for lib in ("lib", "lib64")}
+    paths.add(os.path.realpath(sysconfig.get_path("stdlib")))
+    paths |= {"/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo", "/nix/store", "/gnu/store"}
+    paths |= {"/etc/ld.so.cache", *map(str, Path("/etc").glob("ld-musl-*.path"))}
     kept: list[str] = []
-    for place in sorted(filter(os.path.exists, places)):
-        if not any(place.startswith(f"{outer}/") for outer in kept):
-            kept.append(place)
+    for path in sorted(filter(os.path.exists, paths)):
+        if not any(path.startswith(f"{outer}/") for outer in kept):
+            kept.append(path)
     return kept
 
 

@@ -85,7 +85,7 @@ def test_the_same_bytes_as_from_safetensors(tmp_path: Path, options: dict[str, A
     path = tmp_path / "x.bin"
     path.write_bytes(save({name: tensor(name) for name in names}, **options))
     with opened(path) as source, open_source(str(twin)) as expected:
-        assert (source.place, source.folder, source.config) == (path, tmp_path, {})
+        assert (source.path, source.folder, source.config) == (path, tmp_path, {})
         assert set(source.tensors) == set(expected.tensors) == set(names)
         for name, entry in source.parts.items():
             got, wanted = source.tensors[name].read(), expected.tensors[name].read()

@@ -29,7 +29,7 @@ def test_a_folder_with_one_file(tmp_path: Path) -> None:
     put(tmp_path, {"model.safetensors": tensors, "config.json": {"a": 1}})
     raw = (tmp_path / "model.safetensors").read_bytes()
     with open_source(str(tmp_path)) as source:
-        assert (source.folder, source.place, source.reference) == (tmp_path, tmp_path, str(tmp_path))
+        assert (source.folder, source.path, source.reference) == (tmp_path, tmp_path, str(tmp_path))
         assert (source.config, source.revision) == ({"a": 1}, None)
         (file,) = source.files
         start = 8 + int.from_bytes(raw[:8], "little")
@@ -52,7 +52,7 @@ def test_a_folder_with_one_file(tmp_path: Path) -> None:
 def test_parts_of_a_tensor_go_into_the_callers_buffer(tmp_path: Path) -> None:
     put(tmp_path, {"m.safetensors": {"w": np.arange(100, dtype=np.uint8)}})
     with open_source(str(tmp_path / "m.safetensors")) as source:
-        assert (source.place, source.folder) == (tmp_path / "m.safetensors", tmp_path)
+        assert (source.path, source.folder) == (tmp_path / "m.safetensors", tmp_path)
         tensor = source.tensors["w"]
         buffer = np.zeros(16, np.uint8)
         tensor.read_into(10, buffer)
