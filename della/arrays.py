@@ -6,8 +6,7 @@ Inputs are used where they lie, without a copy in another format; results are of
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -16,22 +15,10 @@ import numpy as np
 from della.checkpoint.norms import checked, misfit
 from della.dtypes import Array, DType, of_array, round_to, widen
 from della.errors import CheckpointError, Collector, OutputError, Problem, RecipeError, suggest, unknown
-from della.merging import reference
-from della.merging.methods import (
-    ALL_PARAMETERS,
-    METHODS,
-    Choice,
-    Expert,
-    Method,
-    Parameter,
-    check_settings,
-    choice,
-)
-from della.merging.methods import expert as make_expert
+from della.merging.registry import ALL_PARAMETERS, METHODS, Method, Parameter
+from della.merging.tile import Expert, Subject, canonical
 from della.random import DEFAULT_SEED
 from della.recipe import values as recipe_values
-
-_TILE = 1 << 17
 
 
 def magprune(
@@ -54,10 +41,9 @@ def magprune(
     shared = _shared(method, given | ({} if input_norms is None else {"importance": "wanda"}))
     (own,) = _own({"weight": 1.0, "density": density, "epsilon": epsilon}, [expert])
     _check(method, shared, {expert: own})
-    picked = replace(choice(method, shared), vote="none", fuse="sum")
     norms = None if input_norms is None else _norms(input_norms, name, values.shape, "input_norms")
-    made = replace(make_expert(expert, own), norms=norms)
-    return _like(delta, _merge(picked, np.zeros_like(values), [values], [made], seed, name))
+    made = method.expert(expert, own, norms)
+    return _like(delta, _merge(method(shared), np.zeros_like(values), [values], [made], seed, name))
 
 
 def merge_tensors(
@@ -88,9 +74,9 @@ def merge_tensors(
         raise RecipeError(Problem(f"{method} needs a base", parameter="base"))
     base = base if row.needs_base else None
     root = models[0] if base is None else _as_array(base, f"{name} of the base")
-    if row.drop == "top" and shared.get("scope") == "model":
-        fix = "merge checkpoints instead, or use scope: tensor"
-        raise RecipeError(Problem("scope: model needs the whole model", fix, parameter="scope"))
+    if why := row(shared).whole_model:
+        fix = f"merge checkpoints instead, or use {why.instead}"
+        raise RecipeError(Problem(f"{why.option} needs the whole model", fix, parameter=why.option.parameter))
     for k, model in enumerate(models, 1):
         if model.shape != root.shape:
             said = f"has shape {list(model.shape)}, expected {list(root.shape)}"
@@ -102,9 +88,10 @@ def merge_tensors(
         raise RecipeError(Problem(said, parameter="names"))
     own = _own(columns, identities)
     _check(row, shared, dict(zip(identities, own, strict=True)))
-    norms = _all_norms(shared, input_norms, name, root.shape, len(models))
-    made = [replace(make_expert(i, o), norms=n) for i, o, n in zip(identities, own, norms, strict=True)]
-    merged = _merge(choice(row, shared), None if base is None else root, models, made, seed, name)
+    picked = row(shared)
+    norms = _all_norms(picked, input_norms, name, root.shape, len(models))
+    made = [row.expert(*each) for each in zip(identities, own, norms, strict=True)]
+    merged = _merge(picked, None if base is None else root, models, made, seed, name)
     return _like(experts[0] if base is None else base, _rounded(merged, of_array(root), name))
 
 
@@ -141,13 +128,16 @@ def merge_state_dicts(
 
 
 def _all_norms(
-    shared: Mapping[str, Any], given: Sequence[Any] | None, name: str, shape: Sequence[int], experts: int
+    method: Method, given: Sequence[Any] | None, name: str, shape: Sequence[int], experts: int
 ) -> list[Array | None]:
-    """The norms of each expert's inputs; None where |delta| is ranked."""
-    wanted = shared.get("importance") == "wanda"
-    if wanted != (given is not None):
+    """The norms of each expert's inputs; None where they are not used."""
+    wanted, asking = method.wants_norms, method.input_norms
+    if asking is None and given is not None:
+        said = f"input_norms has no effect with method {method.name}"
+        raise RecipeError(Problem(said, "remove it", parameter="input_norms"))
+    if asking is not None and wanted != (given is not None):
         said = "needs input_norms" if wanted else "is needed where input_norms are given"
-        raise RecipeError(Problem(f"importance='wanda' {said}", parameter="input_norms"))
+        raise RecipeError(Problem(f"{asking.parameter}={asking.value!r} {said}", parameter="input_norms"))
     each = [None] * experts if given is None else list(given)
     if len(each) != experts or isinstance(given, Mapping) or (wanted and any(own is None for own in each)):
         said = f"input_norms: expected an array or a mapping for each of {experts} experts"
@@ -168,46 +158,20 @@ def _norms(given: Any, name: str, shape: Sequence[int], where: str) -> Array:
 
 
 def _merge(
-    picked: Choice,
-    base: Array | None,
-    models: Sequence[Array],
-    experts: Sequence[Expert],
-    seed: int,
+    method: Method, base: Array | None, models: Sequence[Array], experts: Sequence[Expert], seed: int,
     name: str,
-) -> Array:
+) -> Array:  # fmt: skip
     """The merge in arithmetic values: by the kernels, or by the reference where an input is float64."""
-    wide = [widen(np.asarray(m, order="C")) for m in models]
+    from della.merging.driver import merge_arrays
+
+    order = canonical(experts)
+    subject = Subject(name, models[0].shape, tuple(experts[t] for t in order), seed)
+    wide = [widen(np.asarray(models[t], order="C")) for t in order]
     root = None if base is None else widen(np.asarray(base, order="C"))
-    double = any(a.dtype == np.float64 for a in (*wide, *([] if root is None else [root])))
-    if root is not None and root.size and not double:
-        return _fast(picked, root, wide, experts, seed, name)
-    real = np.float64 if double else np.float32
-    wide = [m.astype(real) for m in wide]
-    with np.errstate(all="ignore"):  # infinities are told when the result is rounded
-        if root is None:
-            return reference.average(wide, experts, picked.fuse != "sum")
-        return reference.merge(picked, root.astype(real), wide, experts, seed, name)
-
-
-def _fast(
-    picked: Choice, base: Array, models: Sequence[Array], experts: Sequence[Expert], seed: int, name: str
-) -> Array:
-    from della.merging.tensor import TensorMerge, Tile, Workspace, cut
-
-    order = sorted(range(len(experts)), key=lambda t: experts[t].identity)
-    flat, out = base.reshape(-1), np.empty(base.size, np.float32)
-
-    def tiles() -> Iterator[Tile]:
-        for start, rows, n in cut(picked, name, base.shape, _TILE):
-            part = slice(start, start + rows * n)
-            deltas = np.stack([models[t].reshape(-1)[part] - flat[part] for t in order])
-            yield Tile(start, flat[part].reshape(rows, n), deltas.reshape(-1, rows, n))
-
-    merge, workspace = TensorMerge(name, base.size, picked, [experts[t] for t in order], seed), Workspace()
-    merge.prepare(tiles)
-    for tile in tiles():
-        merge.apply(tile, out[tile.start : tile.start + tile.base.size].reshape(tile.base.shape), workspace)
-    return out.reshape(base.shape)
+    if all(array.dtype == np.float32 for array in (*wide, *([] if root is None else [root]))):
+        return merge_arrays(method, subject, root, wide)
+    double = [array.astype(np.float64) for array in wide]
+    return method.whole(subject, None if root is None else root.astype(np.float64), double)
 
 
 def _rounded(values: Array, dtype: DType, name: str) -> Array:
@@ -267,13 +231,13 @@ def _is_torch(value: Any) -> bool:
     return type(value).__module__.partition(".")[0] == "torch"
 
 
-def _method(name: str) -> Method:
+def _method(name: str) -> type[Method]:
     if name not in METHODS:
         raise RecipeError(unknown("method", name, METHODS))
     return METHODS[name]
 
 
-def _shared(method: Method, parameters: Mapping[str, Any]) -> dict[str, Any]:
+def _shared(method: type[Method], parameters: Mapping[str, Any]) -> dict[str, Any]:
     """The shared parameters of a call, each of its type."""
     known = {k: p for k, p in method.parameters.items() if p.scope == "shared"}
     shared, problems = {}, Collector(RecipeError)
@@ -315,9 +279,9 @@ def _value(parameter: Parameter, value: Any, problems: Collector) -> Any:
     return found
 
 
-def _check(method: Method, shared: Mapping[str, Any], models: Mapping[str, Mapping[str, Any]]) -> None:
+def _check(method: type[Method], shared: Mapping[str, Any], models: Mapping[str, Mapping[str, Any]]) -> None:
     """Hold the rules that join several parameters."""
     given = {identity: {**own, "input_norms": "as arrays"} for identity, own in models.items()}
     problems = Collector(RecipeError)
-    problems.extend(check_settings(method, shared, given))
+    problems.extend(method.problems(shared, given))
     problems.raise_any()

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[Any]
+MAGNITUDE_BITS = np.uint32(0x7FFFFFFF)  # of a float32: as an integer they grow with |x|
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from random import Random
 
 from della.errors import RecipeError
-from della.merging.methods import ALL_PARAMETERS, METHODS
+from della.merging.registry import ALL_PARAMETERS, METHODS
 from della.recipe.reader import _MODEL_KEYS, _TOP_KEYS, read_recipe
 from della.recipe.settings import CASE_KEYS
 from fuzz.job import Job, attempt

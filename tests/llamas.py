@@ -13,8 +13,7 @@ import safetensors
 from checkpoints import put
 
 from della.dtypes import DTYPES, DType, of_array, round_to, widen
-from della.merging import reference
-from della.merging.methods import METHODS, Choice, choice, expert
+from della.merging.registry import METHODS, Method
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Tensors = dict[str, Array]
@@ -104,17 +103,16 @@ def recipe(
 
 
 def reference_merge(
-    picked: Choice, name: str, base: Array | None, models: Mapping[str, Array],
+    picked: Method, name: str, base: Array | None, models: Mapping[str, Array],
     own: Sequence[Mapping[str, Any]], dtype: DType, seed: int = 42,
 ) -> Array:  # fmt: skip
     """One tensor by the reference: ``models`` by identity, ``own`` in the same order."""
     inputs = [*models.values(), *([] if base is None else [base])]
     real = np.float64 if any(array.dtype == np.float64 for array in inputs) else np.float32
     wide = [widen(array).astype(real) for array in models.values()]
-    experts = [expert(identity, mine) for identity, mine in zip(models, own, strict=True)]
-    if base is None:
-        return round_to(reference.average(wide, experts, picked.fuse != "sum"), dtype)
-    return round_to(reference.merge(picked, widen(base).astype(real), wide, experts, seed, name), dtype)
+    experts = [picked.expert(identity, mine) for identity, mine in zip(models, own, strict=True)]
+    root = None if base is None else widen(base).astype(real)
+    return round_to(picked.merge(name, root, wide, experts, seed), dtype)
 
 
 def expected(
@@ -130,7 +128,7 @@ def expected(
         found[name] = value
         if stored.is_float:
             found[name] = reference_merge(
-                choice(row, shared), name, None if base is None else value,
+                row(shared), name, None if base is None else value,
                 {identity: models[identity][name] for identity in EXPERTS}, own,
                 DTYPES[dtype] if dtype else stored, seed,
             )  # fmt: skip

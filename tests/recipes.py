@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from della.errors import RecipeError
-from della.merging.methods import METHODS
+from della.merging.registry import METHODS
 from della.recipe.reader import read_recipe
 
 HEAD = """\

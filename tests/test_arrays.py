@@ -17,7 +17,7 @@ import della
 from della import arrays
 from della.dtypes import DTYPES
 from della.errors import CheckpointError, DellaError, OutputError, RecipeError
-from della.merging.methods import METHODS
+from della.merging.registry import METHODS
 
 OWN: list[dict[str, Any]] = [
     {"weight": 1.0, "density": 0.5, "epsilon": 0.15, "gamma": 0.05},

@@ -15,7 +15,7 @@ from della.checkpoint import header
 from della.checkpoint.header import Header, TensorInfo
 from della.dtypes import DTYPES
 from della.errors import CheckpointError, RecipeError
-from della.merging.methods import METHODS
+from della.merging.registry import METHODS
 from fuzz import __main__ as command
 from fuzz import keys, recipes
 from fuzz.campaigns import CAMPAIGNS, run

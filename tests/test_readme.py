@@ -10,7 +10,8 @@ import pytest
 from typer.main import get_command
 
 from della.cli.main import app
-from della.merging.methods import ALL_PARAMETERS, METHODS
+from della.merging.catalogue import PAGES, written
+from della.merging.registry import ALL_PARAMETERS, METHODS
 from della.recipe.reader import read_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,9 +44,9 @@ def test_the_python_runs() -> None:
 
 
 def test_every_command_exists() -> None:
-    commands = set(re.findall(r"della (\w+) (?:recipe\.yml|out/|MODEL|--scale)", README))
+    commands = set(re.findall(r"della (\w+) (?:recipe\.yml|out/|MODEL|--scale|ties)", README))
     known = set(get_command(app).commands)  # type: ignore[attr-defined]
-    assert commands == {"merge", "plan", "verify", "calibrate", "eval", "paper"} == known
+    assert commands == {"merge", "plan", "verify", "methods", "calibrate", "eval", "paper"} == known
     for script in re.findall(r"scripts/(\w+)", README):
         assert (ROOT / "scripts" / script).stat().st_mode & 0o111, script
     for link in re.findall(r"\]\(([\w./-]+)\)", README):
@@ -68,3 +69,11 @@ def test_the_tables_name_every_method_and_parameter() -> None:
     assert set(ALL_PARAMETERS) - {"int8_mask"} <= prose
     for parameter in ALL_PARAMETERS.values():
         assert set(parameter.choices) <= prose, parameter.name
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_tables_of_methods_are_up_to_date(page: str) -> None:
+    """`python -m della.merging.catalogue` makes them."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert "<!-- methods -->" in text
+    assert written(text) == text

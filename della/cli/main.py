@@ -19,6 +19,7 @@ import typer
 
 from della.cli import calibrate as cli_calibrate
 from della.cli import evaluate as cli_evaluate
+from della.cli import methods as cli_methods
 from della.cli import paper as cli_paper
 from della.cli.console import Speaker, Speech, print_json, tell
 from della.cli.options import derived, only
@@ -157,6 +158,7 @@ def _register(name: str, command: Callable[..., None]) -> None:
 _register("merge", derived(merge))
 _register("plan", derived(plan))
 _register("verify", derived(verify))
+_register("methods", derived(cli_methods.methods))
 _register("eval", derived(cli_evaluate.evaluate))
 _register("calibrate", derived(cli_calibrate.calibrate))
 _register("paper", cli_paper.paper)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from della.merging.methods import METHODS
+from della.merging.registry import METHODS
 from della.recipe.text import dump
 from della.recipe.tree import from_objects
 

@@ -12,7 +12,7 @@ from della.experiments.cells import Cell
 from della.experiments.full_models import BASE_OF, MODELS
 from della.experiments.full_rows import tasks_of
 from della.experiments.rows import Row
-from della.merging.methods import METHODS
+from della.merging.registry import METHODS
 from della.planning.job import estimated_seconds
 
 SPLITS = ("validation", "test")
@@ -104,7 +104,7 @@ def _merge_seconds(cell: Cell, found: Mapping[str, str], threads: int) -> float:
     base = _nbytes(BASE_OF[cell.experts[0]], found)
     read = base + sum(_nbytes(role, found) for role in cell.experts)
     deltas = round(base / BYTES_PER_PARAMETER) * len(cell.experts)
-    return estimated_seconds([(METHODS[cell.method].drop, deltas)], round(read + base), threads)
+    return estimated_seconds([(METHODS[cell.method].nanoseconds, deltas)], round(read + base), threads)
 
 
 def _nbytes(role: str, found: Mapping[str, str]) -> float:

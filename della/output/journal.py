@@ -21,14 +21,13 @@ from della.output import disk
 
 Record = dict[str, Any]
 FORMAT = 2  # of the records below; the journals of version 0.1.0 name none, and are of format 1
-# tensor -> for every expert (high, skip, low, take): see merging.tensor.Band
-Bands = Mapping[str, Sequence[Sequence[int]]]
+Facts = Mapping[str, Any]  # what a method learnt of the whole model, by tensor
 
 # The fields of every kind of record, told by its first one.
 _KINDS: dict[str, dict[str, type]] = {
     "key": {"key": str, "part": str, "pid": int, "host": str, "started": str},
     "tensor": {"tensor": str, "hash": str, "inputs": list},
-    "bands": {"bands": dict},
+    "facts": {"facts": dict},
     "swap": {"swap": bool},
     "end": {"end": bool},
 }
@@ -64,9 +63,9 @@ class Journal:
         """All bytes of tensor ``name`` are written."""
         self._append({"tensor": name, "hash": done.hash, "inputs": done.inputs})
 
-    def bands(self, bands: Bands) -> None:
-        """Thresholds of the whole model, which took a pass over all inputs."""
-        self._append({"bands": bands})
+    def facts(self, facts: Facts) -> None:
+        """What a method learnt of the whole model, which took a pass over all inputs."""
+        self._append({"facts": facts})
 
     def swap(self, begun: bool) -> None:
         """From now on (``begun``) the old model may stand where the new one was staged; or it does not."""
@@ -117,14 +116,14 @@ def _parsed(text: bytes) -> Record | None:
 
 @dataclass
 class Told:
-    """What journals say together: keys and formats of all writers, finished tensors, thresholds of the whole
-    model, whether a swap has begun, and by which of the journals something was finished.
+    """What journals say together: keys and formats of all writers, finished tensors, what was learnt of the
+    whole model, whether a swap has begun, and by which of the journals something was finished.
     """
 
     keys: set[str]
     formats: set[int]
     done: dict[str, Done]
-    bands: Bands
+    facts: Facts
     swapped: bool
     authors: set[str]
 
@@ -140,7 +139,7 @@ def told(paths: Sequence[Path]) -> Told:
             elif "key" in record:
                 found.keys.add(record["key"])
                 found.formats.add(record.get("format", 1))
-            found.bands = record.get("bands", found.bands)
+            found.facts = record.get("facts", found.facts)
             found.swapped = record.get("swap", found.swapped)
     return found
 

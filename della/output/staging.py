@@ -22,7 +22,7 @@ from pathlib import Path
 
 from della.errors import OutputError
 from della.output import disk
-from della.output.journal import FORMAT, Bands, Done, Journal, may_live, named, told, writer_of
+from della.output.journal import FORMAT, Done, Facts, Journal, may_live, named, told, writer_of
 
 PATIENCE = 2.0  # seconds that a writer waits for another one that has just begun
 WHOLE = "journal-1-of-1"
@@ -41,7 +41,7 @@ class Staging:
         self.model = self.folder / "model"
         self.aside = out.with_name(f".{out.name}.della-old")
         self.done: dict[str, Done] = {}
-        self.bands: Bands = {}
+        self.facts: Facts = {}
         self.replaced = False
         self._fd = -1
         self._journal: Journal | None = None
@@ -139,7 +139,7 @@ class Staging:
                 found = told([])
         with suppress(FileExistsError):  # nothing else: mkdir(exist_ok=True) would pass over a broken disk
             self.model.mkdir()
-        self.done, self.bands = found.done, found.bands
+        self.done, self.facts = found.done, found.facts
         return True
 
     def _is_of_parts(self, authors: set[str]) -> bool:

@@ -18,7 +18,7 @@ import xxhash
 from della.errors import DellaError, OutputError
 from della.output import disk
 from della.output.disk import explained
-from della.output.journal import Bands, Done
+from della.output.journal import Done, Facts
 from della.output.place import check_place, check_space, refusal_to_replace
 from della.output.shards import INDEX, Shard, TensorPlan, index_json, lay_out, share
 from della.output.staging import Staging
@@ -94,9 +94,9 @@ class StagedOutput:
         return self._staging.done
 
     @property
-    def bands(self) -> Bands:
-        """Thresholds of the whole model that a writer before or beside this one has found."""
-        return self._staging.bands
+    def facts(self) -> Facts:
+        """What a writer before or beside this one has learnt of the whole model."""
+        return self._staging.facts
 
     @property
     def has_replaced(self) -> bool:
@@ -145,10 +145,10 @@ class StagedOutput:
             self._staging.journal.finished(name, done)
         self.done[name] = done
 
-    def note_bands(self, bands: Bands) -> None:
-        """Notes thresholds of the whole model in the journal."""
+    def note_facts(self, facts: Facts) -> None:
+        """Notes what was learnt of the whole model in the journal."""
         with explained(self._staging.journal.path):
-            self._staging.journal.bands(bands)
+            self._staging.journal.facts(facts)
 
     def holds(self, name: str) -> bool:
         """Whether tensor ``name`` is finished, by its journal and by the hash of its staged bytes."""

@@ -32,7 +32,7 @@ def plan_json(plan: Plan, threads: int) -> dict[str, Any]:
 
 
 def _tensor(plan: Plan, job: Job, references: list[str]) -> dict[str, Any]:
-    copied = job.choice is None
+    copied = job.method is None
     return {
         "name": job.name,
         "shape": list(job.shape),
@@ -49,21 +49,16 @@ def _references(plan: Plan) -> list[str]:
 
 
 def _shared(job: Job) -> dict[str, Any]:
-    """The shared parameters as they take effect: rescale and fuse resolved, normalize and fuse saying the
-    same.
-    """
-    if job.choice is None:
-        return {}
-    effect = {"rescale": job.choice.rescale, "fuse": job.choice.fuse, "normalize": job.choice.fuse != "sum"}
-    return {key: effect.get(key, value) for key, value in job.shared.items()}
+    """The shared parameters as they take effect."""
+    return {} if job.method is None else job.method.shared
 
 
 def _own(plan: Plan, job: Job) -> Iterator[dict[str, Any]]:
-    """Each model's parameters in the order of the recipe; epsilon as it takes effect."""
+    """Each model's parameters as they take effect, in the order of the recipe."""
     operands = {each.model: each for each in job.operands}
-    for each in (operands[model] for model in plan.models):
-        known = {key: value for key, value in each.values.items() if key != "window_size"}
-        yield known | {"epsilon": each.expert.epsilon} if "epsilon" in known else known
+    for model in plan.models:
+        norms = model.entry.input_norms
+        yield {**operands[model].expert.values, **({"input_norms": norms} if norms else {})}
 
 
 def plan_text(plan: Plan, threads: int) -> str:
@@ -99,7 +94,7 @@ _Rows = dict[tuple[tuple[tuple[str, str], Any], ...], list[str]]
 def _rows(plan: Plan) -> _Rows:
     rows: _Rows = {}
     for job in plan.jobs:
-        if job.choice is None:
+        if job.method is None:
             continue
         values = [(("", key), value) for key, value in _shared(job).items()]
         for reference, own in zip(_references(plan), _own(plan, job), strict=True):

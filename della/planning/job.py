@@ -6,21 +6,19 @@ A Plan can be printed, hashed and tested without weights; planning.py makes it, 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
 
 from della.checkpoint.source import Source
 from della.checkpoint.view import Stored, TensorView
 from della.dtypes import DType
-from della.merging.methods import OF_TENSOR, Choice, Drop, Expert
-from della.merging.reference import row_length
+from della.merging.method import Method
+from della.merging.tile import Expert, Subject, row_length
 from della.options import TILE
 from della.recipe.reader import ModelEntry, Recipe
 
-# Rough costs for the estimate, measured on one core of a 2-core server: nanoseconds per element and expert.
-_NANOSECONDS = {"magprune": 3.5, "bernoulli": 1.2, "top": 3.2, "band": 3.5, "none": 0.8, "average": 0.6}
+# Rough costs for the estimate, measured on a 2-core server.
 _BYTES_PER_SECOND, _START_SECONDS, _START_MEMORY = 2.0e9, 0.8, 150 << 20
 
 
@@ -37,31 +35,27 @@ class Model:
 class Operand:
     """A view that stands for one model in a job: usually that model's own tensor of this name.
 
-    ``expert`` is what the stages do with it, ``norms`` the input norms that rank its deltas.  ``values`` are
-    its settings as the recipe resolves them, for display.
+    ``expert`` is what the method is told of it, ``norms`` the input norms that rank its deltas.
     """
 
     model: Model
     view: TensorView
     expert: Expert
     norms: TensorView | None = None
-    values: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Job:
-    """One output tensor.  ``choice`` is None where ``base`` is copied.
-
-    ``operands`` are in canonical order; ``shared`` are the resolved settings of no one model, for display.
+    """One output tensor.  ``method`` has its settings; it is None where ``base`` is copied.  ``operands`` are
+    in canonical order.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: DType
     base: TensorView
-    choice: Choice | None
+    method: Method | None
     operands: tuple[Operand, ...] = ()
-    shared: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def elements(self) -> int:
@@ -73,13 +67,23 @@ class Job:
 
     @property
     def experts(self) -> list[Expert]:
-        """What the stages do with each operand."""
+        """What the method is told of each operand."""
         return [each.expert for each in self.operands]
 
     @property
     def reads_base(self) -> bool:
-        """Whether the base is read: for a plain average it is not."""
-        return self.choice is None or self.choice.drop != "average"
+        """Whether the base is read; some methods need none."""
+        return self.method is None or self.method.needs_base
+
+    @property
+    def subject(self) -> Subject:
+        """What the method is told of it; without input norms, which are not read yet."""
+        return Subject(self.name, self.shape, tuple(self.experts))
+
+    @property
+    def of_whole_model(self) -> bool:
+        """Whether the method must look at all tensors before it merges this one."""
+        return self.method is not None and self.method.whole_model is not None and self.elements > 0
 
     @property
     def weights(self) -> list[TensorView]:
@@ -152,28 +156,24 @@ class Plan:
     def seconds(self, threads: int) -> float:
         """Estimated wall time, with the inputs in memory or on a fast disk."""
         work = [
-            (job.choice.drop, job.elements * max(len(job.operands), 1))
+            (job.method.nanoseconds, job.elements * max(len(job.operands), 1))
             for job in self.jobs
-            if job.choice is not None
+            if job.method is not None
         ]
         return estimated_seconds(work, self.bytes_read + self.bytes_written, threads)
 
 
-def estimated_seconds(work: Iterable[tuple[Drop, int]], nbytes: int, threads: int) -> float:
-    """Wall time for ``work`` of (kind of Drop, elements times experts), ``nbytes`` being read or written."""
-    compute = sum(_NANOSECONDS[drop] * 1e-9 * elements for drop, elements in work)
+def estimated_seconds(work: Iterable[tuple[float, int]], nbytes: int, threads: int) -> float:
+    """Wall time for ``work`` of (nanoseconds, elements times experts), ``nbytes`` being read or written."""
+    compute = sum(nanoseconds * 1e-9 * elements for nanoseconds, elements in work)
     return _START_SECONDS + compute / threads + nbytes / _BYTES_PER_SECOND
 
 
 def _working_bytes(job: Job) -> int:
-    """Buffers of one thread: base, result, raw bytes, and deltas of every expert, in float32."""
-    if job.choice is None:
+    """Buffers of one thread."""
+    if job.method is None:
         return 1 << 20
-    if job.exact_double or job.choice.compat:
+    if job.exact_double or job.method.compat:
         return job.elements * 8 * (3 * len(job.operands) + 6)
     tile = min(max(TILE, row_length(job.name, job.shape)), job.elements)
-    arrays = len(job.operands) * (3 if job.choice.fuse == "calibrated" else 1) + 5
-    arrays += len(job.operands) * (job.choice.importance == "wanda")
-    ranks_all = job.choice.drop == "magprune" and job.choice.rank_by in OF_TENSOR
-    table = job.elements * 12 if ranks_all else 0
-    return tile * 4 * arrays + table
+    return job.method.memory(len(job.operands), tile, job.elements)

@@ -17,7 +17,7 @@ from della.checkpoint.source import Source, open_file, open_source
 from della.checkpoint.view import TensorView
 from della.dtypes import DType
 from della.errors import CheckpointError, Collector, Problem, RecipeError
-from della.merging.methods import choice, expert
+from della.merging.tile import canonical
 from della.options import Permissions, Target
 from della.output.place import check_place, check_space, is_name
 from della.output.staging import staged_bytes
@@ -27,15 +27,6 @@ from della.planning.job import Job, Model, Operand, Plan
 from della.recipe.reader import ModelEntry, Recipe
 
 _LAYER = re.compile(r"(.*?)\.(\d+)\.")
-# Settings that mergekit does not know, at what it does.
-_USUAL = {
-    "rank_by": "row",
-    "importance": "magnitude",
-    "ladder": "symmetric",
-    "coupling": "independent",
-    "scope": "tensor",
-    "lambda_scaling": "constant",
-}
 
 
 def make_plan(
@@ -79,7 +70,7 @@ def make_plan(
         check.raise_any()
         assert base is not None
         jobs = tuple(_jobs(recipe, base, models, depths))
-        _check_scope(recipe, jobs)
+        _check_whole_model(recipe, jobs)
         _check_compat(recipe, jobs)
         notes += [*_storage(jobs), *_ranked(models, jobs), *foreign_code(base, permissions.auto_map)]
         made = tuple(departures(recipe, jobs))
@@ -191,42 +182,39 @@ def _job(recipe: Recipe, name: str, t: float, base: Source, models: Sequence[Mod
     if not view.dtype.is_float:
         return Job(name, view.shape, dtype, view, None)
     shared, values = recipe.resolve(name, t)
-    picked = choice(recipe.method, shared, (recipe.dtype or view.dtype) if recipe.compat else None)
+    method = recipe.method(shared, (recipe.dtype or view.dtype) if recipe.compat else None)
     operands = []
     for model, own in zip(models, values, strict=True):
         found = stand_in(recipe, base, model.source, name)
         assert found is not None, "check_fit has looked"
-        is_ranked = model.norms and picked.importance == "wanda" and view.elements
-        norms = model.norms.tensors.get(name) if model.norms and is_ranked else None
-        operands.append(Operand(model, found, expert(model.entry.identity, own), norms, own))
-    operands.sort(key=lambda each: each.expert.identity)
-    return Job(name, view.shape, dtype, view, picked, tuple(operands), shared)
+        wanted = method.wants_norms and view.elements
+        norms = model.norms.tensors.get(name) if model.norms and wanted else None
+        operands.append(Operand(model, found, method.expert(model.entry.identity, own), norms))
+    order = canonical([each.expert for each in operands])
+    return Job(name, view.shape, dtype, view, method, tuple(operands[t] for t in order))
 
 
-def _check_scope(recipe: Recipe, jobs: Sequence[Job]) -> None:
-    """With scope: model there is one threshold for the model: each expert has one density, and one type."""
-    whole = [job for job in jobs if job.choice and job.choice.drop == "top" and job.choice.scope == "model"]
-    if len({tuple(e.density for e in job.experts) for job in whole}) > 1:
-        said = "scope: model chooses one threshold for the whole model, so density must be the same for all"
-        fix = "use scope: tensor, or a density without gradient and filter"
-        raise RecipeError(recipe.located(Problem(f"{said} tensors", fix, parameter="scope")))
-    double = [job.name for job in whole if job.exact_double]
-    if double:
-        said = f"scope: model compares all tensors in float32, and {some(double)} of an input is float64"
-        fix = "use scope: tensor, or save that model in float32 first"
-        raise RecipeError(recipe.located(Problem(said, fix, parameter="scope"), double[0]))
+def _check_whole_model(recipe: Recipe, jobs: Sequence[Job]) -> None:
+    """What a method learns of the whole model is of one kind: the same settings, and float32, everywhere."""
+    whole = [(job, why) for job in jobs if job.method and (why := job.method.whole_model)]
+    for why in dict.fromkeys(why for _, why in whole):
+        mine, parameter = [job for job, own in whole if own is why], why.option.parameter
+        for name in why.same:
+            if len({tuple(job.subject.column(name)) for job in mine}) > 1:
+                said = f"{why.option} {why.does}, so {name} must be the same for all tensors"
+                fix = f"use {why.instead}, or a {name} without gradient and filter"
+                raise RecipeError(recipe.located(Problem(said, fix, parameter=parameter)))
+        double = [job.name for job in mine if job.exact_double]
+        if double:
+            said = f"{why.option} compares all tensors in float32, and {some(double)} of an input is float64"
+            fix = f"use {why.instead}, or save that model in float32 first"
+            raise RecipeError(recipe.located(Problem(said, fix, parameter=parameter), double[0]))
 
 
 def _check_compat(recipe: Recipe, jobs: Sequence[Job]) -> None:
     """mergekit's rules cannot be followed where it has no such option; nothing is ignored in silence."""
     for job in jobs if recipe.compat else ():
-        found = {k: v for k, usual in _USUAL.items() if (v := getattr(job.choice, k, usual)) != usual}
-        if job.choice and job.choice.fuse == "calibrated":
-            found["fuse"] = "calibrated"
-        if job.choice and job.choice.vote == "unweighted":
-            found["vote"] = "unweighted"
-        if recipe.method.defaults.get("vote") == "unweighted":
-            found = {"merge_method": recipe.merge_method}
+        found = job.method.beyond_mergekit() if job.method else {}
         if found:
             said = "compat: mergekit has no " + ", ".join(f"{key}: {value}" for key, value in found.items())
             problem = Problem(said, "remove it, or do without compat (--compat)", parameter=next(iter(found)))
@@ -236,18 +224,19 @@ def _check_compat(recipe: Recipe, jobs: Sequence[Job]) -> None:
 def _ranked(models: Sequence[Model], jobs: Sequence[Job]) -> list[str]:
     """A note for each model on how many tensors are ranked by its input norms, and how many without."""
     notes = []
-    ranked = [e for job in jobs if job.choice and job.choice.importance == "wanda" for e in job.operands]
+    ranked = [each for job in jobs if job.method and job.method.wants_norms for each in job.operands]
     for model in models:
         mine = [each.norms is not None for each in ranked if each.model is model]
         if mine:
             said = f"{sum(mine)} of {len(mine)} tensors are ranked by |delta| times input norms"
             rest = "" if all(mine) else "; the others have none, and are ranked by |delta|"
             notes.append(f"{model.entry.reference}: {said}{rest}")
-    whole = [each for job in jobs if job.choice and job.choice.scope == "model" for each in job.operands]
-    if notes and len({each.norms is None for each in whole}) > 1:
-        notes.append(
-            "scope: model compares scores with and without input norms, which are of different scales"
-        )
+    whole = [(job.method.whole_model, each) for job in jobs if job.method for each in job.operands]
+    for why in dict.fromkeys(why for why, _ in whole if why and notes):
+        if len({each.norms is None for own, each in whole if own is why}) > 1:
+            notes.append(
+                f"{why.option} compares scores with and without input norms, which are of different scales"
+            )
     return notes
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from della.dtypes import DType
 from della.errors import MAX_PROBLEMS, Location, Problem, RecipeError, clip
-from della.merging.methods import Method, check_settings
+from della.merging.method import Method
 from della.recipe.settings import Filtered, Gradient, Scalar, Setting, choose, possible
 
 _MOST_COMPLAINTS = 5
@@ -51,7 +51,7 @@ class Recipe:
     base_model: str | None
     models: tuple[ModelEntry, ...]
     merge_method: str
-    method: Method
+    method: type[Method]
     parameters: Mapping[str, Setting]
     dtype: DType | None
     out_dtype: DType | None
@@ -91,7 +91,7 @@ class Recipe:
             seen.add(key)
             at = (f", at {label}" + (f" ({clip(tensor)})" if tensor else "")) if label else ""
             own = {entry.identity: values for entry, values in zip(self.models, models, strict=True)}
-            for problem in islice(check_settings(self.method, shared, own), MAX_PROBLEMS):
+            for problem in islice(self.method.problems(shared, own), MAX_PROBLEMS):
                 told = self.located(problem, tensor)
                 known = replace(told, tensor=None)
                 complaints.setdefault(known, replace(told, said=told.said + at))
@@ -117,7 +117,8 @@ class Recipe:
     def check_at_once(self) -> None:
         """Hold the rules already while reading, where no tensor's name is needed."""
         idle = [model.norms_location for model in self.models if model.input_norms is not None]
-        if idle and "wanda" not in possible(self.parameters.get("importance")):
+        asking = self.method.input_norms
+        if idle and not (asking and asking.value in possible(self.parameters.get(asking.parameter))):
             raise RecipeError(*(replace(self._idle_norms, location=location) for location in idle))
         settings = [
             s for source in (self.parameters, *(m.parameters for m in self.models)) for s in source.values()
@@ -131,8 +132,9 @@ class Recipe:
 
     @property
     def _idle_norms(self) -> Problem:
-        if "importance" in self.method.parameters:
-            said = "'input_norms' has no effect without 'importance: wanda' in the recipe's own parameters"
+        asking = self.method.input_norms
+        if asking and asking.parameter in self.method.parameters:
+            said = f"'input_norms' has no effect without '{asking}' in the recipe's own parameters"
             return Problem(said, parameter="input_norms")
         said = f"'input_norms' has no effect with merge_method {self.merge_method}"
         return Problem(said, "remove it", parameter="input_norms")

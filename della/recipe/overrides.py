@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from della.errors import Collector, Location, clip, suggest
-from della.merging.methods import ALL_PARAMETERS
+from della.merging.registry import ALL_PARAMETERS
 from della.recipe.text import parse
 from della.recipe.tree import Entry, Items, Node, Table, show
 

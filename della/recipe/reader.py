@@ -15,7 +15,7 @@ from typing import Any
 
 from della.dtypes import RECIPE_NAMES, DType
 from della.errors import Collector, Location, RecipeError, clip, distinct, suggest
-from della.merging.methods import ALL_PARAMETERS, LATER_METHODS, METHODS, Method, Parameter
+from della.merging.registry import ALL_PARAMETERS, LATER_METHODS, METHODS, Method, Parameter
 from della.random import DEFAULT_SEED
 from della.recipe.models import ModelEntry, Recipe
 from della.recipe.overrides import apply_overrides
@@ -103,7 +103,7 @@ class _Reader:
 
     def __init__(self, problems: Collector, notes: list[str]) -> None:
         self.problems, self.notes = problems, notes
-        self.method: Method | None = None
+        self.method: type[Method] | None = None
         self.known: Mapping[str, Parameter] = {}
         self.later = False
         self.bases = 0
@@ -363,7 +363,7 @@ class _Reader:
                 said = f"{entry.reference} is listed twice{at}; it counts as two experts"
                 self.notes.append(f"{entry.location}: {said}")
 
-    def _tell_unused(self, method: Method, base: Leaf | None, models: Sequence[ModelEntry]) -> None:
+    def _tell_unused(self, method: type[Method], base: Leaf | None, models: Sequence[ModelEntry]) -> None:
         for key, locations in self.unused.items():
             more = f" (it is set in {len(locations)} locations)" if len(locations) > 1 else ""
             self.notes.append(f"{locations[0]}: {key!r} has no effect with merge_method {method.name}{more}")

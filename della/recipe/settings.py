@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from della.errors import Collector, Location, Problem, clip, suggest
-from della.merging.methods import Parameter
+from della.merging.method import Parameter
 from della.recipe.tree import Items, Leaf, Node, Table, Value, number, show
 from della.recipe.values import checked, expected, takes
 

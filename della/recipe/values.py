@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from della.errors import Problem, clip, suggest
-from della.merging.methods import Parameter
+from della.merging.method import Parameter
 from della.recipe.tree import Value
 
 

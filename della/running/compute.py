@@ -1,4 +1,4 @@
-"""The tensors of a Plan, computed piece by piece: drop, elect, fuse, round; reading.py reads.
+"""The tensors of a Plan, computed piece by piece: merged by their method, and rounded; reading.py reads.
 
 Each is a pure function of the recipe, the inputs and the seed: it does not depend on threads or tiles.
 """
@@ -6,17 +6,18 @@ Each is a pure function of the recipe, the inputs and the seed: it does not depe
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
-from itertools import chain
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
 from della.checkpoint.view import Hashes
 from della.dtypes import Array, round_to, widen
 from della.errors import OutputError, Problem
-from della.merging import compat, reference
+from della.merging.driver import merged
 from della.merging.kernels import cast
-from della.merging.tensor import Band, TensorMerge, Workspace, all_scores, find_bands
+from della.merging.method import Method
+from della.merging.tile import Passes, Subject, Workspace
 from della.options import TILE
 from della.planning.job import Job, Plan
 from della.running.reading import CURE, Reader
@@ -31,12 +32,12 @@ class Compute:
         self.stop = threading.Event()
         self._local = threading.local()
 
-    def pieces(self, job: Job, bands: Sequence[Band] | None, hashes: Hashes | None = None) -> Iterator[Array]:
+    def pieces(self, job: Job, learnt: Any = None, hashes: Hashes | None = None) -> Iterator[Array]:
         """The merged tensor in its storage dtype, piece by piece, in a buffer that is reused.
 
         Args:
             job: the tensor.
-            bands: its thresholds, where they are of the whole model.
+            learnt: what `learn` says of it, where the method learns of the whole model.
             hashes: fed the bytes of every input.
 
         Raises:
@@ -44,105 +45,49 @@ class Compute:
             OutputError: values do not fit the storage dtype.
         """
         overflow = _Overflow(job, self.plan.recipe.nonfinite)
-        for values, start in self._computed(job, bands, self._reader(job, hashes)):
+        for values, start in self._computed(job, learnt, self._reader(job, hashes)):
             if self.stop.is_set():
                 raise Stopped
             yield values if start is None else overflow.checked(*self._narrow(job, values), start)
         overflow.raise_any()
 
-    def _computed(
-        self, job: Job, bands: Sequence[Band] | None, reader: Reader
-    ) -> Iterator[tuple[Array, int | None]]:
+    def _computed(self, job: Job, learnt: Any, reader: Reader) -> Iterator[tuple[Array, int | None]]:
         """(values, their first element); None instead of the element for what is copied as it is stored."""
         if job.elements == 0:
             return
-        if job.choice is None:
+        if job.method is None:
             yield from reader.copied()
-        elif job.choice.compat is not None or job.exact_double:
-            yield self._whole(job, reader), 0
-        elif job.choice.drop == "average":
-            yield from self._averaged(job, reader)
-        else:
-            yield from self._merged(job, bands, reader)
+            return
+        subject = reader.subject(self.plan.recipe.seed)
+        if job.method.compat is not None or job.exact_double:
+            yield self._whole(job, job.method, subject, reader), 0
+            return
+        tiles = reader.tiles(self.tile, subject)
+        for start, values in merged(
+            job.method, subject, self._passes(job, subject), tiles, learnt, self._workspace
+        ):
+            yield values, start
 
-    # ---- the kinds of job ----
-
-    def _merged(self, job: Job, bands: Sequence[Band] | None, reader: Reader) -> Iterator[tuple[Array, int]]:
-        assert job.choice is not None
-        merge = TensorMerge(
-            job.name, job.elements, job.choice, reader.experts(), self.plan.recipe.seed, bands
-        )
-        merge.prepare(lambda: self._reader(job).tiles(self.tile))
-        for tile in reader.tiles(self.tile):
-            out = self._workspace.array("out", tile.base.shape)
-            merge.apply(tile, out, self._workspace)
-            yield out, tile.start
-
-    def _averaged(self, job: Job, reader: Reader) -> Iterator[tuple[Array, int]]:
-        """reference.average, tile by tile."""
-        assert job.choice is not None
-        total_weight = sum((np.float32(e.weight) for e in job.experts), np.float32(0))
-        for start in range(0, job.elements, self.tile):
-            count = min(self.tile, job.elements - start)
-            total = self._workspace.array("out", (count,))
-            total.fill(0)
-            for each in job.operands:
-                values = reader.floats(each.view, start, count, "values")
-                cast.accumulate(total, np.float32(each.expert.weight), values)
-            if job.choice.fuse != "sum":
-                np.divide(total, total_weight, out=total)
-            yield total, start
-
-    def _whole(self, job: Job, reader: Reader) -> Array:
+    def _whole(self, job: Job, method: Method, subject: Subject, reader: Reader) -> Array:
         """A tensor by the reference or by mergekit's rules, all at once: float64 inputs and compat are
         rare.
         """
-        assert job.choice is not None
         real = np.float64 if job.exact_double else np.float32
-        average = job.choice.drop == "average"
-        arrays: list[Array] = []
-        for view in job.weights:
-            arrays.append(reader.whole(view, real, None if average or not arrays else arrays[0]))
-        base, models = (arrays[0], arrays) if average else (arrays[0], arrays[1:])
-        seed, experts = self.plan.recipe.seed, reader.experts()
-        with np.errstate(all="ignore"):  # infinities are told when the result is rounded
-            if job.choice.compat is not None:
-                return compat.merge(job.choice, base, models, experts, seed, job.name)
-            if average:
-                return reference.average(models, experts, job.choice.fuse != "sum")
-            return reference.merge(job.choice, base, models, experts, seed, job.name)
+        base = reader.whole(job.base, real, None) if job.reads_base else None
+        models = [reader.whole(each.view, real, base) for each in job.operands]
+        return method.whole(subject, base, models)
 
-    # ---- thresholds of the whole model (ties, scope: model) ----
+    def learn(self) -> dict[str, Any]:
+        """What the method learns of the whole model, by tensor: JSON; {} where it learns nothing.
 
-    def model_bands(self) -> dict[str, list[Band]]:
-        """TIES' thresholds where one is chosen for the whole model, as a band for every tensor and expert.
-
-        Equal magnitudes at the threshold are kept in output order, so each tensor needs to know how many of
-        them the tensors before it hold: a third pass counts those.
+        Raises:
+            CheckpointError: an input is damaged.
         """
-        jobs = [job for job in self.plan.jobs if needs_bands(job)]
-        if not jobs or jobs[0].choice is None:
+        jobs = [job for job in self.plan.jobs if job.of_whole_model]
+        if not jobs or jobs[0].method is None:
             return {}
-        size = sum(job.elements for job in jobs)
-
-        def sizes(job: Job) -> Iterator[list[Array]]:
-            reader = self._reader(job)
-            experts = reader.experts()
-            return (all_scores(experts, tile) for tile in reader.tiles(self.tile))
-
-        whole = find_bands(
-            jobs[0].choice, jobs[0].experts, size, lambda: chain.from_iterable(map(sizes, jobs))
-        )
-        left = [band.take for band in whole]
-        bands: dict[str, list[Band]] = {}
-        for job in jobs:
-            bands[job.name] = [Band(b.high, b.skip, b.low, n) for b, n in zip(whole, left, strict=True)]
-            for piece in sizes(job):
-                for t, band in enumerate(whole):
-                    bits = piece[t].view(np.uint32) & np.uint32(0x7FFFFFFF)
-                    left[t] -= int(np.count_nonzero(bits == band.low))
-            left = [max(n, 0) for n in left]
-        return bands
+        subjects = [self._reader(job).subject(self.plan.recipe.seed) for job in jobs]
+        return jobs[0].method.learn([(s, self._passes(job, s)) for job, s in zip(jobs, subjects)])
 
     # ---- reading and rounding ----
 
@@ -152,6 +97,9 @@ class Compute:
             self._local.workspace = Workspace()
         workspace: Workspace = self._local.workspace
         return workspace
+
+    def _passes(self, job: Job, subject: Subject) -> Passes:
+        return lambda: self._reader(job).tiles(self.tile, subject)
 
     def _reader(self, job: Job, hashes: Hashes | None = None) -> Reader:
         return Reader(job, self.plan.recipe.nonfinite, self._workspace, self.stop, hashes)
@@ -192,9 +140,3 @@ class _Overflow:
             said = f"{self.first}{more} when it is rounded to {self.job.dtype.torch_name}"
             fix = f"choose a wider out_dtype, or a smaller lambda; or {CURE}"
             raise OutputError(Problem(said, fix, self.job.name, self.job.name))
-
-
-def needs_bands(job: Job) -> bool:
-    """Whether the thresholds of the whole model have a part in this tensor."""
-    choice = job.choice
-    return choice is not None and choice.scope == "model" and choice.drop == "top" and job.elements > 0

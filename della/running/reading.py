@@ -17,8 +17,7 @@ from della.checkpoint.view import Hashes, TensorView
 from della.dtypes import Array, widen
 from della.errors import CheckpointError, Problem
 from della.merging.kernels import cast
-from della.merging.methods import Expert
-from della.merging.tensor import Tile, Workspace, cut
+from della.merging.tile import Subject, Tile, Workspace, cut
 from della.planning.job import Job, Operand
 from della.running.workers import Stopped
 
@@ -44,40 +43,44 @@ class Reader:
         self.job, self.nonfinite, self.workspace = job, nonfinite, workspace
         self.stop, self.hashes = stop, hashes
 
-    def experts(self) -> list[Expert]:
-        """The experts of the job in canonical order, with their input norms."""
-        return [
+    def subject(self, seed: int) -> Subject:
+        """What the method is told of the job: its experts have their input norms."""
+        experts = [
             replace(each.expert, norms=read_norms(each.norms, self.hashes)) if each.norms else each.expert
             for each in self.job.operands
         ]
+        return replace(self.job.subject, experts=tuple(experts), seed=seed)
 
-    def tiles(self, size: int) -> Iterator[Tile]:
-        """The base and the deltas, in tiles of about ``size`` elements whose buffers are reused."""
-        assert self.job.choice is not None
-        operands = self.job.operands
-        for start, rows, n in cut(self.job.choice, self.job.name, self.job.shape, size):
+    def tiles(self, size: int, subject: Subject) -> Iterator[Tile]:
+        """The base and the experts' values, in tiles of about ``size`` elements whose buffers are reused."""
+        job, operands = self.job, self.job.operands
+        assert job.method is not None
+        for start, rows, n in cut(job.method.grain, job.name, job.shape, size):
             if self.stop.is_set():
                 raise Stopped
-            base = self.floats(self.job.base, start, rows * n, "base")
-            deltas = self.workspace.array("tile", (len(operands), rows * n))
-            for each, delta in zip(operands, deltas, strict=True):
-                self._subtract(each, start, base, delta)
-            yield Tile(start, base.reshape(rows, n), deltas.reshape(-1, rows, n))
+            base = None
+            if job.reads_base:
+                base = self._floats(job.base, start, self.workspace.array("base", (rows * n,)))
+            values = self.workspace.array("tile", (len(operands), rows * n))
+            for each, own in zip(operands, values, strict=True):
+                if base is not None and job.method.of_deltas:
+                    self._subtract(each, start, base, own)
+                else:
+                    self._floats(each.view, start, own, base)
+            own_base = None if base is None else base.reshape(rows, n)
+            yield Tile(subject, start, own_base, values.reshape(-1, rows, n), self.workspace)
 
-    def floats(
-        self, view: TensorView, start: int, count: int, buffer: str, base: Array | None = None
-    ) -> Array:
-        """``count`` elements of a view from ``start`` on, as float32 in the buffer of this name."""
-        values = self.workspace.array(buffer, (count,))
+    def _floats(self, view: TensorView, start: int, values: Array, base: Array | None = None) -> Array:
+        """Elements of a view from ``start`` on into ``values`` (flat float32), which is returned."""
         name = view.element.name
         if name == "F32":
             view.read_into(start, values, self.hashes)
             is_finite = cast.all_finite(values, name)
         elif name == "BF16":
-            stored = self._stored(view, start, count).view(np.uint16)
+            stored = self._stored(view, start, values.size).view(np.uint16)
             is_finite = bool(cast.widen_bf16(stored, values.view(np.uint32)))
         else:
-            is_finite = cast.all_finite(widen(self._stored(view, start, count), values), "F32")
+            is_finite = cast.all_finite(widen(self._stored(view, start, values.size), values), "F32")
         return values if is_finite else self._cured(view, values, base)
 
     def whole(self, view: TensorView, dtype: Any, base: Array | None) -> Array:
@@ -116,7 +119,7 @@ class Reader:
             cast.widen_bf16(stored, values.view(np.uint32))
             values = self._cured(view, values, base)
         else:
-            values = self.floats(view, start, base.size, "values", base)
+            values = self._floats(view, start, self.workspace.array("values", base.shape), base)
         with np.errstate(all="ignore"):  # an overflow is told when the result is rounded
             np.subtract(values, base, out=delta)
 

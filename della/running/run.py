@@ -22,14 +22,13 @@ from della.checkpoint.layout import STEMS
 from della.checkpoint.view import Hashes, Stored
 from della.errors import CheckpointError, DellaError, OutputError, Problem
 from della.merging.kernels import cast
-from della.merging.tensor import Band
 from della.options import Execution, Permissions, Target
 from della.output.journal import Done
 from della.output.manifest import MANIFEST, UNKNOWN, build_manifest, dump, embed, recorded, sealed, versions
 from della.output.writer import StagedOutput
 from della.planning.card import config_json, model_card, side_file
 from della.planning.job import Job, Plan
-from della.running.compute import Compute, needs_bands
+from della.running.compute import Compute
 from della.running.workers import each
 from della.version import __version__
 
@@ -206,7 +205,7 @@ class _Run:
         self.total = sum(job.bytes_read + job.nbytes for job in self.jobs)
         self.done = self.finished = self.bytes_read = self.bytes_written = 0
         self.lock = threading.Lock()
-        self.bands: dict[str, list[Band]] = {}
+        self.facts: Mapping[str, Any] = {}
 
     def all(self) -> int:
         """Finish every job; how many were finished before."""
@@ -226,18 +225,18 @@ class _Run:
             said = f"{len(left)} of {len(self.jobs)} tensors are not finished ({left[0].name}, ...)"
             fix = "run the parts that are missing, or leave out --finish"
             raise OutputError(Problem(said, fix, str(self.staged.out), left[0].name))
-        if any(map(needs_bands, left)):
-            self.bands = self._bands()
+        if any(job.of_whole_model for job in left):
+            self.facts = self._facts()
         each(self._one, left, threads, stop=stop)
         return before
 
-    def _bands(self) -> dict[str, list[Band]]:
-        if not self.staged.bands:
-            found = self.compute.model_bands()
-            rows = {n: [(b.high, b.skip, b.low, b.take) for b in bands] for n, bands in found.items()}
-            self.staged.note_bands(rows)
-            return found
-        return {name: [Band(*row) for row in rows] for name, rows in self.staged.bands.items()}
+    def _facts(self) -> Mapping[str, Any]:
+        """What the method learns of the whole model; an earlier writer may have done so."""
+        if not self.staged.facts:
+            facts = self.compute.learn()
+            self.staged.note_facts(facts)
+            return facts
+        return self.staged.facts
 
     def _look(self, job: Job) -> None:
         """A tensor that the journal calls finished: is it?"""
@@ -247,7 +246,7 @@ class _Run:
     def _one(self, job: Job) -> None:
         digest, inputs = xxhash.xxh3_128(), Hashes()
         start = told = 0
-        for stored in self.compute.pieces(job, self.bands.get(job.name), inputs):
+        for stored in self.compute.pieces(job, self.facts.get(job.name), inputs):
             raw = stored.reshape(-1).view(np.uint8).data
             self.staged.write(job.name, start, raw)
             digest.update(raw)

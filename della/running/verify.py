@@ -28,7 +28,7 @@ from della.output.staging import unfinished
 from della.planning.job import Job, Plan
 from della.planning.planner import make_plan
 from della.recipe.reader import Recipe, read_recipe
-from della.running.compute import Compute, needs_bands
+from della.running.compute import Compute
 from della.running.hashing import Check, Hashing, of_file
 from della.running.run import Progress
 from della.version import __version__
@@ -292,13 +292,13 @@ def _recompute(plan: Plan, manifest: Manifest, share: float, verdict: Verdict, h
     compute = Compute(plan)
     compute.stop = hashing.stop
     try:
-        bands = compute.model_bands() if any(map(needs_bands, jobs)) else {}
+        facts = compute.learn() if any(job.of_whole_model for job in jobs) else {}
     except DellaError as error:
         verdict.bad += [f"{out}: cannot be merged again: {problem}" for problem in error.problems]
         return
 
     def merged(job: Job) -> Iterator[memoryview]:
-        for stored in compute.pieces(job, bands.get(job.name)):
+        for stored in compute.pieces(job, facts.get(job.name)):
             yield stored.reshape(-1).view("u1").data
 
     def check(job: Job) -> Check:

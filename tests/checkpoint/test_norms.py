@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,8 @@ import della
 from della.api import verify
 from della.dtypes import of_array, round_to, widen
 from della.errors import CheckpointError, DellaError, OutputError, RecipeError
-from della.merging import reference
-from della.merging.methods import METHODS, choice, expert
+from della.merging.registry import METHODS
+from della.merging.tile import Subject
 
 OWN: list[dict[str, Any]] = [
     {"weight": 1.0, "density": 0.5, "epsilon": 0.15, "gamma": 0.05},
@@ -70,19 +69,19 @@ def made(folder: Path, method: str = "della", **shared: Any) -> dict[str, Any]:
 
 def wanted(tensors: dict[str, Tensors], norms: dict[str, Tensors], method: str, **shared: Any) -> Stored:
     """The merge by the reference, a tensor at a time."""
-    picked = choice(METHODS[method], {"importance": "wanda", **shared})
+    picked = METHODS[method]({"importance": "wanda", **shared})
     found: Tensors = {}
     for name, value in tensors["base"].items():
         found[name] = value
         if of_array(value).is_float:
             experts = [
-                replace(expert(identity, own), norms=v if v is None else v.astype(np.float32))
+                picked.expert(identity, own, v if v is None else v.astype(np.float32))
                 for identity, own in zip(EXPERTS, OWN, strict=True)
                 for v in [norms[identity].get(name)]
             ]
             real = np.float64 if value.dtype == np.float64 else np.float32
             wide = [widen(tensors[identity][name]).astype(real) for identity in EXPERTS]
-            merged = reference.merge(picked, widen(value).astype(real), wide, experts, 42, name)
+            merged = picked.merge(name, widen(value).astype(real), wide, experts)
             found[name] = round_to(merged, of_array(value))
     return as_stored(found)
 
@@ -455,7 +454,7 @@ ONE = np.ones((2, 3), np.float32)
         ),
         (
             lambda: della.merge_tensors(ONE, [ONE], method="linear", input_norms=[np.ones(3)]),
-            "importance='wanda' is needed where input_norms are given",
+            "input_norms has no effect with method linear; remove it",
         ),
         (
             lambda: della.merge_tensors(ONE, [ONE, ONE], importance="wanda", input_norms=[np.ones(3), None]),
@@ -531,13 +530,12 @@ def test_optimal_has_the_least_variance_of_the_outputs() -> None:
     x = rng.standard_normal((40, 30)) * np.exp(rng.standard_normal(30))
     delta = rng.standard_normal((1, 30)).astype(np.float32)
     norms = np.sqrt((x**2).sum(axis=0)).astype(np.float32)
-    picked = {"drop": "magprune", "rescale": "per_element"}
 
     def variance(rank_by: str, vector: Any) -> float:
-        made = replace(expert("a", {"density": 0.5, "epsilon": 0.3}), norms=vector)
-        what = choice(METHODS["della_linear"], {"rank_by": rank_by})
-        assert {key: getattr(what, key) for key in picked} == picked
-        q = reference.keep_probabilities(what, made, delta, 42, "x").astype(np.float64)
+        method = METHODS["della_linear"]({"rank_by": rank_by})
+        made = method.expert("a", {"density": 0.5, "epsilon": 0.3}, vector)
+        subject = Subject("x", delta.shape, (made,))
+        q = method.drop.reference(subject, 0, delta)[1].astype(np.float64)  # type: ignore[attr-defined]
         assert q.mean() == pytest.approx(0.5, abs=1e-6)
         return float(((delta.astype(np.float64) * norms) ** 2 * (1 / q - 1)).sum())
 

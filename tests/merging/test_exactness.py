@@ -9,7 +9,8 @@ import pytest
 
 import della
 from della.merging import reference
-from della.merging.methods import METHODS, Expert, choice
+from della.merging.registry import METHODS
+from della.merging.tile import Subject
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -24,6 +25,14 @@ def deltas() -> Floats:
     return (rng.standard_normal((ROWS, N)) * scale).astype(np.float32)
 
 
+def keep_probabilities(shared: dict[str, Any], epsilon: float, delta: Floats) -> Any:
+    """Those of the reference at density 0.5, in float64."""
+    method = METHODS["della_linear"]
+    expert = method.expert("expert", {"density": 0.5, "epsilon": epsilon})
+    subject = Subject("delta", delta.shape, (expert,), 0)
+    return method(shared).drop.reference(subject, 0, delta)[1].astype(np.float64)  # type: ignore[attr-defined]
+
+
 def decile(
     delta: np.ndarray[tuple[int, ...], np.dtype[np.float32]],
 ) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
@@ -36,10 +45,7 @@ def decile(
 @pytest.mark.parametrize("ladder", ["symmetric", "paper"])
 def test_the_expectation_stays_in_every_decile_of_magnitude(rank_by: str, ladder: str) -> None:
     delta, group = deltas(), decile(deltas())
-    picked = choice(METHODS["della_linear"], {"rank_by": rank_by, "ladder": ladder})
-    q = reference.keep_probabilities(picked, Expert("expert", 1.0, 0.5, 0.3), delta, 0, "delta").astype(
-        np.float64
-    )
+    q = keep_probabilities({"rank_by": rank_by, "ladder": ladder}, 0.3, delta)
     total = np.zeros((ROWS, N))
     for seed in range(SEEDS):
         total += della.magprune(delta, 0.5, 0.3, seed=seed, rank_by=rank_by, ladder=ladder)
@@ -92,10 +98,7 @@ def test_optimal_has_the_least_variance_and_the_wanted_density() -> None:
     delta = np.random.default_rng(0).standard_normal((50, 4000)).astype(np.float32)
 
     def noise(rank_by: str, epsilon: float) -> float:
-        picked = choice(METHODS["della_linear"], {"rank_by": rank_by})
-        q = reference.keep_probabilities(picked, Expert("e", 1.0, 0.5, epsilon), delta, 0, "x").astype(
-            np.float64
-        )
+        q = keep_probabilities({"rank_by": rank_by}, epsilon, delta)
         assert abs(q.mean() - 0.5) < 1e-3
         return float(
             (delta**2 * (1 - q) / np.where(q > 0, q, 1)).sum() / (delta.astype(np.float64) ** 2).sum()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from della.merging import reference
-from della.merging.methods import ALL_PARAMETERS, METHODS, Choice, Expert, check_settings, choice, expert
-from della.merging.tensor import TensorMerge, Tile, Workspace, cut
+from della.merging.driver import merge_arrays
+from della.merging.registry import ALL_PARAMETERS, METHODS, Method
+from della.merging.tile import Expert, Subject, canonical, row_length
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -29,25 +29,21 @@ OWN: tuple[dict[str, Any], ...] = (
 
 
 def fast(
-    picked: Choice, base: Array, models: Sequence[Array], experts: Sequence[Expert], name: str, target: int
+    method: Method, base: Array, models: Sequence[Array], experts: Sequence[Expert], name: str, target: int
 ) -> Array:
     """The merge by the kernels, in tiles of about ``target`` elements."""
-    order = sorted(range(len(experts)), key=lambda t: experts[t].identity)
-    out, flat = np.empty(base.size, np.float32), base.reshape(-1)
-    merge = TensorMerge(name, base.size, picked, [experts[t] for t in order], 42)
-    workspace = Workspace()
+    order = canonical(experts)
+    subject = Subject(name, base.shape, tuple(experts[t] for t in order), 42)
+    return merge_arrays(method, subject, base, [models[t] for t in order], target)
 
-    def tiles() -> Iterator[Tile]:
-        for start, rows, n in cut(picked, name, base.shape, target):
-            part = slice(start, start + rows * n)
-            deltas = np.stack([models[t].reshape(-1)[part] - flat[part] for t in order])
-            yield Tile(start, flat[part].reshape(rows, n), deltas.reshape(-1, rows, n))
 
-    merge.prepare(tiles)
-    for tile in tiles():
-        end = tile.start + tile.base.size
-        merge.apply(tile, out[tile.start : end].reshape(tile.base.shape), workspace)
-    return np.asarray(out.reshape(base.shape))
+def three(name: str) -> list[Expert]:
+    return [METHODS[name].expert(identity, own) for identity, own in zip("cab", OWN, strict=True)]
+
+
+def two(name: str, density: float, epsilon: float) -> list[Expert]:
+    own = {"density": density, "epsilon": epsilon}
+    return [METHODS[name].expert(key, {"weight": w, **own}) for key, w in (("a", 1.0), ("b", 0.5))]
 
 
 def bf16(values: Any) -> Array:
@@ -80,19 +76,19 @@ def options(refused: bool) -> list[tuple[str, dict[str, Any]]]:
         found += [
             (method.name, shared)
             for shared in tries
-            if any(check_settings(method, shared, dict(zip("cab", OWN, strict=True)))) == refused
+            if any(method.problems(shared, dict(zip("cab", OWN, strict=True)))) == refused
         ]
     return found
 
 
 @pytest.mark.parametrize(("name", "shared"), options(refused=False), ids=str)
 def test_every_option_gives_the_reference_bytes(name: str, shared: dict[str, Any]) -> None:
-    picked = choice(METHODS[name], {**shared, "lambda": 1.3})
-    experts = [expert(identity, own) for identity, own in zip("cab", OWN, strict=True)]
+    picked = METHODS[name]({**shared, "lambda": 1.3})
+    experts = three(name)
     for number, shape in enumerate(SHAPES):
         for kind in ("bf16", "f32"):
             base, models = model_data(shape, kind, number)
-            wanted = reference.merge(picked, base, models, experts, 42, "x")
+            wanted = picked.merge("x", base, models, experts)
             assert wanted.dtype == np.float32
             for target in (64, 1 << 17):
                 got = fast(picked, base, models, experts, "x", target)
@@ -118,18 +114,18 @@ WANDA = [
 
 @pytest.mark.parametrize(("name", "shared"), WANDA, ids=str)
 def test_scores_with_input_norms_give_the_reference_bytes(name: str, shared: dict[str, Any]) -> None:
-    picked = choice(METHODS[name], shared)
-    plain = [expert(identity, own) for identity, own in zip("cab", OWN, strict=True)]
+    picked = METHODS[name](shared)
+    plain = three(name)
     for number, shape in enumerate(shape for shape in SHAPES if len(shape) == 2):
         for kind in ("bf16", "f32"):
             base, models = model_data(shape, kind, number)
             experts = with_norms(plain, shape[1], number)
-            wanted = reference.merge(picked, base, models, experts, 42, "x")
+            wanted = picked.merge("x", base, models, experts)
             for target in (64, 1 << 17):
                 got = fast(picked, base, models, experts, "x", target)
                 assert got.tobytes() == wanted.tobytes(), (shape, kind, target)
             if shape == (40, 300):
-                assert wanted.tobytes() != reference.merge(picked, base, models, plain, 42, "x").tobytes()
+                assert wanted.tobytes() != picked.merge("x", base, models, plain).tobytes()
 
 
 def test_only_what_makes_no_sense_is_refused() -> None:
@@ -167,11 +163,11 @@ def test_any_values_give_the_reference_bytes(
     base = np.zeros_like(delta)
     epsilon = width * min(density, 1 - density)
     shared = {"rank_by": rank_by, "ladder": ladder} if name.startswith("della") else {}
-    picked = choice(METHODS[name], shared)
-    experts = [Expert("a", 1.0, density, epsilon), Expert("b", 0.5, density, epsilon)]
+    picked = METHODS[name](shared)
+    experts = two(name, density, epsilon)
     models = [delta, delta[::-1, ::-1].copy()]
     with np.errstate(over="ignore", invalid="ignore"):
-        wanted = reference.merge(picked, base, models, experts, 42, "x")
+        wanted = picked.merge("x", base, models, experts)
     assert fast(picked, base, models, experts, "x", 7).tobytes() == wanted.tobytes()
 
 
@@ -192,13 +188,14 @@ def test_any_norms_give_the_reference_bytes(
     n = min(len(row) for row in rows)
     delta = np.array([row[:n] for row in rows], np.float32)
     shared = {"rank_by": rank_by} if name == "della" else {"scope": scope} if name == "ties" else {}
-    picked = choice(METHODS[name], {**shared, "importance": "wanda"})
+    picked = METHODS[name]({**shared, "importance": "wanda"})
     epsilon = width * min(density, 1 - density)
     vector = np.array(norms[:n], np.float32)
-    experts = [Expert("a", 1.0, density, epsilon, norms=vector), Expert("b", 0.5, density, epsilon)]
+    one, other = two(name, density, epsilon)
+    experts = [replace(one, norms=vector), other]
     models = [delta, delta[::-1, ::-1].copy()]
     with np.errstate(over="ignore", invalid="ignore"):
-        wanted = reference.merge(picked, np.zeros_like(delta), models, experts, 42, "x")
+        wanted = picked.merge("x", np.zeros_like(delta), models, experts)
     got = fast(picked, np.zeros_like(delta), models, experts, "x", 7)
     assert got.tobytes() == wanted.tobytes()
 
@@ -209,16 +206,16 @@ def test_ranks_of_rows_with_many_equal_and_many_different_values(n: int, distinc
     rng = np.random.default_rng(seed)
     values = rng.standard_normal(distinct) * 10.0 ** rng.integers(-9, 9, distinct)
     delta = values[rng.integers(0, distinct, (2, n))].astype(np.float32)
-    picked, experts = choice(METHODS["della_linear"], {}), [Expert("a", 1.0, 0.5, 0.4)]
-    wanted = reference.merge(picked, np.zeros_like(delta), [delta], experts, 42, "x")
+    picked, experts = METHODS["della_linear"]({}), two("della_linear", 0.5, 0.4)[:1]
+    wanted = picked.merge("x", np.zeros_like(delta), [delta], experts)
     got = fast(picked, np.zeros_like(delta), [delta], experts, "x", 1 << 17)
     assert got.tobytes() == wanted.tobytes()
 
 
 def test_a_long_row_of_continuous_values() -> None:
     delta = np.random.default_rng(0).standard_normal((1, 300_000)).astype(np.float32)
-    picked, experts = choice(METHODS["della_linear"], {}), [Expert("a", 1.0, 0.5, 0.4)]
-    wanted = reference.merge(picked, np.zeros_like(delta), [delta], experts, 42, "x")
+    picked, experts = METHODS["della_linear"]({}), two("della_linear", 0.5, 0.4)[:1]
+    wanted = picked.merge("x", np.zeros_like(delta), [delta], experts)
     assert fast(picked, np.zeros_like(delta), [delta], experts, "x", 1024).tobytes() == wanted.tobytes()
 
 
@@ -232,4 +229,4 @@ def test_a_long_row_of_continuous_values() -> None:
     ],
 )  # fmt: skip
 def test_a_row_is_what_feeds_one_output(name: str, shape: tuple[int, ...], length: int) -> None:
-    assert reference.row_length(name, shape) == length
+    assert row_length(name, shape) == length

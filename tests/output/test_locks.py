@@ -207,7 +207,7 @@ def test_strange_journals(out: Path, claim: Held) -> None:
             b'{"tensor":1}',
         ),
         b'{"key":"k","part":"1/1","pid":1,"host":"h","started":"","format":[2]}',
-        *(b'{"tensor":"w","hash":3,"inputs":[]}', b'{"bands":[]}', b'{"swap":"yes"}', b'{"end":0}'),
+        *(b'{"tensor":"w","hash":3,"inputs":[]}', b'{"facts":[]}', b'{"swap":"yes"}', b'{"end":0}'),
     ):
         folder.mkdir(exist_ok=True)
         checksum = xxhash.xxh3_64_hexdigest(text).encode()

@@ -16,7 +16,7 @@ from llamas import EXPERTS, Tensors, save, weights
 import della
 from della.checkpoint.header import build_header
 from della.dtypes import DTYPES
-from della.merging.methods import METHODS
+from della.merging.registry import METHODS
 from della.planning.describe import plan_json, plan_text
 from della.planning.job import Plan
 from della.planning.planner import make_plan

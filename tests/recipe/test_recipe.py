@@ -14,7 +14,7 @@ from recipes import HEAD, recipe_of, told
 
 from della.dtypes import DTYPES
 from della.errors import Location, RecipeError, printable
-from della.merging.methods import METHODS
+from della.merging.registry import METHODS
 from della.recipe.reader import read_recipe
 from della.recipe.settings import Gradient
 

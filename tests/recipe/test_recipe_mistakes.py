@@ -10,7 +10,7 @@ from recipes import HEAD, THERE_IS, recipe_of, told
 
 from della.dtypes import RECIPE_NAMES
 from della.errors import suggest
-from della.merging.methods import ALL_PARAMETERS, LATER_METHODS, METHODS
+from della.merging.registry import ALL_PARAMETERS, LATER_METHODS, METHODS
 from della.recipe.reader import _MODEL_KEYS, _TOP_KEYS
 
 

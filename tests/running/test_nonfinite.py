@@ -13,7 +13,7 @@ from llamas import EXPERTS, Tensors, load, recipe, save
 import della
 from della.dtypes import DTYPES, widen
 from della.errors import CheckpointError, OutputError
-from della.merging.methods import METHODS
+from della.merging.registry import METHODS
 
 BAD = {3: np.nan, 17: np.inf, 64: -np.inf, 119: np.nan}
 OWN: list[dict[str, Any]] = [{"density": 0.5}] * 3
@@ -75,7 +75,7 @@ def test_zero_makes_no_change_of_what_is_not_finite(tmp_path: Path, method: str,
     """An expert's bad value counts as the base's; without a base, and in the base, as 0."""
     models = small(dtype)
     healed = spoilt(models, "code", {at: models["base"]["w"].reshape(-1)[at] for at in BAD})
-    if METHODS[method].drop == "average":
+    if not METHODS[method].needs_base:
         healed = spoilt(models, "code", dict.fromkeys(BAD, 0.0))
     made = of(tmp_path, method, nonfinite="zero")
     found = merged(tmp_path, spoilt(models, "code"), made, tile=7)

@@ -30,8 +30,7 @@ from llamas import (
 
 import della
 from della.dtypes import DTYPES, round_to, widen
-from della.merging import compat, reference
-from della.merging.methods import METHODS, choice, expert
+from della.merging.registry import METHODS
 from della.recipe.reader import read_recipe
 from della.running.run import Progress
 
@@ -124,7 +123,7 @@ def test_gradients_and_filters_give_each_layer_its_own_values(models: Trio, tmp_
             continue
         layer = name.split(".")[2] if name.startswith("model.layers.") else "0"
         density, factor = at_layer[layer]
-        picked = choice(METHODS["della"], {"lambda": 2.0 if "mlp" in name else factor})
+        picked = METHODS["della"]({"lambda": 2.0 if "mlp" in name else factor})
         mine = [{**entry, "density": density} for entry in own]
         inputs = {identity: tensors[identity][name] for identity in EXPERTS}
         wanted = reference_merge(picked, name, value, inputs, mine, DTYPES["BF16"])
@@ -241,13 +240,10 @@ def test_one_threshold_for_the_whole_model_is_that_of_its_concatenation(models: 
     whole = {
         model: np.concatenate([widen(tensors[model][name]).ravel() for name in names]) for model in tensors
     }
-    experts = [expert(identity, mine) for identity, mine in zip(EXPERTS, own, strict=True)]
-    wanted = round_to(
-        reference.merge(
-            choice(METHODS["ties"], {}), whole["base"], [whole[n] for n in EXPERTS], experts, 42, ""
-        ),
-        DTYPES["BF16"],
-    )
+    ties = METHODS["ties"]()
+    experts = [ties.expert(identity, mine) for identity, mine in zip(EXPERTS, own, strict=True)]
+    merged_whole = ties.merge("", whole["base"], [whole[n] for n in EXPERTS], experts)
+    wanted = round_to(merged_whole, DTYPES["BF16"])
     assert b"".join(found[name][2] for name in names) == wanted.tobytes()
     assert found != merged(recipe(folder, "ties", own, {}), tmp_path / "other")
 
@@ -263,13 +259,13 @@ def test_compat_follows_mergekits_rules(models: Trio, tmp_path: Path, method: st
     made = recipe(folder, method, own, {}, dtype=dtype)
     found = merged(made, tmp_path / "out", compat=True)
     merge_dtype = next(row for row in DTYPES.values() if row.torch_name == dtype)
-    picked = choice(METHODS[method], {}, merge_dtype)
-    experts = [expert(identity, mine) for identity, mine in zip(EXPERTS, own, strict=True)]
+    picked = METHODS[method]({}, merge_dtype)
+    experts = [picked.expert(identity, mine) for identity, mine in zip(EXPERTS, own, strict=True)]
     order = sorted(range(3), key=EXPERTS.__getitem__)
     for name, base in tensors["base"].items():
         if base.dtype == ml_dtypes.bfloat16 and base.size:
             wide = [widen(tensors[EXPERTS[k]][name]) for k in order]
-            wanted = compat.merge(picked, widen(base), wide, [experts[k] for k in order], 42, name)
+            wanted = picked.merge(name, widen(base), wide, [experts[k] for k in order])
             assert found[name] == (merge_dtype.name, base.shape, wanted.tobytes()), name
     assert found == merged({**made, "compat": "mergekit"}, tmp_path / "same")
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from della.dtypes import MAGNITUDE_BITS
 from della.merging.kernels.compile import kernel
 
 # Of the storage types with an exponent of all ones for infinities and NaNs: the bits of a magnitude, and the
@@ -16,9 +17,9 @@ from della.merging.kernels.compile import kernel
 MAGNITUDE = {
     "F16": (np.uint16(0x7FFF), 0x7C00),
     "BF16": (np.uint16(0x7FFF), 0x7F80),
-    "F32": (np.uint32(0x7FFFFFFF), 0x7F800000),
+    "F32": (MAGNITUDE_BITS, 0x7F800000),
 }
-_BITS, _INFINITE = MAGNITUDE["F32"][0], np.uint32(0x7F800000)
+_INFINITE = np.uint32(0x7F800000)
 _OVERFLOW = np.uint32(0x7F7F8000)  # the least magnitude that bfloat16 rounds to infinity
 _BLOCK = 1 << 13
 
@@ -30,7 +31,7 @@ def widen_bf16(stored: Any, out: Any) -> Any:
     for i in range(out.shape[0]):
         wide = np.uint32(stored[i]) << np.uint32(16)
         out[i] = wide
-        largest = max(largest, np.uint32(wide & _BITS))
+        largest = max(largest, np.uint32(wide & MAGNITUDE_BITS))
     return largest < _INFINITE
 
 
@@ -47,7 +48,7 @@ def subtract_bf16(stored: Any, base: Any, out: Any, bits: Any) -> Any:
         for i in range(wide.shape[0]):
             value = np.uint32(narrow[i]) << np.uint32(16)
             wide[i] = value
-            largest = max(largest, np.uint32(value & _BITS))
+            largest = max(largest, np.uint32(value & MAGNITUDE_BITS))
         difference, subtrahend = out[start:end], base[start:end]
         for i in range(difference.shape[0]):
             difference[i] -= subtrahend[i]
@@ -85,10 +86,10 @@ def round_bf16(values: Any, out: Any) -> Any:
     largest = np.uint32(0)
     for i in range(out.shape[0]):
         x = values[i]
-        largest = max(largest, np.uint32(x & _BITS))
+        largest = max(largest, np.uint32(x & MAGNITUDE_BITS))
         out[i] = np.uint16((x + np.uint32(0x7FFF) + ((x >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
     if largest > _INFINITE:
         for i in range(out.shape[0]):
-            if (values[i] & _BITS) > _INFINITE:
+            if (values[i] & MAGNITUDE_BITS) > _INFINITE:
                 out[i] = np.uint16((values[i] >> np.uint32(16)) | np.uint32(0x40))
     return largest < _OVERFLOW

@@ -14,15 +14,12 @@ import math
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from della.dtypes import MAGNITUDE_BITS
 from della.merging.kernels.compile import inlined, kernel
 from della.random import GAMMA, MIX1, MIX2
 
-Array = npt.NDArray[Any]
-
 _GAMMA, _MIX1, _MIX2 = np.uint64(GAMMA), np.uint64(MIX1), np.uint64(MIX2)
-_MAGNITUDE = np.uint32(0x7FFFFFFF)
 _TICKS = np.int64((1 << 24) - 1)
 _TICK = np.float32(2.0**-24)
 _FEW = 24  # more odd keys than this in one bucket are sorted: comparing all with all would be quadratic
@@ -198,7 +195,7 @@ def drop_ranked(
                 keys[i] = np.uint32(_mix(order_key + np.uint64(first + i + 1) * _GAMMA) >> np.uint64(33))
         else:
             for i in range(n):
-                keys[i] = bits[r, i] & _MAGNITUDE
+                keys[i] = bits[r, i] & MAGNITUDE_BITS
         q = q_out[r % q_out.shape[0]]
         _rank(keys, bucket_shift, bucket, table, start, ranks, chances, odd, packed, low, step, q)
         _draw(key, first, shift, u)
@@ -282,7 +279,7 @@ def probability_from_table(
     """
     for r in range(bits.shape[0]):
         for i in range(bits.shape[1]):
-            key = bits[r, i] & _MAGNITUDE
+            key = bits[r, i] & MAGNITUDE_BITS
             begin, end = first[key >> np.uint32(15)], first[(key >> np.uint32(15)) + 1]
             while end - begin > 1:
                 middle = (begin + end) // 2

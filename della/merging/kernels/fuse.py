@@ -15,8 +15,6 @@ import numpy as np
 
 from della.merging.kernels.compile import inlined, kernel
 
-MOST_UNROLLED = 8
-
 
 @inlined
 def _sign(x: Any) -> Any:

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from della.dtypes import MAGNITUDE_BITS
 from della.merging.kernels.compile import inlined, kernel
 
-_MAGNITUDE = np.uint32(0x7FFFFFFF)
 _BLOCK = 256
 
 
@@ -21,14 +21,14 @@ def count_upper(bits: Any, counts: Any) -> None:
     (flat).
     """
     for i in range(bits.shape[0]):
-        counts[(bits[i] & _MAGNITUDE) >> np.uint32(15)] += 1
+        counts[(bits[i] & MAGNITUDE_BITS) >> np.uint32(15)] += 1
 
 
 @kernel
 def count_lower(bits: Any, upper: Any, counts: Any) -> None:
     """Add to ``counts`` (32,768) the lower 15 bits of the magnitudes whose upper half is ``upper``."""
     for i in range(bits.shape[0]):
-        key = bits[i] & _MAGNITUDE
+        key = bits[i] & MAGNITUDE_BITS
         if key >> np.uint32(15) == upper:
             counts[key & np.uint32(0x7FFF)] += 1
 
@@ -36,7 +36,7 @@ def count_lower(bits: Any, upper: Any, counts: Any) -> None:
 @inlined
 def _band_exactly(bits: Any, high: Any, skip: Any, low: Any, take: Any, seen: Any) -> None:
     for i in range(bits.shape[0]):
-        key = bits[i] & _MAGNITUDE
+        key = bits[i] & MAGNITUDE_BITS
         keep = low < key < high
         if key == high or key == low:  # noqa: SIM109 (a tuple would cost time)
             keep = (key < high or seen[0] >= skip) and (key > low or seen[1] < take)
@@ -58,14 +58,14 @@ def drop_band(bits: Any, high: Any, skip: Any, low: Any, take: Any, seen: Any) -
         block = bits[begin : begin + _BLOCK]
         above, equal = np.int32(0), np.int32(0)
         for i in range(block.shape[0]):
-            key = block[i] & _MAGNITUDE
+            key = block[i] & MAGNITUDE_BITS
             above += np.int32(key >= ceiling)
             equal += np.int32(key == low)
         fits = seen[1] + equal <= take
-        if above == 0 and (fits or seen[1] >= take) and low < _MAGNITUDE:
+        if above == 0 and (fits or seen[1] >= take) and low < MAGNITUDE_BITS:
             floor = low if fits else low + np.uint32(1)
             for i in range(block.shape[0]):
-                block[i] = block[i] if block[i] & _MAGNITUDE >= floor else np.uint32(0)
+                block[i] = block[i] if block[i] & MAGNITUDE_BITS >= floor else np.uint32(0)
             seen[1] += equal
         else:
             _band_exactly(block, high, skip, low, take, seen)
@@ -101,7 +101,7 @@ def drop_largest_rows(bits: Any, count: Any) -> None:
     keys, counts = np.empty(n, np.uint32), np.empty(2048, np.int64)
     for r in range(bits.shape[0]):
         for i in range(n):
-            keys[i] = bits[r, i] & _MAGNITUDE
+            keys[i] = bits[r, i] & MAGNITUDE_BITS
         if count == 0:
             bits[r, :] = 0
             continue
@@ -123,3 +123,10 @@ def row_sums(values: Any, out: Any) -> None:
         for i in range(values.shape[1]):
             total += np.float64(abs(values[r, i]))
         out[r] = total
+
+
+def sums_of_rows(values: Any) -> Any:
+    """`row_sums` in an array of its own."""
+    sums = np.empty(values.shape[0])
+    row_sums(values, sums)
+    return sums

@@ -1,0 +1,199 @@
+"""The Drops of TIES and breadcrumbs: what is kept is chosen by size alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from della.dtypes import MAGNITUDE_BITS, Array
+from della.merging import reference
+from della.merging.drops.drop import WANDA, Drop, tile_saliency
+from della.merging.method import Asking, Parameter, WholeModel
+from della.merging.options import DENSITY, IMPORTANCE, RESCALE, SCOPE, SCOPES, Scope
+from della.merging.tile import Expert, Grain, Passes, Subject, Tile
+
+GAMMA = Parameter("gamma", "model", float, 0.01, "share of the largest deltas that is dropped", (), 0.0, 1.0)
+OF_MODEL = WholeModel(
+    Asking("scope", "model"), "chooses one threshold for the whole model", ("density",), "scope: tensor"
+)
+
+
+class Band(NamedTuple):
+    """Which magnitudes are kept, as the bits of float32: from ``high`` without its first ``skip`` occurrences
+    down to the first ``take`` occurrences of ``low``.
+    """
+
+    high: int
+    skip: int
+    low: int
+    take: int
+
+
+class _BySize(Drop):
+    own_rescale = "l1"
+    scope: Scope = Scope()
+
+    def range(self, expert: Expert, size: int) -> tuple[int, int]:
+        """(first, count) of what is kept of ``size`` deltas, counted from the largest."""
+        raise NotImplementedError
+
+    def kept(self, subject: Subject, t: int, delta: Array) -> tuple[Array, Array]:
+        expert = subject.experts[t]
+        sizes, mask = reference.saliency(expert.norms, delta), np.empty(delta.shape, bool)
+        groups = zip(mask, sizes) if self.scope.by_row else [(mask.reshape(-1), sizes.reshape(-1))]
+        for target, group in groups:
+            target[:] = reference.largest(group, *self.range(expert, group.size))
+        return np.where(mask, delta, delta.dtype.type(0)), np.ones(delta.shape, np.float32)
+
+    # ---- tiles ----
+
+    def learn(self, tensors: Sequence[tuple[Subject, Passes]]) -> dict[str, Any]:
+        """A band for every tensor and expert, by one threshold for the whole model.
+
+        Equal magnitudes at the threshold are kept in output order, so each tensor needs to know how many of
+        them the tensors before it hold: a third pass counts those.
+        """
+        size = sum(subject.size for subject, _ in tensors)
+        whole = self._bands(
+            tensors[0][0].experts, size, lambda: (tile for _, passes in tensors for tile in passes())
+        )
+        left = [band.take for band in whole]
+        learnt: dict[str, Any] = {}
+        for subject, passes in tensors:
+            learnt[subject.name] = [[b.high, b.skip, b.low, n] for b, n in zip(whole, left, strict=True)]
+            for tile in passes():
+                for t, band in enumerate(whole):
+                    sizes = tile_saliency(tile.subject.experts[t], tile.values[t])
+                    bits = sizes.view(np.uint32) & MAGNITUDE_BITS
+                    left[t] -= int(np.count_nonzero(bits == band.low))
+            left = [max(n, 0) for n in left]
+        return learnt
+
+    def prepare(self, subject: Subject, passes: Passes, learnt: Any) -> list[Band]:
+        if learnt is not None:
+            return [Band(*row) for row in learnt]
+        return [] if self.scope.by_row else self._bands(subject.experts, subject.size, passes)
+
+    def begin(self, facts: list[Band]) -> tuple[list[Band], Array]:
+        return facts, np.zeros((len(facts), 2), np.int64)  # how often the ends of a band were seen
+
+    def apply(self, tile: Tile, t: int, delta: Array, facts: Any, q: Array | None) -> None:
+        from della.merging.kernels import largest
+
+        expert, (bands, seen) = tile.subject.experts[t], facts
+        sizes = tile_saliency(expert, delta)
+        bits = sizes.view(np.uint32)
+        if sizes is not delta:  # all negative, so that a saliency of zero is not taken for a dropped one
+            bits |= np.uint32(1 << 31)
+        if self.scope.by_row:
+            largest.drop_largest_rows(bits, self.range(expert, delta.shape[1])[1])
+        else:
+            b = bands[t]
+            largest.drop_band(bits.reshape(-1), np.uint32(b.high), b.skip, np.uint32(b.low), b.take, seen[t])
+        if sizes is not delta:
+            delta[bits == 0] = 0
+
+    def _bands(self, experts: Sequence[Expert], size: int, passes: Passes) -> list[Band]:
+        """The band of magnitudes that each expert keeps of ``size`` deltas.  Two passes: the upper half of
+        the bits, then the lower half near the thresholds.
+        """
+        from della.merging.kernels import largest
+
+        def bits(t: int, tile: Tile) -> Array:
+            return tile_saliency(tile.subject.experts[t], tile.values[t]).reshape(-1).view(np.uint32)
+
+        upper = np.zeros((len(experts), 1 << 16), np.int64)
+        for tile in passes():
+            for t in range(len(experts)):
+                largest.count_upper(bits(t, tile), upper[t])
+        wanted = [_positions(*self.range(e, size)) for e in experts]
+        coarse = [[_locate(upper[t], p) for p in wanted[t]] for t in range(len(experts))]
+        lower = [{half: np.zeros(1 << 15, np.int64) for half, _ in ends} for ends in coarse]
+        for tile in passes():
+            for t in range(len(experts)):
+                for half, counts in lower[t].items():
+                    largest.count_lower(bits(t, tile), np.uint32(half), counts)
+        return [_band(ends, counts) for ends, counts in zip(coarse, lower, strict=True)]
+
+    def departures(self, subject: Subject) -> dict[str, bool]:
+        return {WANDA: self.wants_norms}
+
+
+class Top(_BySize):
+    """Keep the largest (arXiv 2306.01708, section 3.2)."""
+
+    words = "delta where |delta| is among the density largest of the tensor, else 0"
+    parameters = (DENSITY, RESCALE, SCOPE, IMPORTANCE)
+    nanoseconds = 3.2
+
+    def __init__(self, shared: Mapping[str, Any]) -> None:
+        super().__init__(shared)
+        self.scope = SCOPES[shared["scope"]]
+        self.grain = Grain.ROW if self.scope.by_row else Grain.ELEMENT
+        self.whole_model = OF_MODEL if self.scope.of_model else None
+
+    def range(self, expert: Expert, size: int) -> tuple[int, int]:
+        return 0, int(expert["density"] * size)
+
+    def kept_by_mergekit(self, subject: Subject, t: int, delta: Array) -> Array:
+        count = max(1, int(subject.experts[t]["density"] * delta.size))
+        return _stable(delta, delta.size - count, count)
+
+    def departures(self, subject: Subject) -> dict[str, bool]:
+        return super().departures(subject) | {
+            "a density that leaves a tensor less than one delta leaves it none (mergekit: one)": any(
+                0 < density * subject.size < 1 for density in subject.column("density")
+            )
+        }
+
+
+class Middle(_BySize):
+    """Drop the largest, then the smallest (arXiv 2312.06795, section 3)."""
+
+    words = "delta but for the gamma largest and then the smallest of the tensor, so that density is kept"
+    parameters = (DENSITY, GAMMA, RESCALE, IMPORTANCE)
+    nanoseconds = 3.5
+
+    def range(self, expert: Expert, size: int) -> tuple[int, int]:
+        return reference.band(expert["density"], expert["gamma"], size)
+
+    def kept_by_mergekit(self, subject: Subject, t: int, delta: Array) -> Array:
+        expert, size = subject.experts[t], delta.size
+        count = int(expert["density"] * size)
+        return _stable(delta, max(0, size - count - int(expert["gamma"] * size)), count)
+
+
+def _stable(delta: Array, first: int, count: int) -> Array:
+    """A mask of ``count`` values from the ``first`` smallest on."""
+    order = np.argsort(np.abs(delta).ravel().astype(np.float64), kind="stable")
+    mask = np.zeros(delta.size, bool)
+    mask[order[first : first + count]] = True
+    return mask.reshape(delta.shape)
+
+
+# ---- thresholds --------------------------------------------------------------------------------------------
+
+
+def _positions(first: int, count: int) -> list[int]:
+    """Those of the first and the last kept delta, counted from the largest; empty where none is kept."""
+    return [first, first + count - 1] if count else []
+
+
+def _locate(counts: Array, position: int) -> tuple[int, int]:
+    """(the bucket that holds ``position`` counted from the top, the position inside it)."""
+    behind = np.cumsum(counts[::-1])
+    k = int(np.searchsorted(behind, position, side="right"))
+    return counts.size - 1 - k, position - int(behind[k - 1] if k else 0)
+
+
+def _band(coarse: Sequence[tuple[int, int]], counts: Mapping[int, Array]) -> Band:
+    ends = []
+    for half, inside in coarse:
+        digit, occurrence = _locate(counts[half], inside)
+        ends.append(((half << 15) | digit, occurrence))
+    if not ends:
+        return Band(high=0, skip=0, low=1 << 31, take=0)
+    (high, skip), (low, last) = ends
+    return Band(high, skip, low, last + 1)

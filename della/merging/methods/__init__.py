@@ -1,0 +1,1 @@
+"""The methods, a family a file."""

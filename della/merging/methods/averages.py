@@ -1,0 +1,56 @@
+"""The mean of the models themselves, without a base."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from della.dtypes import Array, widen
+from della.errors import Problem
+from della.merging import compat, reference
+from della.merging.method import Method, register
+from della.merging.options import NORMALIZE, WEIGHT
+from della.merging.tile import Subject, Tile
+
+
+@register
+class Linear(Method):
+    """The weighted mean of the models (model soups)."""
+
+    name, source = "linear", "arXiv 2203.05482, section 2"
+    formula = "sum of weight * model, divided by the sum of the weights if normalize is true"
+    takes = (WEIGHT, NORMALIZE)
+    defaults = {"normalize": True}  # noqa: RUF012
+    needs_base = of_deltas = False
+    is_wide_in_mergekit = True
+    nanoseconds = 0.6
+
+    @classmethod
+    def problems(
+        cls, shared: Mapping[str, Any], models: Mapping[str, Mapping[str, Any]]
+    ) -> Iterator[Problem]:
+        total = sum(cls.expert(identity, own)["weight"] for identity, own in models.items())
+        if models and cls(shared).shared["normalize"] and abs(total) < 1e-8:
+            said = f"the weights add up to {total:g}, so they have no mean"
+            yield Problem(said, "use normalize: false", parameter="weight")
+
+    def reference(self, subject: Subject, base: Array | None, models: Sequence[Array]) -> Array:
+        return reference.average(models, subject.column("weight"), self.shared["normalize"])
+
+    def mergekit(self, subject: Subject, base: Array | None, models: Sequence[Array]) -> Array:
+        assert self.compat is not None
+        dtype = self.compat.numpy
+        wide = [widen(values.astype(dtype)) for values in models]
+        return compat.average(wide, subject.column("weight"), self.shared["normalize"]).astype(dtype)
+
+    def apply(self, tile: Tile, facts: Any, out: Array) -> None:
+        from della.merging.kernels import cast
+
+        weights = [np.float32(w) for w in tile.subject.column("weight")]
+        out.fill(0)
+        for weight, values in zip(weights, tile.values, strict=True):
+            cast.accumulate(out.reshape(-1), weight, values.reshape(-1))
+        if self.shared["normalize"]:
+            np.divide(out, sum(weights, np.float32(0)), out=out)
