@@ -21,12 +21,12 @@ import numpy as np
 from checkpoints import put
 from stub_server import Request, StubServer
 
-from della.evaluate.settings import Settings
 from della.experiments.demo import TRIO
 from della.experiments.full import FullOptions
 from della.experiments.full_data import GSM8K_VALIDATION
 from della.experiments.full_models import BASE_OF, MODELS
-from della.experiments.full_options import full_options
+from della.experiments.options import ExperimentOptions
+from della.options import build
 
 HIDDEN, WIDE, VOCABULARY = 32, 64, 512  # the vocabulary is the demo's
 CONFIG: dict[str, Any] = {
@@ -149,12 +149,15 @@ def make_alpaca(folder: Path) -> str:
 def make_options(place: Path, judge_url: str, **more: Any) -> FullOptions:
     """The options of a run in ``place``/out, and everything it needs beside it."""
     make_models(place / "models")
-    scoring = Settings(
-        tasks=(), out=place / "out", backend="numpy", max_tokens=8, limit=COUNT, batch=16, judge="judge",
-        judge_url=judge_url, annotator="stand_in", alpaca_command=make_alpaca(place / "bin"),
-    )  # fmt: skip
-    data = [f"{name}={path}" for name, path in make_data(place / "data").items()]
-    return full_options(scoring, models_dir=place / "models", data=data, threads=1, **more)
+    data = tuple(f"{name}={path}" for name, path in make_data(place / "data").items())
+    said = {
+        "scale": "13b", "out": place / "out", "backend": "numpy", "max_tokens": 8, "limit": COUNT,
+        "batch": 16,
+        "judge": "judge", "judge_url": judge_url, "annotator": "stand_in",
+        "alpaca_command": make_alpaca(place / "bin"), "models_dir": place / "models", "data": data,
+        "threads": 1,
+    }  # fmt: skip
+    return build(ExperimentOptions, said | more).full("della paper --scale 13b")
 
 
 def command(place: Path, judge_url: str) -> list[str]:

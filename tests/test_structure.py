@@ -37,7 +37,7 @@ FENCES = {
     "yaml": ["recipe.text"],
     "huggingface_hub": ["checkpoint.source"],
     "numba": ["merging.kernels.compile"],
-    "typer": ["cli.main", "cli.options", "cli.paper"],
+    "typer": ["cli.main", "cli.options"],
     "rich": ["cli.console"],
     "openai": ["evaluate.endpoint"],
     "tokenizers": ["evaluate.tokenizer"],

@@ -161,7 +161,7 @@ _register("verify", derived(verify))
 _register("methods", derived(cli_methods.methods))
 _register("eval", derived(cli_evaluate.evaluate))
 _register("calibrate", derived(cli_calibrate.calibrate))
-_register("paper", cli_paper.paper)
+_register("paper", derived(cli_paper.paper))
 
 
 def _with_values(arguments: list[str]) -> list[str]:

@@ -23,9 +23,9 @@ from della.errors import EvaluationError
 from della.evaluate.backends import Model
 from della.evaluate.evaluation import Progress, Result, evaluate
 from della.evaluate.generations import Store
+from della.evaluate.options import EvaluationOptions
 from della.evaluate.problems import load
 from della.evaluate.scoring import Score
-from della.evaluate.settings import Settings
 from della.experiments import full_data
 from della.experiments.bench import Bench, Scored
 from della.experiments.cells import Cell, as_text
@@ -52,7 +52,7 @@ class FullOptions:
     """
 
     out: Path
-    scoring: Settings
+    scoring: EvaluationOptions
     tables: tuple[int, ...] = TABLES
     grid: Grid = GRID
     seeds: int = 3
@@ -154,7 +154,7 @@ class _Run:
         results = self._evaluated(cell, self._settings(cell, split))
         return {result.task: {score.metric: _stored(score) for score in result.scores} for result in results}
 
-    def _settings(self, cell: Cell, split: str) -> Settings:
+    def _settings(self, cell: Cell, split: str) -> EvaluationOptions:
         """GSM8K is judged on test alone: choosing by exact match costs nothing."""
         scoring = self._options.scoring
         return replace(
@@ -162,7 +162,7 @@ class _Run:
             judge=scoring.judge if split == "test" else None, fresh=False, score_only=False,
         )  # fmt: skip
 
-    def _evaluated(self, cell: Cell, settings: Settings) -> list[Result]:
+    def _evaluated(self, cell: Cell, settings: EvaluationOptions) -> list[Result]:
         """Answers first, then the merge may go, and then what a judge says of them."""
         plain = replace(settings, judge=None, annotator=None)
         model = Model(cell.name, self._place(cell))
@@ -212,7 +212,7 @@ class _Run:
         return str(path.absolute())
 
 
-def _check_settings(path: Path, scoring: Settings, found: Mapping[str, str]) -> None:
+def _check_settings(path: Path, scoring: EvaluationOptions, found: Mapping[str, str]) -> None:
     """Refuse to mix answers of other models or other settings with those that are there."""
     now = {
         "backend": scoring.backend, "templates": dict(scoring.templates), "prompt": scoring.prompt,
@@ -227,7 +227,7 @@ def _check_settings(path: Path, scoring: Settings, found: Mapping[str, str]) -> 
     disk.put(path, (json.dumps(then | now, indent=1) + "\n").encode())
 
 
-def _is_answered(model: Model, settings: Settings) -> bool:
+def _is_answered(model: Model, settings: EvaluationOptions) -> bool:
     """Whether the answers to all problems are stored."""
     for task in settings.tasks:
         path = settings.out / model.name / f"{task}.jsonl"

@@ -20,12 +20,12 @@ from stub_server import Reply, Request, Status, StubServer
 
 from della import api
 from della.errors import EvaluationError
-from della.evaluate.settings import Settings
 from della.experiments import full_data
 from della.experiments.full import FullOptions, plan_full, run_full
-from della.experiments.full_options import full_options
 from della.experiments.full_rows import GRID
+from della.experiments.options import ExperimentOptions
 from della.experiments.published import MERGES, published
+from della.options import build
 
 pytest.importorskip("openai", reason="the judge is spoken to by the package openai")
 pytest.importorskip("tokenizers", reason="the stand-ins answer by the demo's tokenizer")
@@ -295,23 +295,21 @@ def test_the_papers_averages_are_those_of_its_columns_but_one() -> None:
     ("wrong", "message"),
     [
         ({"tables": "1;3"}, "--tables 1;3: expected numbers with commas between them"),
-        ({"tables": "8"}, "tables (8,): expected some of 1 to 7"),
         ({"judge_price": "30"}, "--judge-price 30: expected READ,WRITTEN, such as 30,60"),
         ({"tokens_per_second": 0.0}, "--tokens-per-second 0: expected a number above 0"),
         ({"models": ["lm"]}, "--models lm: expected ROLE=MODEL"),
         ({"data": ["mbpp="]}, "--data mbpp=: expected NAME=FILE"),
     ],
 )
-def test_options_that_cannot_be_are_told(wrong: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_options_that_cannot_be_are_told(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(EvaluationError) as raised:
-        full_options(Settings(tasks=(), out=tmp_path), **wrong)
+        build(ExperimentOptions, wrong).full("")
     assert str(raised.value) == message
 
 
 def test_options_are_the_papers_where_nothing_is_said(tmp_path: Path) -> None:
-    options = full_options(
-        Settings(tasks=(), out=tmp_path), tables="1,3,1", lambdas="1", window=0.2, models=["lm=a=b"],
-        judge_price="30,60",
-    )  # fmt: skip
+    said = {"out": tmp_path, "tables": "1,3,1", "lambdas": "1", "window": 0.2, "models": ["lm=a=b"]}
+    options = build(ExperimentOptions, said | {"judge_price": "30,60"}).full("")
     assert (options.tables, options.grid) == ((1, 3), replace(GRID, lambdas=(1.0,), epsilons=(0.1,)))
     assert (options.out, options.models, options.rates.judge_price) == (tmp_path, {"lm": "a=b"}, (30.0, 60.0))
+    assert (options.scoring.backend, options.scoring.max_tokens, options.seeds) == ("vllm", 512, 3)
