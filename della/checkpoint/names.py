@@ -17,6 +17,16 @@ DEVICE = re.compile(
 MOST_NAME_BYTES, MOST_PATH_BYTES = 255, 1000
 
 
+def is_windows_name(name: str) -> bool:
+    """Whether Windows takes a name for a file's as it stands: it trims some, and some are devices.
+
+    >>> [is_windows_name(name) for name in ("model.safetensors", "nul", "out.", "a:b")]
+    [True, False, False, False]
+    """
+    signs = set(name) & set('<>:"/\\|?*') or any(letter < " " for letter in name)
+    return bool(name) and not signs and name == name.rstrip(" .") and not DEVICE.fullmatch(name)
+
+
 def why_hostile(file: str, suffix: str) -> str:
     """What is wrong with a shard's name, or "".  Subfolders are fine; all that some system or program could
     read as a way out, as another file or as no file is not."""

@@ -33,7 +33,7 @@ from della.checkpoint.weights import Weights
 from della.errors import CheckpointError, Problem, suggest
 
 HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>\w[\w./-]*))?", re.ASCII)
-WINDOWS_PATH = re.compile(r"[A-Za-z]:[\\/]|\\\\|[^/]*\\")
+WINDOWS_PATH = re.compile(r"[A-Za-z]:/|.*\\")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 FIRST_READ = 1 << 17  # holds the whole header of most files, so most need one request
 

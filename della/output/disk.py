@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from della.checkpoint.files import PLAIN, read_at, turn
+from della.checkpoint.names import is_windows_name
 from della.errors import OutputError
 
 if sys.platform == "win32":
@@ -154,6 +155,11 @@ def is_running(pid: int, since: str) -> bool:
 
 
 # ---- files ----
+
+
+def can_be_called(name: str) -> bool:
+    """Whether a file can have this name here, if its form is right."""
+    return sys.platform != "win32" or is_windows_name(name)
 
 
 def open_plain(path: Path, flags: int) -> int | None:

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from della.errors import OutputError, Problem
-from della.output.disk import explained, user
+from della.output.disk import can_be_called, explained, user
 
 MANIFEST = "della.json"
 MOST_NAME_BYTES = 255 - len("..della-staging")  # what stands beside it has a longer name
@@ -42,6 +42,9 @@ def _complaints(out: Path, overwrite: bool, single_file: bool, inputs: Iterable[
     if not is_name(out):
         said = f"cannot be the name of a model, which has 1 to {MOST_NAME_BYTES} bytes and no NUL"
         yield Problem(f"{str(out)[:1000]!r} {said}")
+        return
+    if not can_be_called(out.name):
+        yield Problem("Windows takes this name for a device, or changes it", "choose another place", str(out))
         return
     if single_file and out.suffix != ".safetensors":
         yield Problem("one file was asked for", "its name must end in .safetensors", str(out))

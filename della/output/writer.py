@@ -179,7 +179,7 @@ class StagedOutput:
     def add_file(self, name: str, content: bytes) -> None:
         """Adds a side file.  Raises OutputError."""
         taken = {self._index, *(shard.name for shard in self.shards)}
-        if name in ("", ".", "..", *taken) or set(name) & set("/\\:\0"):
+        if name in ("", ".", "..", *taken) or set(name) & set("/\\:\0") or not disk.can_be_called(name):
             raise OutputError(
                 f"{self.out}: {name!r} cannot be the name of a side file; a plain name is needed"
             )

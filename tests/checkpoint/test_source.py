@@ -132,7 +132,7 @@ def test_references_that_lead_nowhere(tmp_path: Path, monkeypatch: pytest.Monkey
     for long in ("a" * 300, "a" * 5000, "a/" * 4000):
         assert refusal(long) == f"{f'{tmp_path}/{long}'[:1000]}: cannot be opened (File name too long)"
     assert refusal("x.json", base) == f"{base}/x.json: not a model: expected a folder or a .safetensors file"
-    for path in ("C:\\models\\x", "C:/models/x", "\\\\host\\x", "models\\x"):
+    for path in ("C:\\models\\x", "C:/models/x", "\\\\host\\x", "models\\x", "./a\\b", "a/b\\c"):
         assert refusal(path) == (
             f"{path}: a Windows path, and this is not Windows; write it with / (under WSL: /mnt/c/...)"
         )
