@@ -15,9 +15,10 @@ import numpy as np
 from della.checkpoint.norms import checked, misfit
 from della.dtypes import Array, DType, of_array, round_to, widen
 from della.errors import CheckpointError, Collector, OutputError, Problem, RecipeError, suggest, unknown
+from della.merging.random import DEFAULT_SEED
 from della.merging.registry import ALL_PARAMETERS, METHODS, Method, Parameter
 from della.merging.tile import Expert, Subject, canonical
-from della.random import DEFAULT_SEED
+from della.options import TILE
 from della.recipe import values as recipe_values
 
 
@@ -169,7 +170,7 @@ def _merge(
     wide = [widen(np.asarray(models[t], order="C")) for t in order]
     root = None if base is None else widen(np.asarray(base, order="C"))
     if all(array.dtype == np.float32 for array in (*wide, *([] if root is None else [root]))):
-        return merge_arrays(method, subject, root, wide)
+        return merge_arrays(method, subject, root, wide, TILE)
     double = [array.astype(np.float64) for array in wide]
     return method.whole(subject, None if root is None else root.astype(np.float64), double)
 

@@ -10,7 +10,6 @@ import numpy as np
 from della.dtypes import Array
 from della.merging.method import Method
 from della.merging.tile import Passes, Subject, Tile, Workspace, cut
-from della.options import TILE
 
 
 def merged(
@@ -37,7 +36,7 @@ def merged(
 
 
 def merge_arrays(
-    method: Method, subject: Subject, base: Array | None, models: Sequence[Array], tile: int = TILE,
+    method: Method, subject: Subject, base: Array | None, models: Sequence[Array], tile: int,
     learnt: Any = None,
 ) -> Array:  # fmt: skip
     """Merge arrays in memory, with the bytes of `Method.whole`.
@@ -62,7 +61,7 @@ def merge_arrays(
 
 
 def array_tiles(
-    method: Method, subject: Subject, base: Array | None, models: Sequence[Array], tile: int = TILE
+    method: Method, subject: Subject, base: Array | None, models: Sequence[Array], tile: int
 ) -> Passes:
     """Passes over tiles of arrays; arguments as for `merge_arrays`."""
     flat, parts = None if base is None else base.reshape(-1), [model.reshape(-1) for model in models]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from della.dtypes import Array
-from della.random import DEFAULT_SEED, stream_key
+from della.merging.random import DEFAULT_SEED, stream_key
 
 
 class Grain(Enum):

@@ -15,8 +15,8 @@ from typing import Any
 
 from della.dtypes import RECIPE_NAMES, DType
 from della.errors import Collector, Location, RecipeError, clip, distinct, suggest
+from della.merging.random import DEFAULT_SEED
 from della.merging.registry import ALL_PARAMETERS, LATER_METHODS, METHODS, Method, Parameter
-from della.random import DEFAULT_SEED
 from della.recipe.models import ModelEntry, Recipe
 from della.recipe.overrides import apply_overrides
 from della.recipe.settings import Setting, read_setting, read_value

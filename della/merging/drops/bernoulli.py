@@ -12,8 +12,8 @@ from della.merging import reference
 from della.merging.drops.drop import Drop
 from della.merging.method import Parameter
 from della.merging.options import DENSITY, RESCALE
+from della.merging.random import systematic_shift, uniforms
 from della.merging.tile import Subject, Tile
-from della.random import systematic_shift, uniforms
 
 Stream = tuple[int, int]  # key and rotation of the uniforms of one expert
 

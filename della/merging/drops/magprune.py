@@ -15,8 +15,8 @@ from della.merging.drops.bernoulli import COUPLING, Bernoulli
 from della.merging.drops.drop import WANDA, tile_saliency
 from della.merging.method import Parameter
 from della.merging.options import DENSITY, IMPORTANCE, RESCALE
+from della.merging.random import bits64
 from della.merging.tile import Grain, Passes, Subject, Tile
-from della.random import bits64
 
 EPSILON = Parameter(
     "epsilon", "model", float, None, "half the range of keep probabilities: from density - epsilon to "

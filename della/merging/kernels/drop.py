@@ -17,7 +17,7 @@ import numpy as np
 
 from della.dtypes import MAGNITUDE_BITS
 from della.merging.kernels.compile import inlined, kernel
-from della.random import GAMMA, MIX1, MIX2
+from della.merging.random import GAMMA, MIX1, MIX2
 
 _GAMMA, _MIX1, _MIX2 = np.uint64(GAMMA), np.uint64(MIX1), np.uint64(MIX2)
 _TICKS = np.int64((1 << 24) - 1)

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from della.random import bits64, stream_key, systematic_shift, uniforms
+from della.merging.random import bits64, stream_key, systematic_shift, uniforms
 
 
 def test_bits_are_splitmix64() -> None:
