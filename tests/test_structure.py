@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import della
+from della.merging.registry import ALL_PARAMETERS, METHODS
 
 ROOT = Path(__file__).parent.parent
 MOST_LINES, MOST_LINES_OF_A_FUNCTION = 400, 60
@@ -265,3 +266,29 @@ def test_nothing_is_too_long(folder: str) -> None:
                 if length > MOST_LINES_OF_A_FUNCTION:
                     too_long.append(f"{path}: {node.name}: {length} lines")
     assert too_long == []
+
+
+# Rooms in which an option is an object; and what only looks like a comparison with an option's value there.
+RESOLVED = ("checkpoint", "output", "merging", "recipe", "planning", "running", "arrays", "api", "cli.main")
+HOMONYMS = {"p.scope == 'model'", "scope == 'model'", "'tensor' in record"}
+
+
+def compared(path: Path) -> Iterator[tuple[str, set[str]]]:
+    """Every comparison in a module, with the words that it compares with."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, (ast.Compare, ast.MatchValue)):
+            words = (each.value for each in ast.walk(node) if isinstance(each, ast.Constant))
+            yield ast.unparse(node), {word for word in words if isinstance(word, str)}
+
+
+def test_no_method_or_option_is_compared_by_name() -> None:
+    """Options become objects once (VOTES["count"]); a method says what it is (needs_base, grain, ...)."""
+    names = set(METHODS) | {value for p in ALL_PARAMETERS.values() for value in p.choices}
+    found = {
+        (name, text)
+        for name, path in modules().items()
+        if name in RESOLVED or room(name) in RESOLVED
+        for text, words in compared(path)
+        if words & names
+    }
+    assert {text for _, text in found} <= HOMONYMS, found

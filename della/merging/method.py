@@ -140,6 +140,8 @@ class Method(ABC):
     needs_base: ClassVar[bool] = True
     of_deltas: ClassVar[bool] = True
     """Whether tiles hold expert - base instead of the experts' weights."""
+    one_by_one: ClassVar[bool] = False
+    """Whether `Tile.each` is enough, which needs less memory than all values of a tile at once."""
     is_random: ClassVar[bool] = False
     """Whether the seed can change the result."""
     is_in_mergekit: ClassVar[bool] = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -95,7 +95,8 @@ class Tile:
 
     ``values`` are the experts' deltas; the weights themselves for a method with ``of_deltas = False``.  They
     may be overwritten.  A row is whole but for Grain.ELEMENT, which has one row of any length; a tile of
-    Grain.TENSOR is the tensor.  Without a base, ``base`` is None.
+    Grain.TENSOR is the tensor.  Without a base, ``base`` is None; for a method that is `one_by_one` there are
+    no ``values``, but `each`.
     """
 
     subject: Subject
@@ -103,6 +104,13 @@ class Tile:
     base: Array | None
     values: Array
     workspace: Workspace
+    stream: Iterator[Array] | None = None
+
+    @property
+    def each(self) -> Iterable[Array]:
+        """The values (rows, n) of one expert after the other, to be asked for once; for a method that is
+        `one_by_one` they are read meanwhile, into one buffer."""
+        return self.values if self.stream is None else self.stream
 
     @property
     def shape(self) -> tuple[int, int]:

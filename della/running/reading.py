@@ -61,14 +61,30 @@ class Reader:
             base = None
             if job.reads_base:
                 base = self._floats(job.base, start, self.workspace.array("base", (rows * n,)))
+            own = None if base is None else base.reshape(rows, n)
+            if job.method.one_by_one:
+                none = np.empty((0, rows, n), np.float32)
+                yield Tile(subject, start, own, none, self.workspace, self._stream(start, (rows, n), base))
+                continue
             values = self.workspace.array("tile", (len(operands), rows * n))
-            for each, own in zip(operands, values, strict=True):
-                if base is not None and job.method.of_deltas:
-                    self._subtract(each, start, base, own)
-                else:
-                    self._floats(each.view, start, own, base)
-            own_base = None if base is None else base.reshape(rows, n)
-            yield Tile(subject, start, own_base, values.reshape(-1, rows, n), self.workspace)
+            for operand, mine in zip(operands, values, strict=True):
+                self._values(operand, start, base, mine)
+            yield Tile(subject, start, own, values.reshape(-1, rows, n), self.workspace)
+
+    def _stream(self, start: int, shape: tuple[int, int], base: Array | None) -> Iterator[Array]:
+        """The values of one operand after the other, in one buffer."""
+        for operand in self.job.operands:
+            values = self.workspace.array("tile", (shape[0] * shape[1],))
+            self._values(operand, start, base, values)
+            yield values.reshape(shape)
+
+    def _values(self, operand: Operand, start: int, base: Array | None, out: Array) -> None:
+        """What the method takes of an operand: its delta, or its weights."""
+        assert self.job.method is not None
+        if base is not None and self.job.method.of_deltas:
+            self._subtract(operand, start, base, out)
+        else:
+            self._floats(operand.view, start, out, base)
 
     def _floats(self, view: TensorView, start: int, values: Array, base: Array | None = None) -> Array:
         """Elements of a view from ``start`` on into ``values`` (flat float32), which is returned."""

@@ -24,6 +24,7 @@ class Linear(Method):
     takes = (WEIGHT, NORMALIZE)
     defaults = {"normalize": True}  # noqa: RUF012
     needs_base = of_deltas = False
+    one_by_one = True
     is_wide_in_mergekit = True
     nanoseconds = 0.6
 
@@ -50,7 +51,7 @@ class Linear(Method):
 
         weights = [np.float32(w) for w in tile.subject.column("weight")]
         out.fill(0)
-        for weight, values in zip(weights, tile.values, strict=True):
+        for weight, values in zip(weights, tile.each, strict=True):
             cast.accumulate(out.reshape(-1), weight, values.reshape(-1))
         if self.shared["normalize"]:
             np.divide(out, sum(weights, np.float32(0)), out=out)
