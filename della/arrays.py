@@ -28,13 +28,33 @@ def magprune(
     input_norms: Any = None,
 ) -> Any:  # fmt: skip
     """Drop by MAGPRUNE (arXiv 2406.11617, section 2.1): keep each delta with a probability that grows with
-    the rank of its magnitude in its row, from density - epsilon to density + epsilon, and divide survivors by
-    it.
+    the rank of its magnitude in its row, and divide survivors by it.
 
-    delta: a float array of any shape; a row is its last axis.  name
-    and expert key the random stream together with seed.  input_norms: of a delta (out, in), an array of in
-    norms; then |delta| times its norm is ranked (importance: wanda).  Returns float32 (float64 for float64)
-    of the same shape. Raises RecipeError for values out of range, CheckpointError for arrays that do not fit.
+    Args:
+        delta: floats of any shape; a row is its last axis.
+        density: the mean probability, above 0 and up to 1.
+        epsilon: probabilities run from density - epsilon to density + epsilon.
+        seed: with ``name`` and ``expert`` it keys the random stream.
+        name: the tensor's name.
+        expert: the expert's identity.
+        rank_by: what is ranked, and within what, as in a recipe.
+        ladder: how a rank becomes a probability, as in a recipe.
+        rescale: what survivors are divided by, as in a recipe.
+        input_norms: of a delta (out, in), the norms of the ``in`` input features; then |delta| times its norm
+            is ranked (``importance: wanda``).
+
+    Returns:
+        float32 (float64 for float64) of the same shape; a torch tensor for one.
+
+    Raises:
+        RecipeError: a value is out of range.
+        CheckpointError: an array does not fit.
+
+    Example:
+        >>> import della, numpy as np
+        >>> delta = np.array([[0.5, -0.25, 0.125, 1.0]], np.float32)
+        >>> della.magprune(delta, density=0.5, epsilon=0.25)
+        array([[0.85714287, 0.        , 0.        , 1.3333334 ]], dtype=float32)
     """
     values = widen(_as_array(delta, "delta"))
     method = METHODS["della_linear"]
@@ -54,18 +74,37 @@ def merge_tensors(
     input_norms: Sequence[Any] | None = None, seed: int = DEFAULT_SEED, name: str = "tensor",
     **parameters: Any,
 ) -> Any:  # fmt: skip
-    """Merge one tensor: Drop, Elect, Fuse as in ``della merge``, with the same bytes as a merge of
-    checkpoints.
+    """Merge one tensor: Drop, Elect, Fuse, with the same bytes as a merge of checkpoints.
 
-    base: a float array (None for method "linear"); experts: arrays of its shape.  weights, density, epsilon,
-    gamma: one value for all experts or one each.  names: the experts' identities, which key their random
-    streams (default "expert1", ...).  name: the tensor's name, which keys the stream too.  parameters: the
-    recipe's shared parameters (``lambda_``, ``rank_by``, ``rescale``, ``vote``, ``fuse``, ``normalize``,
-    ...).  input_norms: for ``importance="wanda"``, for each expert an array of the norms of this tensor's
-    input features, or a mapping that has it under ``name``; where it has none, |delta| is ranked.
+    Args:
+        base: floats of any shape; None for a method that needs no base.
+        experts: arrays of the same shape.
+        method: its name in a recipe.
+        weights: one value for all experts, or one each; so are the next three.
+        density: the share of deltas that is kept.
+        epsilon: half the range of keep probabilities (della).
+        gamma: the share of largest deltas that is dropped (breadcrumbs).
+        names: the experts' identities, which key their random streams (by default expert1, expert2, ...).
+        input_norms: for ``importance="wanda"``, for each expert the norms of this tensor's input features, or
+            a mapping that has them under ``name``; where it has none, |delta| is ranked.
+        seed: of the random draws.
+        name: the tensor's name, which keys the streams too.
+        parameters: the recipe's shared parameters (``lambda_``, ``rank_by``, ``vote``, ``normalize``, ...).
 
-    Returns an array (a torch tensor for a torch base) of the base's dtype, or of the first expert's for
-    "linear", whose base has no part.  Raises RecipeError, CheckpointError or OutputError.
+    Returns:
+        An array of the base's dtype (of the first expert's where the method needs no base); a torch tensor
+        where that is one.
+
+    Raises:
+        RecipeError: an argument cannot be.
+        CheckpointError: an array does not fit the others.
+        OutputError: a value is too large for the dtype.
+
+    Example:
+        >>> import della, numpy as np
+        >>> base, one, two = np.zeros(3, np.float32), np.float32([1, -2, 0]), np.float32([3, 1, 1])
+        >>> della.merge_tensors(base, [one, two], method="ties", density=1.0)
+        array([ 2., -2.,  1.], dtype=float32)
     """
     row, shared = _method(method), _shared(_method(method), parameters)
     models = [_as_array(e, f"{name} of expert {k}") for k, e in enumerate(experts, 1)]
@@ -99,11 +138,26 @@ def merge_tensors(
 def merge_state_dicts(
     base: Mapping[str, Any] | None, experts: Sequence[Mapping[str, Any]], **options: Any
 ) -> dict[str, Any]:
-    """`merge_tensors` over whole models given as mappings from names to arrays; the options are its own, but
-    ``name``.
+    """Merge whole models, given as mappings from names to arrays.
 
-    Tensors that are not float are copied from the base; what it lacks is left out.  Raises CheckpointError
-    where an expert lacks a tensor, and where ``input_norms`` (mappings, here) name one that the base lacks.
+    Args:
+        base: the base; None for a method that needs none.
+        experts: models that have every tensor of the base; what it lacks is left out.
+        options: those of `merge_tensors` but ``name``; ``input_norms`` are mappings here.
+
+    Returns:
+        The merged model; tensors that are not floats are the base's.
+
+    Raises:
+        RecipeError: an option cannot be.
+        CheckpointError: an expert lacks a tensor, an array does not fit, or norms are of no tensor.
+        OutputError: a value is too large for its dtype.
+
+    Example:
+        >>> import della, numpy as np
+        >>> base, expert = {"w": np.float32([1, 2])}, {"w": np.float32([3, 2])}
+        >>> della.merge_state_dicts(base, [expert], method="task_arithmetic", weights=0.5)
+        {'w': array([2., 2.], dtype=float32)}
     """
     if not experts:
         raise RecipeError(Problem("no experts: at least one is needed", parameter="experts"))

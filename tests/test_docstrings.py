@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent / "della"
 OPTIONAL = {"datasets", "openai", "peft", "tokenizers", "torch", "transformers", "vl_convert"}
 
 # Public names whose docstrings lack something.  This list only shrinks.
-LACKING = ["magprune", "merge_state_dicts", "merge_tensors"]
+LACKING: list[str] = []
 
 
 def _with_examples() -> list[str]:
