@@ -85,15 +85,14 @@ def merge_tensors(
         epsilon: half the range of keep probabilities (della).
         gamma: the share of largest deltas that is dropped (breadcrumbs).
         names: the experts' identities, which key their random streams (by default expert1, expert2, ...).
-        input_norms: for ``importance="wanda"``, for each expert the norms of this tensor's input features, or
-            a mapping that has them under ``name``; where it has none, |delta| is ranked.
+        input_norms: for ``importance="wanda"``, for each expert the norms of this tensor's input features or a
+            mapping that may have them under ``name``; where there are none, |delta| is ranked.
         seed: of the random draws.
         name: the tensor's name, which keys the streams too.
         parameters: the recipe's shared parameters (``lambda_``, ``rank_by``, ``vote``, ``normalize``, ...).
 
     Returns:
-        An array of the base's dtype (of the first expert's where the method needs no base); a torch tensor
-        where that is one.
+        An array of the base's dtype (the first expert's where there is no base); a torch tensor for one.
 
     Raises:
         RecipeError: an argument cannot be.
@@ -121,11 +120,8 @@ def merge_tensors(
         if model.shape != root.shape:
             said = f"has shape {list(model.shape)}, expected {list(root.shape)}"
             raise CheckpointError(Problem(said, subject=f"{name} of expert {k}", tensor=name))
+    identities = _identities(names, len(models))
     columns = {"weight": weights, "density": density, "epsilon": epsilon, "gamma": gamma}
-    identities = list(names) if names is not None else [f"expert{k}" for k in range(1, len(models) + 1)]
-    if len(identities) != len(models) or len(set(identities)) != len(models):
-        said = f"names: expected {len(models)} different names, found {identities}"
-        raise RecipeError(Problem(said, parameter="names"))
     own = _own(columns, identities)
     _check(row, shared, dict(zip(identities, own, strict=True)))
     picked = row(shared)
@@ -284,6 +280,14 @@ def _like(template: Any, result: Array) -> Any:
 
 def _is_torch(value: Any) -> bool:
     return type(value).__module__.partition(".")[0] == "torch"
+
+
+def _identities(names: Sequence[str] | None, experts: int) -> list[str]:
+    found = [f"expert{k}" for k in range(1, experts + 1)] if names is None else list(names)
+    if len(found) != experts or len(set(found)) != experts:
+        said = f"names: expected {experts} different names, found {found}"
+        raise RecipeError(Problem(said, parameter="names"))
+    return found
 
 
 def _method(name: str) -> type[Method]:
