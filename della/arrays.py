@@ -84,11 +84,11 @@ def merge_tensors(
         density: the share of deltas that is kept.
         epsilon: half the range of keep probabilities (della).
         gamma: the share of largest deltas that is dropped (breadcrumbs).
-        names: the experts' identities, which key their random streams (by default expert1, expert2, ...).
-        input_norms: for ``importance="wanda"``, for each expert the norms of this tensor's input features or a
-            mapping that may have them under ``name``; where there are none, |delta| is ranked.
+        names: identities that key the experts' random streams (by default expert1, expert2, ...).
+        input_norms: for ``importance="wanda"``, for each expert the norms of this tensor's input features, or
+            a mapping that may have them under ``name``; where there are none, |delta| is ranked.
         seed: of the random draws.
-        name: the tensor's name, which keys the streams too.
+        name: the tensor's name, which keys them too.
         parameters: the recipe's shared parameters (``lambda_``, ``rank_by``, ``vote``, ``normalize``, ...).
 
     Returns:
@@ -107,24 +107,22 @@ def merge_tensors(
     """
     row, shared = _method(method), _shared(_method(method), parameters)
     models = [_as_array(e, f"{name} of expert {k}") for k, e in enumerate(experts, 1)]
-    if not models:
-        raise RecipeError(Problem("no experts: at least one is needed", parameter="experts"))
+    _some(experts)
     if base is None and row.needs_base:
         raise RecipeError(Problem(f"{method} needs a base", parameter="base"))
     base = base if row.needs_base else None
     root = models[0] if base is None else _as_array(base, f"{name} of the base")
-    if why := row(shared).whole_model:
+    picked = row(shared)
+    if why := picked.whole_model:
         fix = f"merge checkpoints instead, or use {why.instead}"
         raise RecipeError(Problem(f"{why.option} needs the whole model", fix, parameter=why.option.parameter))
     for k, model in enumerate(models, 1):
         if model.shape != root.shape:
             said = f"has shape {list(model.shape)}, expected {list(root.shape)}"
             raise CheckpointError(Problem(said, subject=f"{name} of expert {k}", tensor=name))
-    identities = _identities(names, len(models))
     columns = {"weight": weights, "density": density, "epsilon": epsilon, "gamma": gamma}
-    own = _own(columns, identities)
+    own = _own(columns, identities := _identities(names, len(models)))
     _check(row, shared, dict(zip(identities, own, strict=True)))
-    picked = row(shared)
     norms = _all_norms(picked, input_norms, name, root.shape, len(models))
     made = [row.expert(*each) for each in zip(identities, own, norms, strict=True)]
     merged = _merge(picked, None if base is None else root, models, made, seed, name)
@@ -155,8 +153,7 @@ def merge_state_dicts(
         >>> della.merge_state_dicts(base, [expert], method="task_arithmetic", weights=0.5)
         {'w': array([2., 2.], dtype=float32)}
     """
-    if not experts:
-        raise RecipeError(Problem("no experts: at least one is needed", parameter="experts"))
+    _some(experts)
     root = experts[0] if base is None or not _method(options.get("method", "della")).needs_base else base
     problems = Collector(CheckpointError)
     for k, expert in enumerate(experts, 1):
@@ -280,6 +277,11 @@ def _like(template: Any, result: Array) -> Any:
 
 def _is_torch(value: Any) -> bool:
     return type(value).__module__.partition(".")[0] == "torch"
+
+
+def _some(experts: Sequence[Any]) -> None:
+    if not experts:
+        raise RecipeError(Problem("no experts: at least one is needed", parameter="experts"))
 
 
 def _identities(names: Sequence[str] | None, experts: int) -> list[str]:
