@@ -28,12 +28,15 @@ class Store:
 
     settings: everything that the answers depend on, as JSON; None takes a file as it is.  Answers of
     other settings are refused, unless they are to be forgotten (``fresh``).  ``records`` are the
-    finished ones, each with its "id"; ``settings`` is what they were made with.  Raises EvaluationError, and
-    OutputError where the disk refuses.
+    finished ones, each with its "id"; ``settings`` is what they were made with.  of: what they are.
+    Raises EvaluationError, and OutputError where the disk refuses.
     """
 
-    def __init__(self, path: Path, settings: Mapping[str, Any] | None, *, fresh: bool = False) -> None:
-        self.path = path
+    def __init__(
+        self, path: Path, settings: Mapping[str, Any] | None, *, fresh: bool = False,
+        of: str = "answers",
+    ) -> None:  # fmt: skip
+        self.path, self._of = path, of
         self.records: dict[str, Record] = {}
         self.settings: Record | None = json.loads(json.dumps(settings))
         self._adding = threading.Lock()
@@ -116,8 +119,8 @@ class Store:
             end += len(line) + 1
         if others and self.records:
             raise EvaluationError(
-                f"{self.path}: its answers are of other settings: {others}; choose another --out, or begin "
-                "anew with --fresh"
+                f"{self.path}: its {self._of} are of other settings: {others}; choose another --out"
+                + (", or begin anew with --fresh" if self._of == "answers" else "")
             )
         return 0 if others else end
 

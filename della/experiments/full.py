@@ -85,7 +85,10 @@ def run_full(
     began, wanted = time.monotonic(), rows(options.tables, options.grid, options.seeds)
     run = _Run(options, wanted, tell, progress)
     found = []
-    with Store(options.out / "scores.jsonl", {"scale": "13b"}) as store, Bench(run, store, tell) as bench:
+    with (
+        Store(options.out / "scores.jsonl", {"scale": "13b"}, of="scores") as store,
+        Bench(run, store, tell) as bench,
+    ):
         for number, row in enumerate(wanted, 1):
             chosen = replace(row, candidates=(_chosen(bench, row),))
             tell(f"[{number}/{len(wanted)}] table {row.table}, {row.group}, {row.label}: {chosen.cell.name}")

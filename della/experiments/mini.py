@@ -80,7 +80,7 @@ def run_mini(options: MiniOptions, tell: Callable[[str], None]) -> Found:
     trio = Trio(items, programs)
     trio.collect_norms()
     settings = {"della": __version__, "trio": trio.digest, "scorer": programs.kind}
-    with Store(options.out / "scores.jsonl", settings) as store:
+    with Store(options.out / "scores.jsonl", settings, of="scores") as store:
         before = len(store.records)
         if before:
             tell(f"{before} scores of an earlier run are used")

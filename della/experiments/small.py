@@ -89,7 +89,7 @@ def run_small(options: SmallOptions, tell: Tell) -> Path:
         )
     scorer = Merged(options, experts, _items(options, experts), tell)
     with (
-        Store(options.out / "scores.jsonl", {"scale": "135m"}) as store,
+        Store(options.out / "scores.jsonl", {"scale": "135m"}, of="scores") as store,
         Bench(scorer, store, tell, tokens=scorer.tokens, made_of=MADE_OF) as bench,
     ):
         made = _run(bench, options.seeds)

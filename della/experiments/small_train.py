@@ -1,6 +1,6 @@
 """The three experts of the 135 M experiment: LoRA on every linear layer, folded into full weights.
 
-A run that was cut short goes on from its last checkpoint.  Needs the extra train.
+A run that was cut short is resumed from its last checkpoint.  Needs the extra train.
 """
 
 from __future__ import annotations

@@ -145,7 +145,7 @@ def _series(marks: Sequence[Mark]) -> list[str]:
 
 
 def _shifts(marks: Sequence[Mark], places: Sequence[float]) -> dict[str, float]:
-    """Small steps aside, so that the intervals of several series at one place can be told apart."""
+    """Small steps aside, so that the intervals of several series at one x do not cover each other."""
     names = _series(marks)
     gap = min((b - a for a, b in itertools.pairwise(places)), default=0.0)
     width = min(gap * 0.5, (places[-1] - places[0]) * 0.012 * len(names)) if gap else 0.0

@@ -39,7 +39,7 @@ def test_answers_are_lines_and_are_read_again(file: Path) -> None:
         assert list(store.records) == ["1", "2", "3"]
 
 
-def test_wherever_the_end_was_cut_off_whole_lines_stay_and_it_can_be_gone_on_with(file: Path) -> None:
+def test_wherever_the_end_was_cut_off_whole_lines_stay_and_it_can_be_resumed(file: Path) -> None:
     whole = file.read_bytes()
     ends = [at + 1 for at, byte in enumerate(whole) if byte == 10]
     for size in range(len(whole)):

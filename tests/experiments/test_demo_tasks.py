@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from della.experiments.cells import as_text
 from della.experiments.demo import tasks
-from della.experiments.demo.run import SETTINGS, table
+from della.experiments.demo.run import SETTINGS, folder, recipe, table
 from della.experiments.demo.score import kept_gains
 
 
@@ -117,15 +118,15 @@ def test_code_must_be_one_return_line() -> None:
 
 
 def test_recipes_state_only_what_their_method_uses(tmp_path: Path) -> None:
-    by_method = {setting.method: setting.recipe(tmp_path) for setting in SETTINGS}
+    by_method = {cell.method: as_text(recipe(cell, tmp_path)) for cell in SETTINGS.values()}
     assert set(by_method) == {"task_arithmetic", "ties", "dare_ties", "della"}
-    assert len({setting.folder(tmp_path) for setting in SETTINGS}) == len(SETTINGS)
+    assert len({folder(tmp_path, name) for name in SETTINGS}) == len(SETTINGS)
     assert "density" not in by_method["task_arithmetic"]
     assert "epsilon" in by_method["della"]
     assert "epsilon" not in by_method["dare_ties"]
     for text in by_method.values():
         assert text.count("- model: ") == 3
-        assert f'base_model: "{tmp_path / "base"}"' in text
+        assert f"base_model: {tmp_path / 'base'}\n" in text
 
 
 def test_kept_gains_are_0_for_the_base_and_1_for_the_expert() -> None:

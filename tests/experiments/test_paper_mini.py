@@ -428,7 +428,7 @@ def scores(out: Path) -> dict[str, Any]:
 
 
 def test_scores_of_other_problems_are_refused(ran: tuple[Path, dict[str, Any], list[str]]) -> None:
-    with pytest.raises(EvaluationError, match=r"scores\.jsonl: its answers are of other settings"):
+    with pytest.raises(EvaluationError, match=r"scores\.jsonl: its scores are of other settings"):
         run_mini(options(ran[0], items=5), print)
 
 

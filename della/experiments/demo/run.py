@@ -9,64 +9,35 @@ on the validation split; the table is of the test split.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from della.errors import DellaError
 from della.evaluate.tokenizer import load_tokenizer
+from della.experiments.cells import Cell, as_text
 from della.experiments.demo import EXPERTS, TRIO
 from della.experiments.demo.score import ITEMS, kept_gains, score
-
-
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """One merge of the demo: a method with the parameters that its recipe states (None: not stated)."""
-
-    name: str
-    method: str
-    lambda_: float
-    density: float | None = None
-    epsilon: float | None = None
-    normalize: bool | None = None
-
-    def folder(self, out: Path) -> Path:
-        """Where the merged model goes."""
-        return out / self.name.replace(", ", "-").replace(" ", "-")
-
-    def recipe(self, trio: Path) -> str:
-        """The recipe as YAML text."""
-        own = {"weight": 1.0, "density": self.density}
-        shared = {"lambda": self.lambda_, "epsilon": self.epsilon, "normalize": self.normalize}
-        lines = ["models:"]
-        for expert in EXPERTS:
-            lines += [f"  - model: {json.dumps(str(trio / expert))}", "    parameters:", *_stated(own, 6)]
-        lines += [f"base_model: {json.dumps(str(trio / 'base'))}", f"merge_method: {self.method}"]
-        lines += ["parameters:", *_stated(shared, 2), "dtype: bfloat16"]
-        return "\n".join(lines) + "\n"
-
-    def __str__(self) -> str:
-        stated = {"density": self.density, "epsilon": self.epsilon, "lambda": self.lambda_}
-        return " ".join(f"{name} {value:g}" for name, value in stated.items() if value is not None)
-
 
 # The first four were chosen on validation (120 problems a task, seed 42), never on test: of each method the
 # cell with the highest mean kept gain, over lambda 0.5, 0.75, 1 and 1.25 (task arithmetic also 0.25, 0.35 and
 # 0.6), density 0.1, 0.3, 0.5, 0.7 and 0.9, epsilon 0.15 and 0.29 (0.05 and 0.1 where density is 0.1 or 0.9).
 # The last two compare DARE and DELLA at an equal, heavy drop. They are no method's best, and were picked
 # after the grid was seen: at this drop the two are level at lambda 0.5 and part from 0.75 on.
-SETTINGS = (
-    Setting("task_arithmetic", "task_arithmetic", lambda_=0.6),
-    Setting("ties", "ties", lambda_=1.0, density=0.5, normalize=True),
-    Setting("dare_ties", "dare_ties", lambda_=1.0, density=0.7, normalize=True),
-    Setting("della", "della", lambda_=1.0, density=0.7, epsilon=0.15, normalize=True),
-    Setting("dare_ties, drop 0.9", "dare_ties", lambda_=1.0, density=0.1, normalize=True),
-    Setting("della, drop 0.9", "della", lambda_=1.0, density=0.1, epsilon=0.1, normalize=True),
-)
+_MEAN = (("fuse", "mean"),)
+SETTINGS = {
+    "task_arithmetic": Cell(EXPERTS, "task_arithmetic", None, 0.6),
+    "ties": Cell(EXPERTS, "ties", 0.5, settings=_MEAN),
+    "dare_ties": Cell(EXPERTS, "dare_ties", 0.3, settings=_MEAN),
+    "della": Cell(EXPERTS, "della", 0.3, epsilon=0.15, settings=_MEAN),
+    "dare_ties, drop 0.9": Cell(EXPERTS, "dare_ties", 0.9, settings=_MEAN),
+    "della, drop 0.9": Cell(EXPERTS, "della", 0.9, epsilon=0.1, settings=_MEAN),
+}
+SEED = 42
 
 MOST_ITEMS = 300
 
@@ -90,19 +61,36 @@ def table(rows: Sequence[tuple[str, str, Scores, float | None]]) -> str:
     return "\n".join(lines)
 
 
+def folder(out: Path, name: str) -> Path:
+    """Where a merged model goes."""
+    return out / name.replace(", ", "-").replace(" ", "-")
+
+
+def recipe(cell: Cell, trio: Path = TRIO) -> dict[str, Any]:
+    """The recipe of a merge of the trio."""
+    models = {name: str(trio / name) for name in EXPERTS}
+    return replace(cell, seed=SEED).recipe(str(trio / "base"), models, dtype="bfloat16")
+
+
+def stated(cell: Cell) -> str:
+    """The settings of a merge, for the table."""
+    density = None if cell.p is None else round(1 - cell.p, 6)
+    values = {"density": density, "epsilon": cell.epsilon, "lambda": cell.lambda_}
+    return " ".join(f"{name} {value:g}" for name, value in values.items() if value is not None)
+
+
 def merge_all(out: Path) -> float:
     """Merge by every setting into a folder of ``out``, its recipe beside it as .yml; the seconds taken."""
     from della.api import merge
 
     out.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
-    for setting in SETTINGS:
-        folder = setting.folder(out)
-        recipe = out / f"{folder.name}.yml"
-        recipe.write_text(setting.recipe(TRIO), encoding="utf-8")
+    for name, cell in SETTINGS.items():
+        path = folder(out, name).with_suffix(".yml")
+        path.write_text(as_text(recipe(cell)), encoding="utf-8")
         before = time.monotonic()
-        merge(recipe, folder, overwrite=True)
-        print(f"merged {setting.name} in {time.monotonic() - before:.1f} s", flush=True)
+        merge(path, folder(out, name), overwrite=True)
+        print(f"merged {name} in {time.monotonic() - before:.1f} s", flush=True)
     return time.monotonic() - began
 
 
@@ -115,10 +103,10 @@ def demonstrate(out: Path, items: int) -> None:
     experts = {name: scores[name] for name in EXPERTS}
     rows: list[tuple[str, str, Scores, float | None]] = [("base", "", scores["base"], None)]
     rows += [(f"{name} expert", "", experts[name], None) for name in EXPERTS]
-    for setting in SETTINGS:
-        merged = score(setting.folder(out), "test", items)
+    for name, cell in SETTINGS.items():
+        merged = score(folder(out, name), "test", items)
         kept = kept_gains(merged, scores["base"], experts).values()
-        rows.append((setting.name, str(setting), merged, sum(kept) / len(kept)))
+        rows.append((name, stated(cell), merged, sum(kept) / len(kept)))
     print(f"\n{table(rows)}\n")
     print(
         f"{items} held-out problems a task: one standard error of Math and Code is up to "
@@ -145,12 +133,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     return 0
-
-
-def _stated(values: Mapping[str, float | None], indent: int) -> list[str]:
-    return [
-        f"{' ' * indent}{name}: {json.dumps(value)}" for name, value in values.items() if value is not None
-    ]
 
 
 if __name__ == "__main__":
