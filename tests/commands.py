@@ -1,10 +1,19 @@
-"""The command in the process of the tests, as the fixture `command` runs it."""
+"""The command as the fixture `command` runs it in this process; and in a process that can be stopped."""
 
 from __future__ import annotations
 
 import subprocess
+import sys
 from pathlib import Path
 from typing import Protocol
+
+# A background job of a shell ignores SIGINT, and so would its children.
+LISTENING = [
+    sys.executable,
+    "-c",
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
+    "from della.cli.main import main; main()",
+]
 
 
 class Command(Protocol):

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import typer
 from checkpoints import put, tree
-from commands import Command
+from commands import LISTENING, Command
 from llamas import EXPERTS, load, recipe
 
 import della
@@ -292,18 +292,9 @@ def slow(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-# A background job of a shell ignores SIGINT, and so would its children.
-LISTENING = """
-import signal
-signal.signal(signal.SIGINT, signal.default_int_handler)
-from della.cli.main import main
-main()
-"""
-
-
 def start(folder: Path, *arguments: str, **options: Any) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        [sys.executable, "-c", LISTENING, *arguments],
+        [*LISTENING, *arguments],
         cwd=folder,
         env=ENVIRONMENT | {"TERM": "xterm-256color", "COLUMNS": "120"},
         **options,

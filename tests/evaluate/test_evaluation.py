@@ -105,7 +105,7 @@ def test_kill_9_again_and_again_and_nothing_is_asked_for_twice(make: Make, tmp_p
     """What the store holds when an evaluation is killed is never asked for again; of the rest, only what was
     in flight.
     """
-    count, at_once, kills = 60, 3, 5
+    count, at_once, kills = 36, 3, 3
     file = lines(tmp_path / "many.jsonl", *sums(count))
     rng = random.Random(42)
     store = tmp_path / "out/m/gsm8k.jsonl"
