@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from della.errors import CheckpointError, DamageError, DellaError, OutputError, RecipeError
+from della.errors import CheckpointError, DamageError, DellaError, OutputError, Problem, RecipeError
 from della.version import __version__
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ __all__ = [
     "DamageError",
     "DellaError",
     "OutputError",
+    "Problem",
     "RecipeError",
     "__version__",
     "magprune",

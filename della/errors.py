@@ -63,6 +63,14 @@ class Problem:
         where = "".join(f"{part}: " for part in (self.location, self.subject) if part)
         return printable(where + self.said + (f"; {self.fix}" if self.fix else ""))
 
+    def as_dict(self) -> dict[str, Any]:
+        """The problem for JSON: its fields, a location as {source, line, column}; None is left out."""
+        found = {key: value for key, value in vars(self).items() if value is not None}
+        if self.location:
+            source, at = self.location.source, {"line": self.location.line, "column": self.location.column}
+            found["location"] = {"source": source} | (at if self.location.column else {})
+        return found
+
     def within(self, outer: str) -> Problem:
         """The same problem, of something that stands in ``outer``."""
         if self.location:

@@ -14,7 +14,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from della.errors import RecipeError
+from della.errors import Problem, RecipeError
 
 T = TypeVar("T")
 
@@ -232,7 +232,7 @@ class Execution:
             if value is not None and value < 1:
                 raise RecipeError(f"{name} {value}: expected a whole number from 1 up")
         if self.finish and not self.part.is_whole:
-            raise RecipeError("finish puts all parts together; leave out part")
+            raise RecipeError(Problem("finish puts all parts together", "leave out part"))
 
     @property
     def workers(self) -> int:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from della.errors import Problem
 from della.running.hashing import Check, Hashing
 from fuzz import flips
 from fuzz.job import Job
@@ -41,8 +43,8 @@ def test_a_verify_that_hashes_nothing_fails_it(tmp_path: Path, monkeypatch: pyte
 def test_a_verify_that_names_another_tensor_fails_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = Hashing.faults
 
-    def mixed_up(self: Hashing, checks: Sequence[Check]) -> list[str]:
-        return [text.replace("layers.1", "layers.2") for text in plain(self, checks)]
+    def mixed_up(self: Hashing, checks: Sequence[Check]) -> list[Problem]:
+        return [replace(p, said=p.said.replace("layers.1", "layers.2")) for p in plain(self, checks)]
 
     monkeypatch.setattr(Hashing, "faults", mixed_up)
     done = job(tmp_path)

@@ -68,8 +68,8 @@ KNOW_THE_SYSTEM = {
     "evaluate.vllm_server": {"ctypes", "killpg", "SIGKILL"},
 }
 PUBLIC = [
-    "CheckpointError", "DamageError", "DellaError", "OutputError", "RecipeError", "__version__", "magprune",
-    "merge", "merge_state_dicts", "merge_tensors", "plan", "verify",
+    "CheckpointError", "DamageError", "DellaError", "OutputError", "Problem", "RecipeError", "__version__",
+    "magprune", "merge", "merge_state_dicts", "merge_tensors", "plan", "verify",
 ]  # fmt: skip
 
 
@@ -233,7 +233,7 @@ def test_what_is_public() -> None:
 
 def test_importing_any_module_does_not_replace_a_public_name() -> None:
     names = [f"della.{name}" for name in modules() if name not in ("della", "sandbox.harness")]
-    program = f"import della, {', '.join(names)}; print(*(callable(getattr(della, n)) for n in {PUBLIC[6:]}))"
+    program = f"import della, {', '.join(names)}; print(*(callable(getattr(della, n)) for n in {PUBLIC[7:]}))"
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert run.stdout.split() == ["True"] * 6
 

@@ -126,6 +126,7 @@ class Speaker:
         if self.as_json:
             print_json(
                 event="verified", out=str(verdict.out), well=verdict.is_well, bad=verdict.bad,
+                problems=[problem.as_dict() for problem in verdict.problems],
                 notes=verdict.notes, tensors=verdict.tensors, files=verdict.files, bytes=verdict.nbytes,
                 recomputed=verdict.recomputed, inputs=verdict.inputs,
             )  # fmt: skip

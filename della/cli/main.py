@@ -121,7 +121,7 @@ def _errors(debug: bool, as_json: bool) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as stopped:
-        code, message = 130, f"stopped; {str(stopped) or 'the output is as it was'}"
+        code, message, problems = 130, f"stopped; {str(stopped) or 'the output is as it was'}", []
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         raise typer.Exit(1) from None
@@ -130,6 +130,7 @@ def _errors(debug: bool, as_json: bool) -> Iterator[None]:
     except Exception as error:
         known = isinstance(error, DellaError)
         code, message = getattr(error, "exit_code", 1), str(error)
+        problems = [problem.as_dict() for problem in error.problems] if isinstance(error, DellaError) else []
         if not known:
             message = f"a defect of della, please report it: {type(error).__name__}: {error}"
         if debug:
@@ -139,7 +140,7 @@ def _errors(debug: bool, as_json: bool) -> Iterator[None]:
     else:
         return
     if as_json:
-        print_json(event="error", exit_code=code, message=message)
+        print_json(event="error", exit_code=code, message=message, problems=problems)
     tell(f"della: {message}")
     raise typer.Exit(code)
 

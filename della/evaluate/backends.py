@@ -13,7 +13,7 @@ from typing import Protocol
 import xxhash
 
 from della.checkpoint.source import HUB_FILES, HUB_ID
-from della.errors import EvaluationError
+from della.errors import EvaluationError, Problem
 from della.evaluate.templates import Prompt
 from della.output.manifest import MANIFEST
 
@@ -67,7 +67,9 @@ class Model:
                     stat = entry.stat()
                     told += [entry.name, str(stat.st_size), "" if sealed else str(stat.st_mtime_ns)]
         except OSError as error:
-            raise EvaluationError(f"{folder}: cannot be read ({error.strerror or error})") from error
+            raise EvaluationError(
+                Problem(f"cannot be read ({error.strerror or error})", subject=str(folder))
+            ) from error
         return f"files {xxhash.xxh3_128_hexdigest(chr(0).join(told).encode('utf-8', 'surrogateescape'))}"
 
     @property
@@ -77,7 +79,9 @@ class Model:
             return self.reference, None
         match = HUB_ID.fullmatch(self.reference)
         if not match:
-            raise EvaluationError(f"{self.reference}: no such folder, and no model of the Hub (owner/name)")
+            raise EvaluationError(
+                Problem("no such folder, and no model of the Hub (owner/name)", subject=self.reference)
+            )
         return match["repo"], match["revision"]
 
 

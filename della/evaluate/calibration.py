@@ -19,7 +19,7 @@ from della.checkpoint.header import build_header
 from della.checkpoint.norms import checked
 from della.checkpoint.strict import json_object
 from della.dtypes import DTYPES, Array
-from della.errors import CheckpointError, EvaluationError, OutputError, unknown
+from della.errors import CheckpointError, EvaluationError, OutputError, Problem, unknown
 from della.evaluate import hf, numpy_backend
 from della.evaluate.backends import Model
 from della.evaluate.llama import Llama
@@ -55,16 +55,20 @@ def calibrate(
     if backend not in BACKENDS:
         raise EvaluationError(unknown("backend", backend, BACKENDS))
     if out.suffix != ".safetensors":
-        raise EvaluationError(f"{out}: expected a name that ends in .safetensors")
+        raise EvaluationError(Problem("expected a name that ends in .safetensors", subject=str(out)))
     if os.path.lexists(out):
-        raise EvaluationError(f"{out}: exists already; remove it, or choose another name")
+        raise EvaluationError(Problem("exists already", "remove it, or choose another name", str(out)))
     if not os.access(out.parent, os.W_OK):  # told now, not when all is computed
-        raise OutputError(f"{out}: cannot be written, there is no folder {out.parent} that may be written to")
+        raise OutputError(
+            Problem(
+                f"cannot be written, there is no folder {out.parent} that may be written to", subject=str(out)
+            )
+        )
     texts = read_texts(data, limit)
     encode, collect = BACKENDS[backend](model)
     ids = [encoded for text in texts if (encoded := encode(text)[:MOST_TOKENS])]
     if not ids:
-        raise EvaluationError(f"{data}: the tokenizer makes no token of its texts")
+        raise EvaluationError(Problem("the tokenizer makes no token of its texts", subject=str(data)))
 
     def told() -> Iterable[Sequence[int]]:
         for done, each in enumerate(ids, 1):
@@ -74,7 +78,9 @@ def calibrate(
 
     norms = collect(told())
     if not norms:
-        raise EvaluationError(f"{model}: has no linear layer (torch.nn.Linear) whose inputs could be seen")
+        raise EvaluationError(
+            Problem("has no linear layer (torch.nn.Linear) whose inputs could be seen", subject=str(model))
+        )
     for name, vector in norms.items():
         checked(vector, str(model), name)
     put(out, _contents(norms))
@@ -91,11 +97,13 @@ def read_texts(path: Path, limit: int | None = None) -> list[str]:
             numbered = ((number, line.strip("\r\n")) for number, line in enumerate(file, 1))
             lines = list(islice(((n, line) for n, line in numbered if line.strip()), limit))
     except OSError as error:
-        raise EvaluationError(f"{path}: cannot be read ({error.strerror})") from error
+        raise EvaluationError(Problem(f"cannot be read ({error.strerror})", subject=str(path))) from error
     except UnicodeError as error:
-        raise EvaluationError(f"{path}: not UTF-8 text ({error})") from error
+        raise EvaluationError(Problem(f"not UTF-8 text ({error})", subject=str(path))) from error
     if not lines:
-        raise EvaluationError(f"{path}: holds no text; expected one a line, or JSON lines in a .jsonl file")
+        raise EvaluationError(
+            Problem("holds no text", "expected one a line, or JSON lines in a .jsonl file", str(path))
+        )
     return [_text(f"{path}:{n}", line) if path.suffix == ".jsonl" else line for n, line in lines]
 
 
@@ -103,10 +111,10 @@ def _text(where: str, line: str) -> str:
     try:
         record = json_object(line.encode(), where)
     except CheckpointError:
-        raise EvaluationError(f"{where}: {FORM}") from None
+        raise EvaluationError(Problem(FORM, subject=where)) from None
     parts = [record.get(key) for key in (("text",) if "text" in record else ("prompt", "answer"))]
     if not all(isinstance(part, str) for part in parts):
-        raise EvaluationError(f"{where}: {FORM}")
+        raise EvaluationError(Problem(FORM, subject=where))
     return "".join(map(str, parts))
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
-from della.errors import EvaluationError
+from della.errors import EvaluationError, Problem
 
 NO_KEY = "none"  # what servers that need no key are sent: the package insists on one
 MOST_OF_A_MESSAGE = 300  # characters of a server's own words that are shown
@@ -42,7 +42,7 @@ class Endpoint:
             import openai
         except ModuleNotFoundError as error:
             raise EvaluationError(
-                "a model server is spoken to by the package openai; pip install 'della[eval]'"
+                Problem("a model server is spoken to by the package openai", "pip install 'della[eval]'")
             ) from error
         parts = urlsplit(base_url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -118,7 +118,7 @@ class Endpoint:
         what = without_key(what, self._key)
         if len(what) > MOST_OF_A_MESSAGE:
             what = what[:MOST_OF_A_MESSAGE] + "..."
-        return EvaluationError(f"{self.name}: {what}; {advice}")
+        return EvaluationError(Problem(what, advice, self.name))
 
 
 def key_in(key_env: str) -> str:
@@ -129,8 +129,11 @@ def key_in(key_env: str) -> str:
     key = os.environ.get(key_env) or NO_KEY
     if not all("!" <= c <= "~" for c in key):
         raise EvaluationError(
-            f"the key in the environment variable {key_env} holds a blank, a line break or a character "
-            "beyond ASCII, which no server takes; set it anew"
+            Problem(
+                f"the key in the environment variable {key_env} holds a blank, a line break or a "
+                "character beyond ASCII, which no server takes",
+                "set it anew",
+            )
         )
     return key
 

@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from della.errors import EvaluationError
+from della.errors import EvaluationError, Problem
 from della.evaluate.problems import parsed
 from della.output import disk
 
@@ -45,7 +45,7 @@ class Store:
             path.parent.mkdir(parents=True, exist_ok=True)
             fd = disk.open_plain(path, os.O_RDWR | os.O_CREAT)
         if fd is None:
-            raise EvaluationError(f"{path}: not a plain file; choose another --out")
+            raise EvaluationError(Problem("not a plain file", "choose another --out", str(path)))
         self._fd = fd
         try:
             self._open(fresh)
@@ -81,7 +81,11 @@ class Store:
     def _open(self, fresh: bool) -> None:
         if disk.try_lock(self._fd) is False:
             raise EvaluationError(
-                f"{self.path}: another evaluation is writing it; wait for its end, or choose another --out"
+                Problem(
+                    "another evaluation is writing it",
+                    "wait for its end, or choose another --out",
+                    str(self.path),
+                )
             )
         with disk.explained(self.path):
             if not fresh:
@@ -128,15 +132,15 @@ class Store:
         fix = "delete this line, and its answer is asked for again"
         value = parsed(line, where, fix)
         if not isinstance(value, dict) or not isinstance(value.get("id"), str):
-            raise EvaluationError(f"{where}: expected a JSON object with a text as 'id'; {fix}")
+            raise EvaluationError(Problem("expected a JSON object with a text as 'id'", fix, where))
         if value["id"] in self.records:
-            raise EvaluationError(f"{where}: the answer {value['id']} stands twice; {fix}")
+            raise EvaluationError(Problem(f"the answer {value['id']} stands twice", fix, where))
         return value
 
     def _other_settings(self, line: bytes) -> str:
         """Which settings of the file differ from ours, in words; "" if none does."""
         foreign = EvaluationError(
-            f"{self.path}: not a file of answers that della has written; choose another --out"
+            Problem("not a file of answers that della has written", "choose another --out", str(self.path))
         )
         try:
             header = parsed(line, str(self.path))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from della.errors import EvaluationError
+from della.errors import EvaluationError, Problem
 from della.evaluate.backends import Keep, Model, batches
 from della.evaluate.templates import Prompt
 
@@ -21,7 +21,7 @@ def load(model: Model, dtype: str) -> tuple[Any, Any, str]:
         import transformers
     except ModuleNotFoundError as error:
         raise EvaluationError(
-            "the hf backend needs the packages torch and transformers; pip install 'della[hf]'"
+            Problem("the hf backend needs the packages torch and transformers", "pip install 'della[hf]'")
         ) from error
     found, revision = model.local_or_hub
     talk: Any = transformers.utils.logging
@@ -38,7 +38,7 @@ def load(model: Model, dtype: str) -> tuple[Any, Any, str]:
         )
     except Exception as error:  # whatever its many parts raise
         raise EvaluationError(
-            f"{model.reference}: transformers cannot load it: {_first_line(error)}"
+            Problem(f"transformers cannot load it: {_first_line(error)}", subject=model.reference)
         ) from error
     return tokenizer, loaded.to(device), device
 
@@ -70,8 +70,12 @@ class HfModel:
             except (RuntimeError, IndexError, ValueError) as error:
                 longest = max(len(ids[at]) for at in chosen)
                 raise EvaluationError(
-                    f"{self._name}: cannot answer {len(chosen)} prompts of up to {longest} tokens: "
-                    f"{_first_line(error)}; a smaller --batch or --max-tokens may help"
+                    Problem(
+                        f"cannot answer {len(chosen)} prompts of up to {longest} tokens: "
+                        f"{_first_line(error)}",
+                        "a smaller --batch or --max-tokens may help",
+                        self._name,
+                    )
                 ) from error
             keep({prompts[at].id: answer for at, answer in zip(chosen, answers, strict=True)})
 
@@ -80,14 +84,18 @@ class HfModel:
         if prompt.is_chat:
             if self._tokenizer.chat_template is None:
                 raise EvaluationError(
-                    f"{self._name}: its tokenizer has no chat template; choose another --template"
+                    Problem("its tokenizer has no chat template", "choose another --template", self._name)
                 )
             said = [{"role": "user", "content": text}]
             try:
                 text = self._tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
             except Exception as error:  # a template may raise what it likes, or be none at all
                 raise EvaluationError(
-                    f"{self._name}: its chat template fails: {_first_line(error)}; choose another --template"
+                    Problem(
+                        f"its chat template fails: {_first_line(error)}",
+                        "choose another --template",
+                        self._name,
+                    )
                 ) from error
         ids = self._tokenizer(text, add_special_tokens=not prompt.is_chat)["input_ids"]
         return [int(token) for token in ids]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from della.errors import DellaError, EvaluationError
+from della.errors import DellaError, EvaluationError, Problem
 from della.evaluate.backends import Keep, batches
 from della.evaluate.llama import Llama
 from della.evaluate.problems import parsed, read_limited
@@ -17,25 +17,31 @@ def load(folder: str) -> tuple[Tokenizer, Llama]:
     """The tokenizer and the model of a folder; CheckpointError for damaged files."""
     path = Path(folder)
     if not path.is_dir():
-        raise EvaluationError(f"{folder}: no such folder; the numpy backend reads local models only")
+        raise EvaluationError(
+            Problem("no such folder", "the numpy backend reads local models only", str(folder))
+        )
     try:
         tokenizer = load_tokenizer(path)
     except DellaError as error:
         raise EvaluationError(
-            "the numpy backend needs the package tokenizers; pip install 'della[eval]'"
+            Problem("the numpy backend needs the package tokenizers", "pip install 'della[eval]'")
         ) from error
     except Exception as error:  # the package raises plain ones
         raise EvaluationError(
-            f"{path / 'tokenizer.json'}: cannot be read ({error}); the numpy backend needs it"
+            Problem(f"cannot be read ({error})", "the numpy backend needs it", str(path / "tokenizer.json"))
         ) from error
     try:
         return tokenizer, Llama.from_folder(path)
     except KeyError as error:
-        raise EvaluationError(f"{folder}: its config.json or its weights lack {error}") from error
+        raise EvaluationError(
+            Problem(f"its config.json or its weights lack {error}", subject=str(folder))
+        ) from error
     except OSError as error:
-        raise EvaluationError(f"{error.filename}: cannot be read ({error.strerror})") from error
+        raise EvaluationError(
+            Problem(f"cannot be read ({error.strerror})", subject=str(error.filename))
+        ) from error
     except (ValueError, TypeError) as error:
-        raise EvaluationError(f"{folder}: {error}; try --backend hf") from error
+        raise EvaluationError(Problem(str(error), "try --backend hf", str(folder))) from error
 
 
 class NumpyModel:
@@ -49,7 +55,7 @@ class NumpyModel:
     def answer(self, prompts: Sequence[Prompt], keep: Keep) -> None:
         """Greedy answers, a batch at a time."""
         if any(prompt.is_chat for prompt in prompts):
-            raise EvaluationError("the numpy backend knows no chat templates; use --backend hf")
+            raise EvaluationError(Problem("the numpy backend knows no chat templates", "use --backend hf"))
         ids = [self._tokenizer.encode(prompt.text).ids for prompt in prompts]
         for chosen in batches(prompts, ids, self._batch):
             answers = self._model.greedy([ids[at] for at in chosen], self._most, self._ends[0])
@@ -68,7 +74,9 @@ def _ends(folder: Path) -> list[int]:
         ends = ends if isinstance(ends, list) else [ends]
         if ends and all(isinstance(end, int) for end in ends):
             return list(map(int, ends))
-    raise EvaluationError(f"{folder}: no eos_token_id in its config.json, so no answer would end; add it")
+    raise EvaluationError(
+        Problem("no eos_token_id in its config.json, so no answer would end", "add it", str(folder))
+    )
 
 
 def _until(ids: Sequence[int], ends: Sequence[int]) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from della.errors import EvaluationError, unknown
+from della.errors import EvaluationError, Problem, unknown
 from della.evaluate.backends import BACKENDS, DTYPES, Model
 from della.evaluate.endpoint import public
 from della.evaluate.options import EvaluationOptions
@@ -25,7 +25,7 @@ def check(models: Sequence[Model], settings: EvaluationOptions) -> None:
     names = [model.name for model in models]
     double = next((name for name in names if names.count(name) > 1), None)
     if double:
-        raise EvaluationError(f"two models are called {double}; tell them apart: NAME=MODEL")
+        raise EvaluationError(Problem(f"two models are called {double}", "tell them apart: NAME=MODEL"))
     for what, value, known in (("backend", settings.backend, BACKENDS), ("dtype", settings.dtype, DTYPES)):
         if value not in known:
             raise EvaluationError(unknown(what, value, known))
@@ -39,7 +39,9 @@ def check(models: Sequence[Model], settings: EvaluationOptions) -> None:
     if settings.backend == "openai" and not settings.base_url and not settings.score_only:
         raise EvaluationError("the backend openai needs the server's address: --base-url http://HOST/v1")
     if settings.model_name and len(models) > 1:
-        raise EvaluationError("--model-name is of one model; give several by the names that the server knows")
+        raise EvaluationError(
+            Problem("--model-name is of one model", "give several by the names that the server knows")
+        )
     if settings.backend != "openai" and not settings.score_only:
         for model in models:
             _ = model.local_or_hub

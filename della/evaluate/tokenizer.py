@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from della.errors import DellaError
+from della.errors import DellaError, Problem
 
 
 class Encoding(Protocol):
@@ -31,6 +31,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     try:
         import tokenizers
     except ModuleNotFoundError as error:
-        raise DellaError("the demo needs the package tokenizers; pip install 'della[demo]'") from error
+        raise DellaError(
+            Problem("the demo needs the package tokenizers", "pip install 'della[demo]'")
+        ) from error
     loaded: Tokenizer = tokenizers.Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
     return loaded

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from della.errors import EvaluationError
+from della.errors import EvaluationError, Problem
 from della.evaluate.backends import Model
 from della.output import disk
 
@@ -42,8 +42,12 @@ def vllm_server(
     program = shutil.which(command[0])
     if program is None:
         raise EvaluationError(
-            f"{command[0]}: no such command; install vLLM, in an environment of its own if it does not fit "
-            "this one, and give its program: --vllm-command ENV/bin/vllm"
+            Problem(
+                "no such command",
+                "install vLLM, in an environment of its own if it does not fit this one, and give its "
+                "program: --vllm-command ENV/bin/vllm",
+                command[0],
+            )
         )
     found, revision = model.local_or_hub
     port = _free_port()
@@ -78,9 +82,9 @@ def _wait(child: subprocess.Popen[bytes], port: int, log: Path, seconds: float) 
     while not _is_healthy(port):
         code = child.poll()
         if code is not None:
-            raise EvaluationError(f"vLLM ended with exit code {code} before it served; {_last(log)}")
+            raise EvaluationError(Problem(f"vLLM ended with exit code {code} before it served", _last(log)))
         if time.monotonic() > until:
-            raise EvaluationError(f"vLLM does not serve after {seconds:g} s; {_last(log)}")
+            raise EvaluationError(Problem(f"vLLM does not serve after {seconds:g} s", _last(log)))
         time.sleep(0.1)
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 from della.checkpoint.files import PLAIN, read_at, turn
 from della.checkpoint.names import is_windows_name
-from della.errors import OutputError
+from della.errors import OutputError, Problem
 
 if sys.platform == "win32":
     import _winapi
@@ -62,7 +62,7 @@ def explained(path: Path) -> Iterator[None]:
         why = fixes.get(error.errno or 0, f"cannot be written ({error.strerror or error})")
         if getattr(error, "winerror", None) == 32:
             why = "open in another program; close it there"
-        raise OutputError(f"{path}: {why}") from error
+        raise OutputError(Problem(why, subject=str(path))) from error
 
 
 # ---- locks, and who holds them ----

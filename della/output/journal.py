@@ -16,7 +16,7 @@ from typing import Any
 
 import xxhash
 
-from della.errors import OutputError
+from della.errors import OutputError, Problem
 from della.output import disk
 
 Record = dict[str, Any]
@@ -89,7 +89,7 @@ def _open(path: Path, flags: int) -> int:
     """A journal, opened; what is no plain file is refused."""
     fd = disk.open_plain(path, flags)
     if fd is None:
-        raise OutputError(f"{path}: not a journal of della; remove {path.parent}")
+        raise OutputError(Problem("not a journal of della", f"remove {path.parent}", str(path)))
     return fd
 
 

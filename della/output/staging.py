@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from della.errors import OutputError
+from della.errors import OutputError, Problem
 from della.output import disk
 from della.output.journal import FORMAT, Done, Facts, Journal, may_live, named, told, writer_of
 
@@ -86,7 +86,9 @@ class Staging:
         except FileNotFoundError:
             return False  # the run that made it has just ended
         except NotADirectoryError:
-            raise OutputError(f"{self.folder}: not a staging folder of della; remove it") from None
+            raise OutputError(
+                Problem("not a staging folder of della", "remove it", str(self.folder))
+            ) from None
         self._refuse_strangers()
         locked = disk.try_lock(self._fd)
         if locked is None and self._living(self._rivals()):
@@ -110,19 +112,27 @@ class Staging:
         """
         strange = [n for n in os.listdir(self.folder) if n not in OWN and not n.startswith("journal-")]
         if strange:
-            raise OutputError(f"{self.folder}: holds {strange[0]!r}, which is not della's; move it away")
+            raise OutputError(
+                Problem(f"holds {strange[0]!r}, which is not della's", "move it away", str(self.folder))
+            )
         if alone:
             self._recover()
         found = told(self._journals())
         if found.formats - {FORMAT}:
             raise OutputError(
-                f"{self.folder}: an unfinished merge of another version of della; end it with that version, "
-                "or remove the folder to begin anew"
+                Problem(
+                    "an unfinished merge of another version of della",
+                    "end it with that version, or remove the folder to begin anew",
+                    str(self.folder),
+                )
             )
         if found.swapped and self.finish:
             raise OutputError(
-                f"{self.out}: an earlier run was cut short while it put the new model there; see what `della "
-                "verify` says, and leave out --finish if it is not there"
+                Problem(
+                    "an earlier run was cut short while it put the new model there",
+                    "see what `della verify` says, and leave out --finish if it is not there",
+                    str(self.out),
+                )
             )
         if found.keys != {self.key} or found.swapped:
             if not alone and not found.keys:
@@ -130,8 +140,12 @@ class Staging:
             is_to_stay = not alone or self.finish or self._is_of_parts(found.authors)
             if found.keys and not found.swapped and is_to_stay:
                 raise OutputError(
-                    f"{self.folder}: holds another merge (another recipe, seed, version or shard size, or "
-                    "inputs that have changed since); do this one alike, or remove that folder"
+                    Problem(
+                        "holds another merge (another recipe, seed, version or shard size, or inputs "
+                        "that have changed since)",
+                        "do this one alike, or remove that folder",
+                        str(self.folder),
+                    )
                 )
             if found.keys or any(self.model.glob("*")) or self.model.is_symlink():
                 self.replaced = bool(found.done) and not found.swapped
@@ -163,8 +177,12 @@ class Staging:
             disk.remove(self.aside)
         else:
             raise OutputError(
-                f"{self.aside}: the old model, from a replacement that was cut short, while something else "
-                f"stands at {self.out}; move one of them away"
+                Problem(
+                    "the old model, from a replacement that was cut short, while something else "
+                    f"stands at {self.out}",
+                    "move one of them away",
+                    str(self.aside),
+                )
             )
 
     def _refuse_strangers(self) -> None:
@@ -172,8 +190,11 @@ class Staging:
         is_open_to_all = os.stat(self.folder.parent).st_mode & stat.S_IWOTH
         if is_open_to_all and os.fstat(self._fd).st_uid != disk.user():
             raise OutputError(
-                f"{self.folder}: made by another user in a folder that everybody may write to; "
-                "choose another place, or remove it"
+                Problem(
+                    "made by another user in a folder that everybody may write to",
+                    "choose another place, or remove it",
+                    str(self.folder),
+                )
             )
 
     # ---- other writers ----
@@ -199,8 +220,11 @@ class Staging:
         here = disk.host()
         elsewhere = any(f" on {here}" not in name for name in names)
         return OutputError(
-            f"{self.out}: another run is writing there ({'; '.join(names) or 'it has just begun'}); "
-            f"wait for it, or stop it{f'; if it is dead, remove {self.folder}' * elsewhere}"
+            Problem(
+                f"another run is writing there ({'; '.join(names) or 'it has just begun'})",
+                f"wait for it, or stop it{f'; if it is dead, remove {self.folder}' * elsewhere}",
+                str(self.out),
+            )
         )
 
     # ---- ending ----

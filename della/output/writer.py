@@ -15,7 +15,7 @@ from types import TracebackType
 
 import xxhash
 
-from della.errors import DellaError, OutputError
+from della.errors import DellaError, OutputError, Problem
 from della.output import disk
 from della.output.disk import explained
 from della.output.journal import Done, Facts
@@ -181,11 +181,13 @@ class StagedOutput:
         taken = {self._index, *(shard.name for shard in self.shards)}
         if name in ("", ".", "..", *taken) or set(name) & set("/\\:\0") or not disk.can_be_called(name):
             raise OutputError(
-                f"{self.out}: {name!r} cannot be the name of a side file; a plain name is needed"
+                Problem(
+                    f"{name!r} cannot be the name of a side file", "a plain name is needed", str(self.out)
+                )
             )
         if self._single_file:
             raise OutputError(
-                f"{self.out}: one file was asked for, so {name} has no place; write to a folder"
+                Problem(f"one file was asked for, so {name} has no place", "write to a folder", str(self.out))
             )
         self._add(name, content)
 
@@ -221,7 +223,7 @@ class StagedOutput:
                 disk.remove(self._staging.aside)
                 self._staging.remove()
         except OutputError as error:
-            raise OutputError(f"{self.out}: complete, but {error}") from error
+            raise OutputError(Problem(f"complete, but {error}", subject=str(self.out))) from error
         self._close()
 
     def end_part(self) -> None:
@@ -269,7 +271,7 @@ class StagedOutput:
         if lost or not self._staging.is_held:
             place = self._staging.model / lost[0] if lost else self._staging.folder
             raise OutputError(
-                f"{place}: replaced or removed by another run while this one worked; start again"
+                Problem("replaced or removed by another run while this one worked", "start again", str(place))
             )
 
     def _sync_files(self) -> None:
@@ -286,7 +288,7 @@ class StagedOutput:
         with explained(path):
             fd = disk.open_plain(path, os.O_RDWR | os.O_CREAT)
             if fd is None:
-                raise OutputError(f"{path}: not a plain file; remove it")
+                raise OutputError(Problem("not a plain file", "remove it", str(path)))
             self._fds[shard.name] = fd
             disk.allocate(fd, shard.size)
             disk.write_at(fd, memoryview(shard.header), 0)

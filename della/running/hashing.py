@@ -10,7 +10,7 @@ from pathlib import Path
 import xxhash
 
 from della.checkpoint.view import PIECE_BYTES
-from della.errors import CheckpointError, DellaError
+from della.errors import CheckpointError, DellaError, Problem
 from della.running.run import Progress
 from della.running.workers import Stopped, each
 
@@ -19,15 +19,21 @@ from della.running.workers import Stopped, each
 class Check:
     """Bytes and the hash (xxh3_128, hex) that they should have.
 
-    ``what`` names them and ``fault`` says what it means if they have another; ``name`` is for progress.
+    ``subject`` is the file (or model) and ``tensor`` the tensor in it, None for all of a file; ``fault`` says
+    what it means if the hash is another.
     """
 
-    name: str
-    what: str
+    subject: str
+    tensor: str | None
     fault: str
     nbytes: int
     hash: str
     pieces: Callable[[], Iterator[memoryview]]
+
+    def problem(self, said: str) -> Problem:
+        """That the bytes ``said``: have changed, cannot be checked."""
+        what = f"tensor {self.tensor!r} " if self.tensor is not None else ""
+        return Problem(what + said, subject=self.subject, tensor=self.tensor)
 
 
 class Hashing:
@@ -39,7 +45,7 @@ class Hashing:
         self._lock = threading.Lock()
         self._done = self._total = self._finished = self._count = 0
 
-    def faults(self, checks: Sequence[Check]) -> list[str]:
+    def faults(self, checks: Sequence[Check]) -> list[Problem]:
         """What is wrong, in the order of ``checks``; progress begins anew with each call."""
         self._done, self._total = 0, sum(check.nbytes for check in checks)
         self._finished, self._count = 0, len(checks)
@@ -47,10 +53,10 @@ class Hashing:
         order = sorted(range(len(checks)), key=lambda number: -checks[number].nbytes)
         said = each(self._fault, [checks[number] for number in order], self.threads, stop=self.stop)
         found = dict(zip(order, said, strict=True))
-        return [found[number] for number in range(len(checks)) if found[number]]
+        return [problem for number in range(len(checks)) if (problem := found[number])]
 
-    def _fault(self, check: Check) -> str:
-        digest, left, said = xxhash.xxh3_128(), check.nbytes, ""
+    def _fault(self, check: Check) -> Problem | None:
+        digest, left, found = xxhash.xxh3_128(), check.nbytes, None
         try:
             for piece in check.pieces():
                 if self.stop.is_set():
@@ -59,18 +65,19 @@ class Hashing:
                 left -= piece.nbytes
                 self._advance(check, piece.nbytes)
             if digest.hexdigest() != check.hash:
-                said = f"{check.what} {check.fault}"
+                found = check.problem(check.fault)
         except DellaError as error:
-            said = f"{check.what} cannot be checked: {error}"
+            found = check.problem(f"cannot be checked: {error}")
         self._advance(check, left, finished=1)
-        return said
+        return found
 
     def _advance(self, check: Check, count: int, finished: int = 0) -> None:
         with self._lock:
             self._done += count
             self._finished += finished
             if self.progress is not None:
-                self.progress(Progress(self._done, self._total, self._finished, self._count, check.name))
+                name = Path(check.subject).name if check.tensor is None else check.tensor
+                self.progress(Progress(self._done, self._total, self._finished, self._count, name))
 
 
 def of_file(path: Path, offset: int, nbytes: int) -> Iterator[memoryview]:
@@ -85,7 +92,7 @@ def of_file(path: Path, offset: int, nbytes: int) -> Iterator[memoryview]:
             while nbytes:
                 count = file.readinto(buffer[:nbytes])
                 if not count:
-                    raise CheckpointError("the file ends too early; is something writing to it?")
+                    raise CheckpointError(Problem("the file ends too early", "is something writing to it?"))
                 yield buffer[:count]
                 nbytes -= count
     except OSError as error:

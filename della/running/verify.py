@@ -40,14 +40,15 @@ _LOADED_NAMES = {*SIDE_FILES, "config.json", "adapter_config.json"}
 
 @dataclass
 class Verdict:
-    """What was found: ``bad`` is empty if all is well; ``notes`` are no faults.  Each is one line of text.
+    """What was found: ``problems`` is empty if all is well, ``bad`` has each as a line of text; ``notes`` are
+    no faults.
 
     ``tensors`` (``nbytes`` bytes) and ``files`` of the model were checked, ``recomputed`` tensors were merged
     again, ``inputs`` tensors of the inputs were compared.
     """
 
     out: Path
-    bad: list[str] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     tensors: int = 0
     files: int = 0
@@ -57,7 +58,15 @@ class Verdict:
 
     @property
     def is_well(self) -> bool:
-        return not self.bad
+        return not self.problems
+
+    @property
+    def bad(self) -> list[str]:
+        return [_line(str(problem)) for problem in self.problems]
+
+    def tell(self, said: str, subject: object, tensor: str | None = None, fix: str | None = None) -> None:
+        """Take up one more problem."""
+        self.problems.append(Problem(said, fix, str(subject), tensor))
 
 
 def verify(
@@ -66,11 +75,12 @@ def verify(
 ) -> Verdict:  # fmt: skip
     """Compare every byte of ``out`` with its manifest, and what else is ``wanted``: as `della.verify`."""
     if not os.path.lexists(out):
-        raise OutputError("; ".join([f"{out}: nothing is there", *unfinished(Path(os.path.abspath(out)))]))
+        found = "; ".join(unfinished(Path(os.path.abspath(out))))
+        raise OutputError(Problem("nothing is there", found or None, str(out)))
     try:
         manifest, single = read_manifest(out)
     except (OSError, CheckpointError) as error:
-        return Verdict(out, [_line(text) for text in _problems(error, out)])
+        return Verdict(out, list(_problems(error, out)))
     verdict, hashing = Verdict(out), Hashing(execution.workers, progress)
     with ExitStack() as stack:
         plan = None
@@ -79,10 +89,10 @@ def verify(
         checks = _Model(out, manifest, single, verdict).checks()
         if plan and wanted.inputs:
             checks += _input_checks(plan, manifest, verdict)
-        verdict.bad += hashing.faults(checks)
+        verdict.problems += hashing.faults(checks)
         if plan and wanted.sources is not None:
             _recompute(plan, manifest, wanted.sources, verdict, hashing)
-    verdict.bad = [_line(text) for text in dict.fromkeys(verdict.bad)]
+    verdict.problems = list(dict.fromkeys(verdict.problems))
     verdict.notes = [_line(text) for text in verdict.notes]
     return verdict
 
@@ -92,10 +102,10 @@ def _line(text: str) -> str:
     return printable(text).replace("\n", "\\n")
 
 
-def _problems(error: OSError | CheckpointError, place: Path) -> Sequence[str]:
+def _problems(error: OSError | CheckpointError, place: Path) -> Sequence[Problem]:
     if isinstance(error, CheckpointError):
-        return [str(problem) for problem in error.problems]
-    return [f"{place}: cannot be read ({error.strerror})"]
+        return error.problems
+    return [Problem(f"cannot be read ({error.strerror})", subject=str(place))]
 
 
 # ---- the model itself -------------------------------------------------------------------------------------
@@ -126,7 +136,7 @@ class _Model:
                 try:
                     found += self._file(place, entry)
                 except (OSError, CheckpointError) as error:
-                    self.verdict.bad += _problems(error, place)
+                    self.verdict.problems += _problems(error, place)
                     self.damaged += [place] if entry.holds_tensors else []
             self._strangers()
         return [*self._tensors(), *found]
@@ -135,18 +145,18 @@ class _Model:
         """The check of a side file; of a file of tensors the header is read, and checked at once."""
         path = confined(self.out, place.name)
         if not os.path.lexists(place):
-            raise CheckpointError(f"{place}: missing")
+            raise CheckpointError(Problem("missing", subject=str(place)))
         if not path.is_file():
             raise CheckpointError(Problem(*why_no_file(path), str(place)))
         size = path.stat().st_size
         if size != entry.size:
-            raise CheckpointError(f"{place}: has {size:,} bytes, expected {entry.size:,}")
+            raise CheckpointError(Problem(f"has {size:,} bytes, expected {entry.size:,}", subject=str(place)))
         if not entry.holds_tensors:
             pieces = partial(of_file, path, 0, size)
-            return [Check(place.name, f"{place}:", "has changed", size, entry.hash, pieces)]
+            return [Check(str(place), None, "has changed", size, entry.hash, pieces)]
         header, raw, _ = read_header(path, str(place))
         if xxhash.xxh3_128_hexdigest(raw) != entry.hash:
-            raise CheckpointError(f"{place}: its header has changed")
+            raise CheckpointError(Problem("its header has changed", subject=str(place)))
         self.headers[place] = path, header
         return []
 
@@ -156,14 +166,13 @@ class _Model:
             for name, info in header.tensors.items():
                 expected = self.manifest.tensors.get(name)
                 if expected is None or name in found:
-                    self.verdict.bad.append(f"{place}: tensor {name!r} is not in the manifest")
+                    self.verdict.tell(f"tensor {name!r} is not in the manifest", place, name)
                     continue
                 found.add(name)
                 self.verdict.tensors += 1
                 self.verdict.nbytes += info.nbytes
                 pieces = partial(of_file, path, header.data_start + info.begin, info.nbytes)
-                what = f"{place}: tensor {name!r}"
-                yield Check(name, what, "has changed", info.nbytes, expected, pieces)
+                yield Check(str(place), name, "has changed", info.nbytes, expected, pieces)
         self._lost([name for name in self.manifest.tensors if name not in found])
 
     def _lost(self, names: Sequence[str]) -> None:
@@ -172,7 +181,7 @@ class _Model:
         for name in names:
             home = self.out / homes.get(name, "")
             places = [home] if home in self.damaged else self.damaged or [self.out]
-            self.verdict.bad.append(f"{' or '.join(map(str, places))}: tensor {name!r} is lost")
+            self.verdict.tell(f"tensor {name!r} is lost", " or ".join(map(str, places)), name)
 
     def _index(self) -> dict[str, str]:
         """tensor -> file, as the model's index says; {} where it says nothing that can be used."""
@@ -192,14 +201,14 @@ class _Model:
         try:
             names = sorted(entry.name for entry in self.out.iterdir())
         except OSError as error:
-            self.verdict.bad.append(f"{self.out}: cannot be listed ({error.strerror})")
+            self.verdict.tell(f"cannot be listed ({error.strerror})", self.out)
             return
         for name in names:
             if name in self.manifest.files or name == MANIFEST:
                 continue
             if name.endswith(_LOADED) or name in _LOADED_NAMES:
-                said = "not part of this model, but programs may load it; move it away"
-                self.verdict.bad.append(f"{self.out / name}: {said}")
+                said = "not part of this model, but programs may load it"
+                self.verdict.tell(said, self.out / name, fix="move it away")
             else:
                 self.verdict.notes.append(f"{self.out / name}: not part of what was merged, and not verified")
 
@@ -221,10 +230,10 @@ def _plan(out: Path, manifest: Manifest, base_dir: Path | None, permissions: Per
     except RecipeError as error:
         raise RecipeError(*(p.within(f"{out}: in its manifest") for p in error.problems)) from error
     except OSError as error:
-        raise CheckpointError(f"{out}: an input cannot be opened ({error})") from error
+        raise CheckpointError(Problem(f"an input cannot be opened ({error})", subject=str(out))) from error
 
 
-def _hint(recipe: Recipe, base_dir: Path | None) -> Iterator[str]:
+def _hint(recipe: Recipe, base_dir: Path | None) -> Iterator[Problem]:
     """What to do where a relative path leads nowhere."""
     references = filter(None, (recipe.base_model, *(model.reference for model in recipe.models)))
     for reference in references:
@@ -232,14 +241,16 @@ def _hint(recipe: Recipe, base_dir: Path | None) -> Iterator[str]:
         is_path = reference.startswith(".") or len(path.parts) != 2  # two parts may be a model of the Hub
         is_relative = is_path and not path.is_absolute() and not reference.startswith("~")
         if is_relative and not any(os.path.lexists(Path(root) / path) for root in (base_dir or "", "")):
-            yield f"{reference}: a path that starts where the recipe was; name that folder: --from FOLDER"
+            yield Problem(
+                "a path that starts where the recipe was", "name that folder: --from FOLDER", reference
+            )
             return
 
 
 def _input_checks(plan: Plan, manifest: Manifest, verdict: Verdict) -> list[Check]:
     """One for every tensor of the inputs that was read; other files than those that were merged are told."""
     if (now := len(plan.models)) != (told := len(manifest.models)):
-        verdict.bad.append(f"{verdict.out}: models in its recipe: {now}, in its manifest: {told}")
+        verdict.tell(f"models in its recipe: {now}, in its manifest: {told}", verdict.out)
     found: dict[tuple[Source, str, str], Check] = {}
     pairs = [(plan.base, manifest.base)]
     for model, was in zip(plan.models, manifest.models):
@@ -248,17 +259,17 @@ def _input_checks(plan: Plan, manifest: Manifest, verdict: Verdict) -> list[Chec
             pairs.append((model.norms, was.norms))
         elif model.norms or was.norms:
             said = "input norms are in its recipe or in its manifest, and not in both"
-            verdict.bad.append(f"{verdict.out}: {was.reference}: {said}")
+            verdict.tell(f"{was.reference}: {said}", verdict.out)
     for source, was in pairs:
         _compare_files(source, was, verdict)
         parts = source.parts
         for name, expected in was.tensors.items():
             part = parts.get(name)
             if part is None:
-                verdict.bad.append(f"{source.reference}: tensor {name!r}, which was merged, is missing")
+                verdict.tell(f"tensor {name!r}, which was merged, is missing", source.reference, name)
                 continue
-            what, fault = f"{part.file}: tensor {name!r}", "is not what was merged"
-            found[source, name, expected] = Check(name, what, fault, part.nbytes, expected, part.pieces)
+            check = Check(str(part.file), name, "is not what was merged", part.nbytes, expected, part.pieces)
+            found[source, name, expected] = check
     verdict.inputs = len(found)
     return list(found.values())
 
@@ -267,11 +278,11 @@ def _compare_files(source: Source, was: Recorded, verdict: Verdict) -> None:
     now = {file.name: file.fingerprint for file in source.files}
     for name in sorted(was.files.keys() | now.keys()):
         if name not in now:
-            verdict.bad.append(f"{source.folder / name}: was merged, and is no part of the model any more")
+            verdict.tell("was merged, and is no part of the model any more", source.folder / name)
         elif name not in was.files:
-            verdict.bad.append(f"{source.folder / name}: not among the files that were merged")
+            verdict.tell("not among the files that were merged", source.folder / name)
         elif was.files[name] != now[name]:
-            verdict.bad.append(f"{source.folder / name}: not the file that was merged (its size or header)")
+            verdict.tell("not the file that was merged (its size or header)", source.folder / name)
     if was.revision and source.revision and was.revision != source.revision:
         verdict.notes.append(
             f"{source.reference}: merged at revision {was.revision}, compared with {source.revision}"
@@ -285,8 +296,10 @@ def _recompute(plan: Plan, manifest: Manifest, share: float, verdict: Verdict, h
     """A sample of the tensors, merged again."""
     out, known = verdict.out, manifest.tensors
     made = {job.name for job in plan.jobs}
-    verdict.bad += [f"{out}: tensor {n!r} does not come from its sources" for n in known if n not in made]
-    verdict.bad += [f"{out}: lacks tensor {n!r}, which its sources give" for n in sorted(made - known.keys())]
+    for name in (name for name in known if name not in made):
+        verdict.tell(f"tensor {name!r} does not come from its sources", out, name)
+    for name in sorted(made - known.keys()):
+        verdict.tell(f"lacks tensor {name!r}, which its sources give", out, name)
     jobs = [job for job in plan.jobs if job.name in known]
     jobs = random.sample(jobs, min(len(jobs), max(1, round(share * len(jobs)))))
     compute = Compute(plan)
@@ -294,7 +307,7 @@ def _recompute(plan: Plan, manifest: Manifest, share: float, verdict: Verdict, h
     try:
         facts = compute.learn() if any(job.of_whole_model for job in jobs) else {}
     except DellaError as error:
-        verdict.bad += [f"{out}: cannot be merged again: {problem}" for problem in error.problems]
+        verdict.problems += [problem.within(f"{out}: cannot be merged again") for problem in error.problems]
         return
 
     def merged(job: Job) -> Iterator[memoryview]:
@@ -302,11 +315,11 @@ def _recompute(plan: Plan, manifest: Manifest, share: float, verdict: Verdict, h
             yield stored.reshape(-1).view("u1").data
 
     def check(job: Job) -> Check:
-        what, fault = f"{out}: tensor {job.name!r}", "is not what its sources give"
-        return Check(job.name, what, fault, job.nbytes, known[job.name], partial(merged, job))
+        fault = "is not what its sources give"
+        return Check(str(out), job.name, fault, job.nbytes, known[job.name], partial(merged, job))
 
     bad = hashing.faults([check(job) for job in jobs])
-    verdict.bad += bad
+    verdict.problems += bad
     verdict.recomputed = len(jobs)
     then, now = manifest.versions, {"della": __version__} | versions()
     if bad and then != now:

@@ -24,7 +24,7 @@ from pathlib import Path
 from types import CodeType
 from typing import Protocol
 
-from della.errors import EvaluationError
+from della.errors import EvaluationError, Problem
 from della.sandbox import seccomp
 from della.sandbox.process import Ended, converse, end
 
@@ -105,7 +105,7 @@ def open_sandbox(name: str | None = None) -> Sandbox:
             return sandbox
         faults.append(fault)
     problem = f"no sandbox for generated code works here ({'; '.join(faults)}), and without one it is not run"
-    raise EvaluationError(f"{problem}; {INSTALL}")
+    raise EvaluationError(Problem(problem, INSTALL))
 
 
 def _why_not(name: str) -> tuple[str, Sandbox | None]:

@@ -87,6 +87,7 @@ def test_damage_is_told_line_by_line(out: Path, della_verify: Run) -> None:
     assert {each["event"] for each in progress} == {"progress"}
     nbytes = event.pop("bytes")
     assert nbytes == verify(out).nbytes
+    assert len(event.pop("problems")) == len(bad)
     assert event == {
         "event": "verified", "out": str(out), "well": False, "bad": bad, "notes": [note], "tensors": 40,
         "files": 11, "recomputed": 0, "inputs": 0,
