@@ -32,7 +32,7 @@ from della.errors import (
     suggest,
 )
 from della.evaluate.problems import load
-from della.merging.methods import ALL_PARAMETERS, METHODS
+from della.merging.method import ALL_PARAMETERS, METHODS
 from della.recipe.reader import read_recipe
 from della.recipe.text import to_yaml
 
