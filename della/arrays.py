@@ -89,7 +89,7 @@ def merge_tensors(
             a mapping that may have them under ``name``; where there are none, |delta| is ranked.
         seed: of the random draws.
         name: the tensor's name, which keys them too.
-        parameters: the recipe's shared parameters (``lambda_``, ``rank_by``, ``vote``, ``normalize``, ...).
+        parameters: the method's others (``lambda_``, ``vote``, ...); a model's own as one value, or one each.
 
     Returns:
         An array of the base's dtype (the first expert's where there is no base); a torch tensor for one.
@@ -105,7 +105,7 @@ def merge_tensors(
         >>> della.merge_tensors(base, [one, two], method="ties", density=1.0)
         array([ 2., -2.,  1.], dtype=float32)
     """
-    row, shared = _method(method), _shared(_method(method), parameters)
+    row, shared, more = _split(_method(method), parameters)
     models = [_as_array(e, f"{name} of expert {k}") for k, e in enumerate(experts, 1)]
     _some(experts)
     if base is None and row.needs_base:
@@ -120,7 +120,7 @@ def merge_tensors(
         if model.shape != root.shape:
             said = f"has shape {list(model.shape)}, expected {list(root.shape)}"
             raise CheckpointError(Problem(said, subject=f"{name} of expert {k}", tensor=name))
-    columns = {"weight": weights, "density": density, "epsilon": epsilon, "gamma": gamma}
+    columns = {"weight": weights, "density": density, "epsilon": epsilon, "gamma": gamma} | more
     own = _own(columns, identities := _identities(names, len(models)))
     _check(row, shared, dict(zip(identities, own, strict=True)))
     norms = _all_norms(picked, input_norms, name, root.shape, len(models))
@@ -296,6 +296,15 @@ def _method(name: str) -> type[Method]:
     if name not in METHODS:
         raise RecipeError(unknown("method", name, METHODS))
     return METHODS[name]
+
+
+def _split(
+    method: type[Method], parameters: Mapping[str, Any]
+) -> tuple[type[Method], dict[str, Any], dict[str, Any]]:
+    """(the method, its shared parameters, those of its models) of a call."""
+    own = {key for key, p in method.parameters.items() if p.scope == "model"}
+    more = {key: value for key, value in parameters.items() if key in own}
+    return method, _shared(method, {k: v for k, v in parameters.items() if k not in more}), more
 
 
 def _shared(method: type[Method], parameters: Mapping[str, Any]) -> dict[str, Any]:

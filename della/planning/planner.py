@@ -235,7 +235,7 @@ def _ranked(models: Sequence[Model], jobs: Sequence[Job]) -> list[str]:
     for why in dict.fromkeys(why for why, _ in whole if why and notes):
         if len({each.norms is None for own, each in whole if own is why}) > 1:
             notes.append(
-                f"{why.option} compares scores with and without input norms, which are of different scales"
+                f"{why.option} compares saliency with and without input norms, which is of different scales"
             )
     return notes
 

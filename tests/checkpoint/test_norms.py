@@ -156,7 +156,7 @@ def test_scope_model_takes_the_largest_scores_of_all_tensors(tmp_path: Path) -> 
         assert plan.notes[-2:] == (
             "e.safetensors: 2 of 3 tensors are ranked by |delta| times input norms; "
             "the others have none, and are ranked by |delta|",
-            "scope: model compares scores with and without input norms, which are of different scales",
+            "scope: model compares saliency with and without input norms, which is of different scales",
         )
 
 

@@ -422,5 +422,5 @@ def test_help_names_every_option(tmp_path: Path) -> None:
         assert option in text
     assert run(tmp_path).returncode == 2
     assert [line.split()[0] for line in run(tmp_path, "-h").stdout.split("Commands:\n")[1].splitlines()] == [
-        "merge", "plan", "verify", "eval", "calibrate", "paper",
+        "merge", "plan", "verify", "methods", "eval", "calibrate", "paper",
     ]  # fmt: skip

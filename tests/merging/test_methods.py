@@ -199,6 +199,8 @@ def test_arrays_are_merged_by_it_too() -> None:
     np.testing.assert_array_equal(merged, [1.5, 1.5, 1])
     merged = della.merge_tensors(base, models, method="longest")
     np.testing.assert_array_equal(merged, models[0])
+    by_weight = della.merge_tensors(base, models, method="linear", weight=[1, 0, 1])
+    np.testing.assert_array_equal(by_weight, [1.5, 1, 5])
     with pytest.raises(RecipeError, match="whole model"):
         della.merge_tensors(base, models, method="clipped_median")
 

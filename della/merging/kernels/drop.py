@@ -175,7 +175,7 @@ def drop_ranked(
     delta: Any, bits: Any, random_order: Any, bucket_bits: Any, low: Any, step: Any, order_key: Any, key: Any,
     shift: Any, start_element: Any, per_element: Any, q_out: Any,
 ) -> None:  # fmt: skip
-    """MAGPRUNE in place by the rank in its row of what ``bits`` are the bits of (delta, or its scores), or
+    """MAGPRUNE in place by the rank in its row of what ``bits`` are the bits of (delta, or its saliency), or
     (``random_order``) by a random rank.
 
     ``q_out``: (rows, n) to keep the probabilities, or (1, n) as scratch.
@@ -224,7 +224,7 @@ def drop_given(delta: Any, q: Any, key: Any, shift: Any, start_element: Any, per
 
 @kernel
 def probability_by_magnitude(delta: Any, density: Any, epsilon: Any, q: Any) -> None:
-    """reference._by_magnitude into ``q``; ``delta``, here and below, may be scores."""
+    """reference.linear_probabilities into ``q``; ``delta``, here and below, may be saliency."""
     for r in range(delta.shape[0]):
         low, high = np.float64(abs(delta[r, 0])), np.float64(abs(delta[r, 0]))
         for i in range(delta.shape[1]):
@@ -240,7 +240,7 @@ def probability_by_magnitude(delta: Any, density: Any, epsilon: Any, q: Any) -> 
 
 @kernel
 def probability_optimal(delta: Any, density: Any, q: Any) -> None:
-    """reference._optimal into ``q``."""
+    """reference.optimal_probabilities into ``q``."""
     n = delta.shape[1]
     for r in range(delta.shape[0]):
         target, saturated, scale = density * n, 0, np.inf
