@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from della.errors import Problem, RecipeError
+from della.errors import EvaluationError, Problem, RecipeError
 
 T = TypeVar("T")
 
@@ -29,6 +30,7 @@ class Spec:
     its value.  least: the smallest number allowed.  shown: whether help shows the default.  many: it may be
     given several times.  read: makes the value from text (from a list of texts with ``many``); with ``after``
     it also gets the value of that earlier field.  text: the default as text, where there is ``read``.
+    bare: what the option alone stands for, where its value may be left out.
     """
 
     help: str
@@ -40,6 +42,7 @@ class Spec:
     read: Callable[..., Any] | None = None
     after: str = ""
     text: str | None = None
+    bare: str | None = None
     is_argument: bool = False
 
 
@@ -117,6 +120,22 @@ def size_of(text: str, name: str = "--shard-size") -> int:
     if size < 1:
         raise RecipeError(f"{name} {text}: expected a size such as 5GB or 500MB")
     return size
+
+
+def words_of(text: str, name: str, *, least: int = 0) -> tuple[str, ...]:
+    """The words of ``text``, as a shell takes them.
+
+    Raises:
+        EvaluationError: a quote stays open, or there are fewer than ``least``; ``name`` is what the error
+            calls the text.
+    """
+    try:
+        found = tuple(shlex.split(text))
+    except ValueError as error:
+        raise EvaluationError(f"{name} {text}: {error}") from None
+    if len(found) < least:
+        raise EvaluationError(f"{name}: expected a program")
+    return found
 
 
 def size_text(count: int) -> str:
@@ -246,7 +265,7 @@ class Checks:
 
     sources: float | None = option(
         "Compute K% of the tensors from the sources again, chosen at random. [without a value: 5%]", None,
-        metavar="[K%]", read=percent_of,
+        metavar="[K%]", read=percent_of, bare="5%",
     )  # fmt: skip
     inputs: bool = option("Check that the inputs are still what was merged.", False)
     base_dir: Path | None = option(

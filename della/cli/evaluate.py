@@ -36,7 +36,7 @@ def evaluate(
     ],
 ) -> None:  # fmt: skip
     """Score models: ask for answers, keep them in DIR, and compute scores with intervals.  The same command
-    goes on where it was cut short; what has been answered is not asked for again.
+    resumes what was cut short; what has been answered is not asked for again.
     """
     from della.evaluate import evaluation
 

@@ -24,7 +24,7 @@ from della.cli import paper as cli_paper
 from della.cli.console import Speaker, Speech, print_json, tell
 from della.cli.options import derived, only
 from della.errors import DamageError, DellaError
-from della.options import Changes, Checks, Execution, Permissions, Spec, Target
+from della.options import Changes, Checks, Execution, Permissions, Spec, Target, declared
 
 if TYPE_CHECKING:
     from della.planning.job import Plan
@@ -60,8 +60,8 @@ def merge(
     recipe: Recipe, target: Target, changes: Changes, execution: Execution, permissions: Permissions,
     speech: Speech,
 ) -> None:  # fmt: skip
-    """Merge models as RECIPE says and write the result to OUT.  A run that was cut short is gone on with by
-    the same command.
+    """Merge models as RECIPE says and write the result to OUT.  A run that was cut short is resumed by the
+    same command.
     """
     from della import api
 
@@ -166,10 +166,11 @@ _register("paper", derived(cli_paper.paper))
 
 
 def _with_values(arguments: list[str]) -> list[str]:
-    """typer knows no option whose value may be left out: `--sources` alone means 5 %."""
+    """typer knows no option whose value may be left out: `--sources` alone gets the value it stands for."""
+    bare = {f"--{name}": spec.bare for name, spec in declared(Checks).items() if spec.bare}
     following = [*arguments, ""][1:]
     return [
-        "--sources=5%" if word == "--sources" and not NUMBER.fullmatch(after) else word
+        f"{word}={bare[word]}" if word in bare and not NUMBER.fullmatch(after) else word
         for word, after in zip(arguments, following, strict=True)
     ]
 

@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from della.errors import EvaluationError
-from della.options import option
-
-
-def words(text: str, name: str) -> tuple[str, ...]:
-    """The words of ``text``, as a shell takes them; EvaluationError where a quote stays open."""
-    try:
-        return tuple(shlex.split(text))
-    except ValueError as error:
-        raise EvaluationError(f"{name} {text}: {error}") from None
+from della.options import option, words_of
 
 
 def _tasks(text: str) -> tuple[str, ...]:
@@ -57,14 +48,11 @@ def _spread(found: dict[str, str], tasks: Sequence[str]) -> dict[str, str]:
 
 
 def _program(text: str) -> tuple[str, ...]:
-    found = words(text, "--vllm-command")
-    if not found:
-        raise EvaluationError("--vllm-command: expected vLLM's program")
-    return found
+    return words_of(text, "--vllm-command", least=1)
 
 
 def _arguments(text: str) -> tuple[str, ...]:
-    return words(text, "--vllm-args")
+    return words_of(text, "--vllm-args")
 
 
 @dataclass(frozen=True, slots=True)

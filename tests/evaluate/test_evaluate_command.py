@@ -23,8 +23,9 @@ from typer.main import get_command
 from della.cli.main import app
 from della.evaluate import evaluation
 from della.evaluate.backends import Model
+from della.evaluate.options import EvaluationOptions
 from della.evaluate.scoring import Score
-from della.evaluate.settings import Settings, check
+from della.evaluate.settings import check
 from della.experiments.demo import TRIO
 
 
@@ -188,7 +189,7 @@ def test_the_pages_python_runs(
     (tmp_path / "out").mkdir()
     (program,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 
-    def evaluate(models: list[Model], settings: Settings) -> list[evaluation.Result]:
+    def evaluate(models: list[Model], settings: EvaluationOptions) -> list[evaluation.Result]:
         check(models, settings)
         right = Score.of("strict", {"0": True})
         return [

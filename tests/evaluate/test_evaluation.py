@@ -21,12 +21,12 @@ from stub_server import Request, Slow, StubServer
 from della.errors import EvaluationError
 from della.evaluate import evaluation
 from della.evaluate.evaluation import Result, evaluate
+from della.evaluate.options import EvaluationOptions
 from della.evaluate.scoring import Score
-from della.evaluate.settings import Settings
 from della.experiments.demo import TRIO
 from della.report.intervals import Interval, wilson
 
-Make = Callable[..., Settings]
+Make = Callable[..., EvaluationOptions]
 
 
 @pytest.fixture
@@ -34,12 +34,12 @@ def make(tmp_path: Path) -> Make:
     """Settings of an evaluation of ten sums by a server at ``url``."""
     file = lines(tmp_path / "gsm8k.jsonl", *sums(10))
 
-    def made(url: str, **more: Any) -> Settings:
+    def made(url: str, **more: Any) -> EvaluationOptions:
         plain: dict[str, Any] = {
             "tasks": ("gsm8k",), "data": {"gsm8k": file}, "out": tmp_path / "out", "backend": "openai",
             "base_url": url, "concurrency": 1,
         }  # fmt: skip
-        return Settings(**(plain | more))
+        return EvaluationOptions(**(plain | more))
 
     return made
 
@@ -143,7 +143,7 @@ def test_kill_9_again_and_again_and_nothing_is_asked_for_twice(make: Make, tmp_p
 
 def test_a_batch_that_was_finished_is_not_computed_again_and_answers_are_the_same(tmp_path: Path) -> None:
     file = lines(tmp_path / "gsm8k.jsonl", *sums(7))
-    settings = Settings(
+    settings = EvaluationOptions(
         tasks=("gsm8k",), data={"gsm8k": file}, out=tmp_path / "whole", backend="numpy", batch=2, max_tokens=4
     )
     evaluate([str(TRIO / "math")], settings)
@@ -314,7 +314,7 @@ def test_mbpp_runs_the_programs_in_the_sandbox(tmp_path: Path) -> None:
     )  # fmt: skip
     file = lines(tmp_path / "mbpp.jsonl", *(ADD | {"task_id": 11 + n} for n in range(4)))
     with StubServer(lambda request: programs[request.number]) as server:
-        settings = Settings(
+        settings = EvaluationOptions(
             tasks=("mbpp",), data={"mbpp": file}, out=tmp_path / "out", backend="openai", base_url=server.url,
             concurrency=1,
         )  # fmt: skip
@@ -339,7 +339,7 @@ def test_without_a_sandbox_mbpp_is_refused_before_anything_is_asked(
 
     monkeypatch.setattr(sandbox, "open_sandbox", none)
     with StubServer(lambda request: "") as server:
-        settings = Settings(
+        settings = EvaluationOptions(
             tasks=("mbpp",), data={"mbpp": lines(tmp_path / "mbpp.jsonl", ADD)}, out=tmp_path / "out",
             backend="openai", base_url=server.url,
         )  # fmt: skip
@@ -353,7 +353,7 @@ def test_alpaca_evals_answers_are_written_for_the_package(tmp_path: Path) -> Non
     file = lines(tmp_path / "alpaca_eval.json", [HELLO, {"instruction": "Say bye."}])
     notes: list[str] = []
     with StubServer(lambda request: f" Hello {request.number} USER: more") as server:
-        settings = Settings(
+        settings = EvaluationOptions(
             tasks=("alpaca_eval",), data={"alpaca_eval": file}, out=tmp_path / "out", backend="openai",
             base_url=server.url, concurrency=1,
         )  # fmt: skip
@@ -367,7 +367,7 @@ def test_alpaca_evals_answers_are_written_for_the_package(tmp_path: Path) -> Non
         {"instruction": "Say bye.", "output": " Hello 1 ", "generator": "m"},
     ]
     with pytest.raises(EvaluationError) as error:
-        evaluate(["m"], Settings(**{**as_dict(settings), "annotator": "alpaca_eval_gpt4"}))
+        evaluate(["m"], EvaluationOptions(**{**as_dict(settings), "annotator": "alpaca_eval_gpt4"}))
     assert str(error.value) == (
         "alpaca_eval: 1 of 2 instructions have no reference 'output', such as number 1; take "
         "a file that has them, or leave out --annotator"
@@ -381,7 +381,7 @@ def test_an_annotator_gives_win_rates(tmp_path: Path) -> None:
     file = lines(tmp_path / "a.json", [{"instruction": word, "output": word * 2} for word in "abcd"])
     notes: list[str] = []
     with StubServer(lambda _: "yes") as server:
-        settings = Settings(
+        settings = EvaluationOptions(
             tasks=("alpaca_eval",), data={"alpaca_eval": file}, out=tmp_path / "out", backend="openai",
             base_url=server.url, annotator="alpaca_eval_gpt4", alpaca_command=command, length_controlled=True,
         )  # fmt: skip
@@ -399,7 +399,7 @@ def test_an_annotator_gives_win_rates(tmp_path: Path) -> None:
     ]
 
 
-def as_dict(settings: Settings) -> dict[str, Any]:
+def as_dict(settings: EvaluationOptions) -> dict[str, Any]:
     return {name: getattr(settings, name) for name in settings.__dataclass_fields__}
 
 
