@@ -12,8 +12,6 @@ from della.evaluate.options import EvaluationOptions
 from della.evaluate.problems import TASKS
 from della.evaluate.templates import check_template
 
-Settings = EvaluationOptions
-
 
 def check(models: Sequence[Model], settings: EvaluationOptions) -> None:
     """EvaluationError for what can be seen to be wrong before anything is opened."""
