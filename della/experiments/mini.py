@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from della.errors import EvaluationError, unknown
+from della.errors import EvaluationError
 from della.evaluate.generations import Store
 from della.experiments.bench import Bench
 from della.experiments.cells import Cell
@@ -33,7 +33,6 @@ from della.options import default_threads
 from della.report import plots
 from della.version import __version__
 
-IMPORTANCES = ("wanda", "magnitude")
 VERDICTS = {1: "holds", 0: "within noise", -1: "reversed"}
 Found = dict[str, Any]
 
@@ -105,8 +104,6 @@ def run_mini(options: MiniOptions, tell: Callable[[str], None]) -> Found:
 
 
 def _check(options: MiniOptions) -> None:
-    if options.importance not in IMPORTANCES:
-        raise EvaluationError(unknown("--importance", options.importance, IMPORTANCES))
     if min(options.seeds, options.items, options.validation_items, options.final_items, options.threads) < 1:
         raise EvaluationError("seeds, items and threads must be 1 or more")
 

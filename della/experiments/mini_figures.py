@@ -36,29 +36,20 @@ def gains(name: str, title: str, rows: Sequence[Found]) -> Plot:
 
 def figure3(found: Found) -> Plot:
     """Pruning one expert: MAGPRUNE, DARE and top-K."""
-    series = {
+    text = "MAGPRUNE, DARE and top-K without rescale (as in TIES), lambda 1."
+    return _pruned(found, "figure3", "Figure 3: pruning the Math expert", text, {
         ("6", "row"): "MAGPRUNE", ("figure 3", "row, wide"): "MAGPRUNE, wide range", ("6", "DARE"): "DARE",
         ("figure 3", "top-K"): "top-K",
-    }  # fmt: skip
-    title = "Figure 3: pruning the Math expert"
-    text = f"MAGPRUNE, DARE and top-K without rescale (as in TIES), lambda 1. {BARS}"
-    return lines("figure3", title, text, _pruned(found, series), "drop rate p", "Math, % right", even=True)
+    })  # fmt: skip
 
 
 def figure4(found: Found) -> Plot:
     """Ranks of the row and of the layer."""
-    series = {
+    title = "Figure 4: ranks within the row and within the layer"
+    return _pruned(found, "figure4", title, "The Math expert alone, lambda 1.", {
         ("6", "row"): "row", ("6", "layer"): "layer", ("figure 3", "row, wide"): "row, wide range",
         ("figure 3", "layer, wide"): "layer, wide range",
-    }  # fmt: skip
-    title = "Figure 4: ranks within the row and within the layer"
-    text = f"The Math expert alone, lambda 1. {BARS}"
-    return lines("figure4", title, text, _pruned(found, series), "drop rate p", "Math, % right", even=True)
-
-
-def figure5(rows: Sequence[Found]) -> Plot:
-    """Constant and adaptive lambda."""
-    return gains("figure5", "Figure 5: DELLA with constant and with adaptive lambda", rows)
+    })  # fmt: skip
 
 
 def figure6(found: Found) -> Plot:
@@ -76,13 +67,14 @@ def figure6(found: Found) -> Plot:
     )
 
 
-def _pruned(found: Found, series: Mapping[tuple[str, str], str]) -> list[Mark]:
+def _pruned(found: Found, name: str, title: str, text: str, series: Mapping[tuple[str, str], str]) -> Plot:
     marks = [
         _mark(series[row["table"], row["label"]], row, "", "", row["model"]["p"])
         for row in found["rows"]
         if (row["table"], row["label"]) in series
     ]
-    return sorted(marks, key=lambda mark: list(series.values()).index(mark.series))
+    marks.sort(key=lambda mark: list(series.values()).index(mark.series))
+    return lines(name, title, f"{text} {BARS}", marks, "drop rate p", "Math, % right", even=True)
 
 
 def _mark(series: str, row: Found, label: str, panel: str, x: float = 0.0) -> Mark:

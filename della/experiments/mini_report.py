@@ -7,7 +7,7 @@ from typing import Any
 
 from della.experiments.demo import EXPERTS
 from della.experiments.mini_conditions import conditions
-from della.experiments.mini_figures import figure3, figure4, figure5, figure6, gains, pruning_table
+from della.experiments.mini_figures import figure3, figure4, figure6, gains, pruning_table
 from della.experiments.published import BENCHMARKS, published
 from della.experiments.results import having, interval
 from della.report.page import Report, Section
@@ -16,6 +16,7 @@ from della.report.tables import Table, number, with_interval
 Found = Mapping[str, Any]
 Rows = Sequence[Found]
 VERDICTS = ("holds", "within noise", "reversed")
+_COMPARED = ("difference, over problems", "over seeds", "here it", "in the paper")
 _TITLES = {"lm": "LM perplexity", "math": "Math %", "code": "Code %"}
 _ORDER = (
     ("TA < DARE", "Table 1: DARE over TA"),
@@ -64,14 +65,7 @@ def _verdict(found: Found) -> Section:
     for title, claim in _ORDER:
         for one in having(found["claims"], claim=claim):
             rows.append((title, *_difference(one)))
-    columns = (
-        "the paper's order",
-        "merge",
-        "difference, over problems",
-        "over seeds",
-        "here it",
-        "in the paper",
-    )
+    columns = ("the paper's order", "merge", *_COMPARED)
     table = Table("Does the paper's order hold?", columns, tuple(rows), labels=2, note=(
         "Differences of kept gain in points; in the paper, of its average of percentages."
     ))  # fmt: skip
@@ -178,82 +172,71 @@ def merges_table(title: str, rows: Rows, note: str = "", label: str = "method") 
     return Table(title, columns, tuple(cells), labels=2, note=note)
 
 
+def _section(
+    title: str, rows: Rows, text: str = "", plot: tuple[str, str] = ("", ""), note: str = "",
+    label: str = "method",
+) -> Section:  # fmt: skip
+    """A table of merges under its title, with a plot of their kept gains."""
+    plots = (gains(*plot, rows),) if plot[0] else ()
+    return Section(title, (text,) if text else (), (merges_table("", rows, note, label),), plots)
+
+
 def _table1(found: Found) -> Section:
-    rows = having(found["rows"], table="1")
-    plot = gains("table1", "Table 1: kept gain of the four methods", rows)
-    note = "The paper's scores are AlpacaEval / GSM8K / MBPP, and their average."
-    text = ("TA, DARE and TIES with Elect and the mean, as in the paper (paper_ta, paper_dare, paper_ties).",)
-    return Section("Table 1: Drop, Elect, Fuse", text, (merges_table("", rows, note),), (plot,))
+    return _section(
+        "Table 1: Drop, Elect, Fuse", having(found["rows"], table="1"),
+        "TA, DARE and TIES with Elect and the mean, as in the paper (paper_ta, paper_dare, paper_ties).",
+        ("table1", "Table 1: kept gain of the four methods"),
+        "The paper's scores are AlpacaEval / GSM8K / MBPP, and their average.",
+    )  # fmt: skip
 
 
 def _tables23(found: Found) -> Section:
     two = merges_table("Table 2: rescale in a merge, lambda 1", having(found["rows"], table="2"))
     three = pruning_table(
-        "Table 3: rescale, the Code expert alone, percent right",
-        having(found["rows"], table="3"),
+        "Table 3: rescale, the Code expert alone, percent right", having(found["rows"], table="3"),
         "The paper names neither expert nor task.",
-    )
+    )  # fmt: skip
     return Section("Tables 2 and 3: rescale", (), (two, three))
 
 
 def _table4(found: Found) -> Section:
     rows = having(found["rows"], table="4")
-    plot = gains("table4", "Table 4: kept gain without Elect", rows)
-    return Section("Table 4: without Elect", (), (merges_table("", rows),), (plot,))
+    return _section("Table 4: without Elect", rows, "", ("table4", "Table 4: kept gain without Elect"))
 
 
 def _table5(found: Found) -> Section:
-    rows = sorted(having(found["rows"], table="5"), key=lambda row: _merges(found).index(row["group"]))
     text = (
         "Scores |delta| times the norm of the input instead of |delta|; norms over "
-        f"{found['calibration_items']} training texts of each expert's own task.",
+        f"{found['calibration_items']} training texts of each expert's own task."
     )
-    return Section(
-        "Table 5: WANDA scores",
-        text,
-        (merges_table("", rows),),
-        (gains("table5", "Table 5: kept gain", rows),),
-    )
+    return _section("Table 5: WANDA scores", _by_merge(found, "5"), text, ("table5", "Table 5: kept gain"))
 
 
 def _table6(found: Found) -> Section:
-    rows = having(found["rows"], table="6")
     text = (
         "The Math expert alone, at lambda 1. The range has the half-width of the release, .07; wide is .3; "
         "both as far as p has room. What the paper's figures 3 and 4 show is known from its text only; "
-        "they are rebuilt by subject.",
+        "they are rebuilt by subject."
     )
-    table = pruning_table("Table 6: percent right", rows, "")
-    return Section(
-        "Table 6 and figures 3 and 4: pruning one expert", text, (table,), (figure3(found), figure4(found))
-    )
+    table = pruning_table("Table 6: percent right", having(found["rows"], table="6"), "")
+    title = "Table 6 and figures 3 and 4: pruning one expert"
+    return Section(title, (text,), (table,), (figure3(found), figure4(found)))
 
 
 def _figure5(found: Found) -> Section:
-    rows = having(found["rows"], table="figure 5")
-    rows = [
-        row
-        for merge in _merges(found)
-        for row in sorted(having(rows, group=merge), key=lambda r: r["label"] != "constant")
-    ]
+    rows = _by_merge(found, "figure 5", first="constant")
     text = (
         "Constant lambda, chosen on validation, against the factors of each row or tensor that take its "
-        "place; the authors' release cannot run these. Rebuilt by subject.",
+        "place; the authors' release cannot run these. Rebuilt by subject."
     )
-    return Section(
-        "Figure 5: constant and adaptive lambda",
-        text,
-        (merges_table("", rows, label="lambda is"),),
-        (figure5(rows),),
-    )
+    plot = ("figure5", "Figure 5: DELLA with constant and with adaptive lambda")
+    return _section("Figure 5: constant and adaptive lambda", rows, text, plot, label="lambda is")
 
 
 def _table7(found: Found) -> Section:
-    text = (
-        "Lambda and epsilon chosen for each p. Figure 6, MAGPRUNE and top-K over p, is rebuilt by subject.",
-    )
+    text = "Lambda and epsilon chosen for each p. Figure 6, MAGPRUNE and top-K over p, is rebuilt by subject."
     table = merges_table("Table 7: DELLA over p", having(found["rows"], table="7"), label="drop rate")
-    return Section("Table 7 and figure 6: over p", text, (table,), (figure6(found),))
+    return Section("Table 7 and figure 6: over p", (text,), (table,), (figure6(found),))
 
 
 def _beside(found: Found) -> Section:
@@ -261,21 +244,17 @@ def _beside(found: Found) -> Section:
         row | {"label": f"{row['label']} (table 1)"}
         for row in having(found["rows"], table="1", group="all three")
     ]
-    rows = sorted(
-        [*first, *having(found["rows"], table="beside")], key=lambda row: -float(row["value"]["value"])
-    )
-    rows = [row | {"paper": {}} for row in rows]
-    plot = gains("beside", "All three experts: kept gain of every method", rows)
-    text = (
-        "Every method, each with p and lambda chosen on validation, best first. DELLA is that of table 1.",
-    )
-    return Section("Beside the paper: every method", text, (merges_table("", rows),), (plot,))
+    rows = [row | {"paper": {}} for row in (*first, *having(found["rows"], table="beside"))]
+    rows.sort(key=lambda row: -float(row["value"]["value"]))
+    text = "Every method, each with p and lambda chosen on validation, best first. DELLA is that of table 1."
+    plot = ("beside", "All three experts: kept gain of every method")
+    return _section("Beside the paper: every method", rows, text, plot)
 
 
 def _claims(found: Found) -> Section:
     ordered = sorted(found["claims"], key=lambda one: _place(one["claim"]))
     rows = [(one["claim"], *_difference(one)) for one in ordered]
-    columns = ("claim", "where", "difference, over problems", "over seeds", "here it", "in the paper")
+    columns = ("claim", "where", *_COMPARED)
     note = "In points of kept gain, or of right answers where one expert is pruned."
     return Section("All differences", (), (Table("", columns, tuple(rows), labels=2, note=note),))
 
@@ -283,8 +262,11 @@ def _claims(found: Found) -> Section:
 # ---- text of single cells ---------------------------------------------------------------------------------
 
 
-def _merges(found: Found) -> list[str]:
-    return list(found["grid"]["merges"])
+def _by_merge(found: Found, table: str, first: str = "") -> Rows:
+    """The rows of a table, those of one merge together, the one called ``first`` before its others."""
+    merges = list(found["grid"]["merges"])
+    rows = having(found["rows"], table=table)
+    return sorted(rows, key=lambda row: (merges.index(row["group"]), bool(first) and row["label"] != first))
 
 
 def _score(scores: Mapping[str, float], task: str) -> str:
