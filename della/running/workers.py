@@ -48,8 +48,8 @@ def each(
             raise
 
     with ThreadPoolExecutor(threads, thread_name_prefix="della") as pool:
-        futures = [pool.submit(one, job) for job in jobs]
-        try:
+        try:  # around the first submit too: an interrupt may come while jobs are still handed out
+            futures = [pool.submit(one, job) for job in jobs]
             wait(futures, return_when=FIRST_EXCEPTION)
         except BaseException:
             ended.set()
