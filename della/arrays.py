@@ -280,7 +280,7 @@ def _is_torch(value: Any) -> bool:
 
 
 def _some(experts: Sequence[Any]) -> None:
-    if not experts:
+    if len(experts) == 0:
         raise RecipeError(Problem("no experts: at least one is needed", parameter="experts"))
 
 

@@ -24,8 +24,13 @@ MAX_PROBLEMS = 50  # more are not read, and not looked for
 class Location(NamedTuple):
     """Where something of a recipe is written.
 
-    ``column`` 0 means that ``source`` alone says it (an override, a Python object); ``line`` then only keeps
-    the order.
+    Args:
+        line: From 1; where there is no column it only keeps the order.
+        column: From 1; 0 where ``source`` alone says it (an override, a Python object).
+        source: The file, or what else said it.
+
+    >>> str(Location(3, 7, "recipe.yml"))
+    'recipe.yml:3:7'
     """
 
     line: int

@@ -26,11 +26,21 @@ TILE = 1 << 18  # elements of a tile: large enough to forget Python's overhead, 
 class Spec:
     """What a field says of itself.
 
-    help: one sentence.  flags: how it is written, by default ``--`` and its name.  metavar: what stands for
-    its value.  least: the smallest number allowed.  shown: whether help shows the default.  many: it may be
-    given several times.  read: makes the value from text (from a list of texts with ``many``); with ``after``
-    it also gets the value of that earlier field.  text: the default as text, where there is ``read``.
-    bare: what the option alone stands for, where its value may be left out.
+    Args:
+        help: One sentence.
+        flags: How it is written, by default ``--`` and its name.
+        metavar: What stands for its value.
+        least: The smallest number allowed.
+        shown: Whether help shows the default.
+        many: It may be given several times.
+        read: Makes the value from text (from a list of texts with ``many``).
+        after: The earlier field whose value ``read`` gets too.
+        text: The default as text, where there is ``read``.
+        bare: What the option alone stands for, where its value may be left out.
+        is_argument: It is given by position.
+
+    >>> declared(Target)["overwrite"].help
+    'Replace OUT, in one step, when all is done.'
     """
 
     help: str
@@ -164,7 +174,18 @@ def is_mergekit(text: str) -> bool:
 
 @dataclass(frozen=True)
 class Share:
-    """The ``number``-th of ``count`` shares of a merge; RecipeError where there is no such share."""
+    """One of equal shares of a merge.
+
+    Args:
+        number: Which, from 1.
+        count: Of how many.
+
+    Raises:
+        RecipeError: there is no such share.
+
+    >>> Share.parse("2/7")
+    Share(number=2, count=7)
+    """
 
     number: int = 1
     count: int = 1
@@ -194,7 +215,11 @@ class Share:
 
 @dataclass(frozen=True)
 class Changes:
-    """What the caller changes in a recipe."""
+    """What the caller changes in a recipe.
+
+    >>> Changes(overrides=("lambda=0.8",))
+    Changes(seed=None, overrides=('lambda=0.8',), compat=False)
+    """
 
     seed: int | None = option("Seed of the random draws, instead of the recipe's.", None)
     overrides: tuple[str, ...] = option(
@@ -208,7 +233,11 @@ class Changes:
 
 @dataclass(frozen=True)
 class Target:
-    """Where a result shall go, and whether it may replace what is there."""
+    """Where a result shall go, and whether it may replace what is there.
+
+    >>> Target(Path("out.safetensors")).is_single
+    True
+    """
 
     out: Path = argument("Where to: a folder, or a .safetensors file.", metavar="OUT")
     overwrite: bool = option("Replace OUT, in one step, when all is done.", False)
@@ -221,7 +250,11 @@ class Target:
 
 @dataclass(frozen=True)
 class Permissions:
-    """What only the caller, and never a recipe, may allow."""
+    """What only the caller, and never a recipe, may allow.
+
+    >>> Permissions(pickle=True)
+    Permissions(pickle=True, auto_map=False)
+    """
 
     pickle: bool = option("Read .bin and .pt models too, by torch, as weights only.", False, "--allow-pickle")
     auto_map: bool = option("Keep what config.json says of code of its own.", False, "--keep-auto-map")
@@ -229,7 +262,17 @@ class Permissions:
 
 @dataclass(frozen=True)
 class Execution:
-    """How a plan is executed; none of this changes a byte of the weights.  RecipeError for what cannot be."""
+    """How a plan is executed; none of this changes a byte of the weights.
+
+    Args:
+        tile: Elements that are worked on at a time.
+
+    Raises:
+        RecipeError: it cannot be executed so.
+
+    >>> Execution(threads=2).workers
+    2
+    """
 
     threads: int | None = option(
         "Threads; the result does not depend on it. [default: all processors]", None, least=1
@@ -261,7 +304,14 @@ class Execution:
 
 @dataclass(frozen=True)
 class Checks:
-    """What of a merged model is checked beside its own bytes.  RecipeError for what cannot be."""
+    """What of a merged model is checked beside its own bytes.
+
+    Raises:
+        RecipeError: it cannot be checked so.
+
+    >>> Checks(inputs=True)
+    Checks(sources=None, inputs=True, base_dir=None)
+    """
 
     sources: float | None = option(
         "Compute K% of the tensors from the sources again, chosen at random. [without a value: 5%]", None,

@@ -69,9 +69,18 @@ class _Absent(CheckpointError):
 class Source:
     """An opened checkpoint; safe to read from several threads.  Close it, or use it in a with-block.
 
-    ``path`` is the folder or file that was opened, ``folder`` the folder it is or lies in.  ``tensors`` are
-    views by name, file by file in the order of their data.  ``config`` is {} where there is no config.json.
-    ``revision`` is the commit of a Hub snapshot, else None.
+    It has ``tensors``, views by name, file by file in the order of their data; ``folder``, where it lies;
+    ``config``, {} where there is no config.json; and ``revision``, the commit of a Hub snapshot, else None.
+
+    Args:
+        reference: the model as its user names it.
+        path: the folder or file that was opened.
+        layout: what was found there.
+
+    Example:
+        >>> with open_source("one") as model:
+        ...     [(name, view.shape, view.dtype.name) for name, view in model.tensors.items()]
+        [('w', (2,), 'F32')]
     """
 
     def __init__(self, reference: str, path: Path, layout: Layout) -> None:

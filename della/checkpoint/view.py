@@ -134,9 +134,19 @@ class TensorView(ABC):
 
 
 class Stored(TensorView):
-    """A tensor that lies in a file of ``weights`` as it is, or is held in memory as ``bits`` (any strides).
+    """A tensor as it is stored, in its own type; it is the one part of itself.
 
-    Its elements are what is stored, in its own type, and it is the one part of itself.
+    Args:
+        entry: its name, shape, type, and where in which file it lies.
+        weights: the files that it is read from.
+        bits: what it holds, of any strides, where its file cannot be read by offset.
+
+    Example:
+        >>> from della.checkpoint.source import open_source
+        >>> with open_source("one") as model:
+        ...     view = model.tensors["w"]
+        ...     view.read(), view.nbytes
+        (array([1., 2.], dtype=float32), 8)
     """
 
     def __init__(self, entry: Tensor, weights: Weights, bits: Array | None = None) -> None:
@@ -192,6 +202,14 @@ class Hashes:
 
     Every byte is hashed once and in order, in whatever order a view reads: bytes that come again are passed
     over, and what nobody has read in its turn is read by `of`.  For one thread.
+
+    Example:
+        >>> from della.checkpoint.source import open_source
+        >>> with open_source("one") as model:
+        ...     view, hashes = model.tensors["w"], Hashes()
+        ...     _ = view.read(hashes)
+        ...     [hashes.of(part) for part in view.parts]
+        ['4533ce61c4655ba3c3e077b25dd1d769']
     """
 
     def __init__(self) -> None:

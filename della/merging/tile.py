@@ -24,8 +24,12 @@ class Grain(Enum):
 
 @dataclass(frozen=True)
 class Expert:
-    """One model of a merge: its identity (it keys the random stream), its own parameters as they take effect,
-    and the norms of the tensor's input features (float32, one a column; None where there are none).
+    """One model of a merge.
+
+    Args:
+        identity: Its name, which keys its random stream.
+        values: Its own parameters as they take effect.
+        norms: Of the tensor's input features: float32, one a column; None where there are none.
 
     >>> Expert("math", {"weight": 0.5})["weight"]
     0.5
@@ -52,7 +56,17 @@ def canonical(experts: Sequence[Expert]) -> list[int]:
 
 @dataclass(frozen=True)
 class Subject:
-    """The tensor that is merged: its name, shape and experts (in canonical order), and the seed."""
+    """The tensor that is merged.
+
+    Args:
+        name: Its name.
+        shape: Its shape.
+        experts: The models, in canonical order.
+        seed: Of the random draws.
+
+    >>> Subject("w", (2, 3), (Expert("math", {"weight": 0.5}),)).column("weight")
+    [0.5]
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -90,13 +104,22 @@ class Workspace:
 
 @dataclass(frozen=True)
 class Tile:
-    """A piece of a tensor: ``start`` (in elements), and, all float32, the base (rows, n) and ``values``
-    (experts, rows, n).
+    """A piece of a tensor.  A row is whole but for Grain.ELEMENT, which has one row of any length; a tile of
+    Grain.TENSOR is the tensor.
 
-    ``values`` are the experts' deltas; the weights themselves for a method with ``of_deltas = False``.  They
-    may be overwritten.  A row is whole but for Grain.ELEMENT, which has one row of any length; a tile of
-    Grain.TENSOR is the tensor.  Without a base, ``base`` is None; for a method that is `one_by_one` there are
-    no ``values``, but `each`.
+    Args:
+        subject: The tensor.
+        start: Its first element.
+        base: float32 (rows, n); None without a base.
+        values: float32 (experts, rows, n): deltas, or for a method with ``of_deltas = False`` the experts'
+            weights themselves; they may be overwritten.  Of no experts for a method that is `one_by_one`.
+        workspace: Buffers for what a method needs beside.
+        stream: What `each` gives to a method that is `one_by_one`.
+
+    >>> import numpy as np
+    >>> zeros = np.zeros((2, 3, 4), np.float32)
+    >>> Tile(Subject("w", (3, 4), ()), 0, zeros[0], zeros, Workspace()).shape
+    (3, 4)
     """
 
     subject: Subject

@@ -35,7 +35,16 @@ class Model:
 class Operand:
     """A view that stands for one model in a job: usually that model's own tensor of this name.
 
-    ``expert`` is what the method is told of it, ``norms`` the input norms that rank its deltas.
+    Args:
+        model: The model.
+        view: What is read.
+        expert: What the method is told of it.
+        norms: The input norms that rank its deltas.
+
+    >>> import della
+    >>> with della.plan("recipe.yml") as plan:
+    ...     [(each.view.reference, each.expert["weight"]) for each in plan.jobs[0].operands]
+    [('./one', 1.0), ('./two', 3.0)]
     """
 
     model: Model
@@ -46,8 +55,20 @@ class Operand:
 
 @dataclass(frozen=True)
 class Job:
-    """One output tensor.  ``method`` has its settings; it is None where ``base`` is copied.  ``operands`` are
-    in canonical order.
+    """One output tensor.
+
+    Args:
+        name: Its name.
+        shape: Its shape.
+        dtype: The type in which it is stored.
+        base: The tensor of the base.
+        method: The method with its settings; None where ``base`` is copied.
+        operands: The models, in canonical order.
+
+    >>> import della
+    >>> with della.plan("recipe.yml") as plan:
+    ...     [(job.name, job.shape, job.dtype.name, job.bytes_read) for job in plan.jobs]
+    [('w', (2,), 'F32', 16)]
     """
 
     name: str
@@ -115,8 +136,20 @@ class Job:
 class Plan:
     """What a merge will do.  A context manager that closes the inputs.
 
-    ``base`` is the template of the output: names, shapes and side files (the first model where the method
-    needs no base).  ``models`` are in the order of the recipe.
+    Args:
+        recipe: The recipe.
+        base: The template of the output: names, shapes and side files (the first model where the method needs
+            no base).
+        models: The models, in the order of the recipe.
+        jobs: A Job for each tensor of the output.
+        notes: What the user should know.
+        departures: What is computed otherwise than by mergekit.
+        opened: What is closed at the end.
+
+    >>> import della
+    >>> with della.plan("recipe.yml") as plan:
+    ...     plan.bytes_read, plan.bytes_written
+    (16, 8)
     """
 
     recipe: Recipe

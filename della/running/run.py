@@ -35,7 +35,21 @@ from della.version import __version__
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is: bytes read and written of their totals, tensors finished of all."""
+    """How far a run is.
+
+    Args:
+        done: Bytes read and written.
+        total: Of how many.
+        tensors: Tensors that are finished.
+        of_tensors: Of how many.
+        name: The last tensor that was worked on.
+
+    >>> import della
+    >>> seen = []
+    >>> _ = della.merge("recipe.yml", "out", progress=seen.append)
+    >>> seen[-1]
+    Progress(done=24, total=24, tensors=1, of_tensors=1, name='w')
+    """
 
     done: int
     total: int
@@ -46,10 +60,21 @@ class Progress:
 
 @dataclass(frozen=True)
 class Result:
-    """A finished merge: where it is, its manifest without the seal ({} for a part), the seconds of wall time
-    that it took, those of them in which tensors were merged (without staging, side files and the wait for the
-    disk), the number of tensors that an earlier run had finished, and the bytes read and written for the
-    others.
+    """A finished merge.
+
+    Args:
+        out: Where it is.
+        manifest: What its della.json holds but the seal; {} for a part.
+        seconds: Wall time.
+        merging_seconds: Those of them in which tensors were merged.
+        resumed: The number of tensors that an earlier run had finished.
+        bytes_read: Bytes that were read for the others.
+        bytes_written: Bytes that were written for them.
+
+    >>> import della
+    >>> result = della.merge("recipe.yml", "out")
+    >>> result.bytes_read, result.bytes_written, result.manifest["seed"]
+    (16, 8, 42)
     """
 
     out: Path

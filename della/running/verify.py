@@ -40,11 +40,23 @@ _LOADED_NAMES = {*SIDE_FILES, "config.json", "adapter_config.json"}
 
 @dataclass
 class Verdict:
-    """What was found: ``problems`` is empty if all is well, ``bad`` has each as a line of text; ``notes`` are
-    no faults.
+    """What was found.
 
-    ``tensors`` (``nbytes`` bytes) and ``files`` of the model were checked, ``recomputed`` tensors were merged
-    again, ``inputs`` tensors of the inputs were compared.
+    Args:
+        out: The model that was verified.
+        problems: What is wrong; nothing if all is well.  ``bad`` has each as a line of text.
+        notes: What is no fault, a line each.
+        tensors: Tensors of the model that were checked.
+        files: Files of it that were checked.
+        nbytes: Bytes of these tensors.
+        recomputed: Tensors that were merged again.
+        inputs: Tensors of the inputs that were compared.
+
+    >>> import della
+    >>> out = della.merge("recipe.yml", "out").out
+    >>> (out / "README.md").unlink()
+    >>> della.verify(out).bad
+    ['out/README.md: missing']
     """
 
     out: Path

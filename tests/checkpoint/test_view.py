@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -116,11 +115,6 @@ def test_bits_that_are_held_in_memory(tmp_path: Path) -> None:
     path.write_bytes(b"123")
     with pytest.raises(CheckpointError, match=r"x\.bin: "):
         view.read()
-
-
-def test_the_example_of_a_view() -> None:
-    found = doctest.testmod(view_module)
-    assert (found.failed, found.attempted > 0) == (0, True)
 
 
 # ---- views of one's own, merged ---------------------------------------------------------------------------
