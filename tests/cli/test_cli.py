@@ -342,6 +342,7 @@ def test_a_terminal_shows_a_bar(place: Path, terminal: tuple[int, int]) -> None:
     assert re.search(r"out: 37.8 kB in \d+\.\d s\r\n$", shown)
 
 
+@pytest.mark.slow
 def test_the_bar_tells_rate_and_time_left_and_ctrl_c_takes_it_away(
     slow: Path, tmp_path: Path, terminal: tuple[int, int]
 ) -> None:

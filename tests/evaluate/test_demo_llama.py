@@ -106,6 +106,7 @@ def test_the_shipped_base_matches_transformers() -> None:
     np.testing.assert_allclose(Llama.from_folder(folder).logits(ids), expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_every_shipped_expert_is_better_than_the_base_at_its_own_task() -> None:
     pytest.importorskip("tokenizers")
     base = score(TRIO / "base", "validation", 40)

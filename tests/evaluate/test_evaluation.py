@@ -101,6 +101,7 @@ def test_each_answer_is_on_the_disk_before_the_next_is_asked_for(make: Make) -> 
     assert seen == [[f"answer {n}" for n in range(count)] for count in range(10)]
 
 
+@pytest.mark.slow
 def test_kill_9_again_and_again_and_nothing_is_asked_for_twice(make: Make, tmp_path: Path) -> None:
     """What the store holds when an evaluation is killed is never asked for again; of the rest, only what was
     in flight.

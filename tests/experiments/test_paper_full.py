@@ -152,6 +152,7 @@ def test_answers_outlive_a_judge_that_fails(
     assert sorted(path.name for path in (options.out / "merges").iterdir()) == sorted([dare, *made])
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_is_resumed_where_it_was(tmp_path: Path, server: StubServer) -> None:
     program = (
         "import os, sys; from pathlib import Path; sys.path[:0] = sys.argv[1].split(os.pathsep);"
@@ -190,6 +191,7 @@ def test_the_other_expert_of_table_3_has_a_base_of_its_own(tmp_path: Path, serve
     assert "codellama/CodeLlama-13b-Python-hf" in recipe
 
 
+@pytest.mark.slow
 def test_wanda_ranks_by_norms_of_calibration_texts(tmp_path: Path, server: StubServer) -> None:
     options = make_options(
         tmp_path, server.url, tables="5", drop_rates="0.5", lambdas="1", seeds=1, keep_merges=True

@@ -260,6 +260,7 @@ def test_in_the_sandbox_whatever_returns_the_values_is_right_and_each_text_runs_
     assert (programs.kind, programs.asked, programs.run) == ("sandbox", 7, 5)
 
 
+@pytest.mark.slow
 def test_a_missing_sandbox_is_told_and_stands_in_the_report(
     ran: tuple[Path, dict[str, Any], list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -309,6 +310,7 @@ def test_a_claim_is_reversed_or_noise() -> None:
 # ---- the run ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_files_and_rows_of_a_run(ran: tuple[Path, dict[str, Any], list[str]]) -> None:
     out, found, told = ran
     plots = {"table1", "table4", "table5", "figure3", "figure4", "figure5", "figure6", "beside"}
@@ -329,6 +331,7 @@ def test_the_files_and_rows_of_a_run(ran: tuple[Path, dict[str, Any], list[str]]
     assert found["sweep_seeds"] == 1
 
 
+@pytest.mark.slow
 def test_a_row_has_scores_intervals_and_the_papers_numbers(
     ran: tuple[Path, dict[str, Any], list[str]],
 ) -> None:
@@ -348,6 +351,7 @@ def test_a_row_has_scores_intervals_and_the_papers_numbers(
     assert line[0].endswith("| - / 63.2 / 15.6 | 39.4 |")
 
 
+@pytest.mark.slow
 def test_the_verdict_counts_what_the_claims_say(ran: tuple[Path, dict[str, Any], list[str]]) -> None:
     steps = ("Table 1: DARE over TA", "Table 1: DELLA over DARE", "Table 1: DELLA over TIES")
     claims = [c | {"verdict": "within noise"} for c in ran[1]["claims"]]
@@ -363,6 +367,7 @@ def test_the_verdict_counts_what_the_claims_say(ran: tuple[Path, dict[str, Any],
     assert "holds as a whole on all three. Of its 6 single steps 3 hold, 3 are within noise" in said
 
 
+@pytest.mark.slow
 def test_what_would_have_to_be_true_is_computed(ran: tuple[Path, dict[str, Any], list[str]]) -> None:
     def row(kept: float, label: str) -> dict[str, Any]:
         paper = {"average": {"TA": 40.0, "DARE": 45.0, "TIES": 60.0, "DELLA": 50.0}[label]}
@@ -405,6 +410,7 @@ def test_what_would_have_to_be_true_is_computed(ran: tuple[Path, dict[str, Any],
     assert "### What is left to win" in (ran[0] / "tables.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_run_that_was_cut_short_is_resumed_and_ends_the_same(
     ran: tuple[Path, dict[str, Any], list[str]], tmp_path: Path
 ) -> None:
@@ -427,11 +433,13 @@ def scores(out: Path) -> dict[str, Any]:
     return {row["id"]: row["scores"] for row in rows}
 
 
+@pytest.mark.slow
 def test_scores_of_other_problems_are_refused(ran: tuple[Path, dict[str, Any], list[str]]) -> None:
     with pytest.raises(EvaluationError, match=r"scores\.jsonl: its scores are of other settings"):
         run_mini(options(ran[0], items=5), print)
 
 
+@pytest.mark.slow
 def test_table_5_can_be_left_out(ran: tuple[Path, dict[str, Any], list[str]], tmp_path: Path) -> None:
     (tmp_path / "scores.jsonl").write_bytes((ran[0] / "scores.jsonl").read_bytes())
     found = run_mini(options(tmp_path, importance="magnitude"), lambda line: None)
@@ -460,6 +468,7 @@ def test_numbers_below_one_are_refused(tmp_path: Path) -> None:
         run_mini(options(tmp_path, seeds=0), print)
 
 
+@pytest.mark.slow
 def test_curves_and_pruning_have_their_claims(ran: tuple[Path, dict[str, Any], list[str]]) -> None:
     about = {c["claim"] for c in ran[1]["claims"]}
     assert {name for name, _, _ in mini_rows.PRUNING_CLAIMS} <= about

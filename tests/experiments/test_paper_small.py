@@ -177,6 +177,7 @@ def losses(rows: list[dict[str, Any]], split: str) -> dict[str, dict[str, list[f
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_methods")
 def test_the_whole_experiment_and_its_resumption(
     work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
