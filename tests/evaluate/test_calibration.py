@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +159,7 @@ def test_what_cannot_be_done_is_told_before_the_model_is_loaded(tmp_path: Path, 
             calibrate(str(model), given, tmp_path / f"{out}.safetensors", **{"backend": "numpy", **changes})
         return str(caught.value)
 
-    assert told(backend="nunpy") == "backend 'nunpy': expected hf or numpy; did you mean 'numpy'?"
+    assert re.fullmatch(r"backend 'nunpy': .*\bhf\b.*; did you mean 'numpy'\?", told(backend="nunpy"))
     assert told(out="taken") == f"{taken}: exists already; remove it, or choose another name"
     assert told(data=tmp_path / "x").endswith("x: cannot be read (No such file or directory)")
     assert told() == "x: no such folder; the numpy backend reads local models only"
@@ -209,6 +210,6 @@ def test_nothing_is_left_where_it_fails(tmp_path: Path, data: Path) -> None:
     wide = {name: value.astype(np.float32) for name, value in original.items()}
     wide["model.embed_tokens.weight"][:] = np.nan
     put(tmp_path / "big", sides | {"model.safetensors": wide})
-    with np.errstate(all="ignore"), pytest.raises(CheckpointError, match=r"big: inputs of model\.layers"):
+    with np.errstate(all="ignore"), pytest.raises(CheckpointError, match=r"big: .*model\.layers.*\bnan\b"):
         calibrate(str(tmp_path / "big"), data, tmp_path / "n.safetensors", backend="numpy", limit=1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["big"]

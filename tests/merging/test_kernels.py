@@ -61,7 +61,7 @@ def model_data(shape: tuple[int, ...], kind: str, seed: int) -> tuple[Array, lis
 
 
 def options(refused: bool) -> list[tuple[str, dict[str, Any]]]:
-    """Every method, with every value of every option that it has: those that fit, or the refused."""
+    """Every method as it is, and with every other value of every option: those that fit, or the refused."""
     found: list[tuple[str, dict[str, Any]]] = []
     for method in METHODS.values():
         if not method.needs_base:
@@ -71,7 +71,7 @@ def options(refused: bool) -> list[tuple[str, dict[str, Any]]]:
             for value in parameter.choices:
                 # calibrated corrects a vote; scope: model needs a whole model (tests/test_run.py)
                 vote = {"vote": "weighted"} if value == "calibrated" else {}
-                if value != "model":
+                if value not in ("model", parameter.default):
                     tries.append({parameter.name: value} | vote)
         found += [
             (method.name, shared)
