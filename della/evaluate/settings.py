@@ -23,7 +23,7 @@ def check(models: Sequence[Model], settings: EvaluationOptions) -> None:
     names = [model.name for model in models]
     double = next((name for name in names if names.count(name) > 1), None)
     if double:
-        raise EvaluationError(Problem(f"two models are called {double}", "tell them apart: NAME=MODEL"))
+        raise EvaluationError(Problem(f"two models are called {double}", "name them: NAME=MODEL"))
     for what, value, known in (("backend", settings.backend, BACKENDS), ("dtype", settings.dtype, DTYPES)):
         if value not in known:
             raise EvaluationError(unknown(what, value, known))
@@ -48,7 +48,7 @@ def check(models: Sequence[Model], settings: EvaluationOptions) -> None:
 
 
 def depends(model: Model, task: str, settings: EvaluationOptions) -> dict[str, Any]:
-    """What the answers to a task depend on, beside the prompts, which are told apart one by one."""
+    """What the answers to a task depend on, beside the prompts, which are compared one by one."""
     own: dict[str, dict[str, Any]] = {
         "hf": {"dtype": settings.dtype, "batch": settings.batch},
         "numpy": {"batch": settings.batch},

@@ -282,7 +282,7 @@ def unfinished(out: Path) -> Iterator[str]:
     staging = Staging(out, "")
     if staging.folder.is_dir():
         count = len(told(staging._journals()).done)
-        yield f"{staging.folder}: an unfinished merge ({count} tensors done); the same command goes on"
+        yield f"{staging.folder}: an unfinished merge ({count} tensors done); the same command resumes it"
     if staging.aside.is_dir():
         yield f"{staging.aside}: the old model; the next merge puts it back"
 

@@ -128,8 +128,8 @@ def run(
             raise KeyboardInterrupt(f"{out} is complete") from error
         if staged.kept and not execution.finish:
             said = "the output is as it was" if is_stopped else str(error)
-            end = f"{len(staged.done)} finished tensors are kept in {staged.kept}; the same command goes on"
-            raise type(error)(f"{said}; {end}") from error
+            kept = f"{len(staged.done)} finished tensors are kept in {staged.kept}"
+            raise type(error)(f"{said}; {kept}; the same command resumes it") from error
         raise
     seconds = time.monotonic() - started
     return Result(out, manifest, seconds, merging, resumed, work.bytes_read, work.bytes_written)
@@ -245,7 +245,7 @@ class _Run:
         before = self.finished
         left = [job for job in self.jobs if job.name not in self.staged.done]
         if before and left:
-            self.tell(f"{before} of {len(self.jobs)} tensors were finished before; going on with the others")
+            self.tell(f"{before} of {len(self.jobs)} tensors were finished before; the merge is resumed")
         if self.execution.finish and left:
             said = f"{len(left)} of {len(self.jobs)} tensors are not finished ({left[0].name}, ...)"
             fix = "run the parts that are missing, or leave out --finish"

@@ -1,4 +1,4 @@
-"""The backends: what models answer, in which batches, and which models are told apart."""
+"""The backends: what models answer, in which batches, and which models are distinguished."""
 
 from __future__ import annotations
 

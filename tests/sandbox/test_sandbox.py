@@ -169,7 +169,7 @@ def test_a_signal_is_told(sandbox: Sandbox) -> None:
 
 @each_sandbox
 def test_processes_of_a_trusted_program_end_with_it(sandbox: Sandbox) -> None:
-    """One that goes on in the background, holding the output open, keeps nobody waiting."""
+    """One that continues in the background, holding the output open, keeps nobody waiting."""
     source = "import os, time\nif os.fork() == 0:\n    while True: time.sleep(1)\nprint('over', flush=True)"
     outcome = sandbox.run(source, limits=Limits(processes=1, memory=(301 << 20) + 4096))
     assert (outcome.ended, outcome.code, outcome.stdout) == ("exited", 0, b"over\n")

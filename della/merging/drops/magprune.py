@@ -185,7 +185,7 @@ def _by_row(sizes: Array, probabilities: Any) -> Array:
 
 
 def _shuffled(subject: Subject, t: int, start: int, count: int) -> Array:
-    """Random integers of 31 bits in the place of magnitudes."""
+    """Random integers of 31 bits instead of magnitudes."""
     return np.asarray(bits64(subject.key(t, "rank"), start, count) >> np.uint64(33))
 
 
