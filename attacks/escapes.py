@@ -28,8 +28,8 @@ def raw(x86_64, aarch64, *arguments):
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     return result
 def written(path, flags):
-    place = os.open(path, flags, 0o600)
-    os.write(place, b"hurt")
+    fd = os.open(path, flags, 0o600)
+    os.write(fd, b"hurt")
 """
 
 
@@ -58,12 +58,12 @@ attempt('cwd', lambda: open('/proc/self/cwd/' + up + world['secret'][1:]).read()
     Escape("write-victim", "attempt('write', lambda: written(world['victim'], os.O_WRONLY))", control=True),
     Escape("append-victim", "attempt('append', lambda: written(world['victim'], os.O_RDWR | os.O_APPEND))", control=True),
     Escape("create-outside", """
-for place in (world['folder'], '/tmp', '/var/tmp', '/dev/shm', '/dev', world['home'], '/usr/lib', '/', '/proc', '/run'):
+for folder in (world['folder'], '/tmp', '/var/tmp', '/dev/shm', '/dev', world['home'], '/usr/lib', '/', '/proc', '/run'):
     # what is made where nobody outside sees it is no escape: the mark is looked for outside
     try:
-        open(place + '/' + world['mark'], 'w').write('here')
+        open(folder + '/' + world['mark'], 'w').write('here')
     except OSError as error:
-        print(place, error)
+        print(folder, error)
 """),
     Escape("create-beside", "attempt('create', lambda: written(world['folder'] + '/new', os.O_CREAT | os.O_WRONLY))", control=True),
     Escape("truncate", """
@@ -132,9 +132,9 @@ attempt('cgroup', lambda: os.listdir('/sys/fs/cgroup'))
 """),
     Escape("environment", "attempt('environ', lambda: os.environ[world['variable']])\nprint(os.environ)", control=True),
     Escape("inherited-files", """
-for place in range(3, 64):
+for fd in range(3, 64):
     try:
-        print(place, os.pread(place, 100, 0))
+        print(fd, os.pread(fd, 100, 0))
     except OSError as error:
         pass
 """, control=True),
@@ -289,9 +289,9 @@ attempt('execveat', lambda: raw(322, 281, -100, b'/bin/sh', None, None, 0))
 attempt('loader', lambda: os.execv('/lib64/ld-linux-x86-64.so.2', ['ld.so', '/bin/sh']))
 """, control=True),
     Escape("program-in-memory", """
-place = os.memfd_create('program') if hasattr(os, 'memfd_create') else -1
-os.write(place, b'#!/bin/sh\\necho ESCAPED')
-os.execve(place, ['program'], {})
+fd = os.memfd_create('program') if hasattr(os, 'memfd_create') else -1
+os.write(fd, b'#!/bin/sh\\necho ESCAPED')
+os.execve(fd, ['program'], {})
 """),
     Escape("become-root", """
 attempt('setuid', lambda: os.setuid(0) if os.getuid() else 1 / 0)
@@ -359,11 +359,11 @@ attempt('posix', lambda: shared_memory.SharedMemory(world['mark'], True, 4096))
 """),
     Escape("terminal", """
 import fcntl
-for place in (0, 1, 2):
-    attempt('TIOCSTI', lambda: fcntl.ioctl(place, 0x5412, b'x'))
-    attempt('TIOCLINUX', lambda: fcntl.ioctl(place, 0x541C, b'x'))
-    attempt('TIOCSCTTY', lambda: fcntl.ioctl(place, 0x540E, 1))
-    attempt('TIOCSTI, upper half set', lambda: raw(16, 29, place, 0x5412 | 1 << 32, b'x'))
+for fd in (0, 1, 2):
+    attempt('TIOCSTI', lambda: fcntl.ioctl(fd, 0x5412, b'x'))
+    attempt('TIOCLINUX', lambda: fcntl.ioctl(fd, 0x541C, b'x'))
+    attempt('TIOCSCTTY', lambda: fcntl.ioctl(fd, 0x540E, 1))
+    attempt('TIOCSTI, upper half set', lambda: raw(16, 29, fd, 0x5412 | 1 << 32, b'x'))
 """),
     Escape("exit-at-once", "os._exit(0)"),
     Escape("garbage", "os.write(1, bytes(range(256)) * 100); os.write(2, b'\\xff\\x00' * 1000)"),

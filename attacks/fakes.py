@@ -45,9 +45,7 @@ def secret(n):
         heap += gc.get_referents(thing)
 """
 # Replies as the sandbox would send them, written to every descriptor there is.
-_REPLY = (
-    "import os\nfor place in range(64):\n    try: os.write(place, {0})\n    except OSError: pass\nos._exit(0)"
-)
+_REPLY = "import os\nfor fd in range(64):\n    try: os.write(fd, {0})\n    except OSError: pass\nos._exit(0)"
 
 FAKES = [
     Fake("exit-at-once", "import os; os._exit(0)", "no answer: the program ended with exit code 0", fools=True),

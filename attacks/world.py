@@ -48,9 +48,9 @@ class World:
         self.victim.write_text(VICTIM)
         os.chmod(self.victim, 0o640)
         (self.folder / "cwd").mkdir()
-        place = os.open(self.secret, os.O_RDWR)
-        self.stack.callback(os.close, place)
-        os.set_inheritable(place, True)
+        fd = os.open(self.secret, os.O_RDWR)
+        self.stack.callback(os.close, fd)
+        os.set_inheritable(fd, True)
         os.environ["DELLA_TEST_SECRET"] = self.token
         self.stack.callback(os.environ.pop, "DELLA_TEST_SECRET")
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGIO):
@@ -160,7 +160,7 @@ class World:
         return found
 
     def _left_files(self) -> list[str]:
-        places = [
+        folders = [
             "/tmp",
             "/var/tmp",
             "/dev/shm",
@@ -172,11 +172,11 @@ class World:
             os.path.expanduser("~"),
         ]
         return [
-            f"{place}/{name}"
-            for place in dict.fromkeys(places)
-            if os.access(place, os.R_OK)
-            for name in os.listdir(place)
-            if name.startswith(self.mark) and f"{place}/{name}" != str(self.folder)
+            f"{folder}/{name}"
+            for folder in dict.fromkeys(folders)
+            if os.access(folder, os.R_OK)
+            for name in os.listdir(folder)
+            if name.startswith(self.mark) and f"{folder}/{name}" != str(self.folder)
         ]
 
     def _has_key(self, kind: str) -> bool:

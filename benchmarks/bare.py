@@ -22,7 +22,7 @@ from della.running import compute, run
 
 
 class NoDigest:
-    """In the place of xxhash."""
+    """Instead of xxhash."""
 
     def update(self, _: Any) -> None:
         """Looks at nothing."""

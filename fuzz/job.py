@@ -101,9 +101,9 @@ def attempt(action: Callable[[], object]) -> Exception | None:
     return None
 
 
-def refusal(place: Path) -> Exception | None:
-    """What opening the model at ``place`` raises, if anything."""
-    return attempt(lambda: open_source(str(place)).close())
+def refusal(path: Path) -> Exception | None:
+    """What opening the model at ``path`` raises, if anything."""
+    return attempt(lambda: open_source(str(path)).close())
 
 
 def _clocked(action: Callable[[], T]) -> tuple[float, T]:

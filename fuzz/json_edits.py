@@ -136,28 +136,28 @@ def _dtype(rng: Random, table: Pairs) -> None:
 
 
 def _doubled_key(rng: Random, table: Pairs) -> None:
-    place = _any_object(rng, table)
-    if place:
-        key, value = rng.choice(place)
-        place.insert(rng.randint(0, len(place)), [key, value])
+    found = _any_object(rng, table)
+    if found:
+        key, value = rng.choice(found)
+        found.insert(rng.randint(0, len(found)), [key, value])
 
 
 def _dropped_key(rng: Random, table: Pairs) -> None:
-    place = _any_object(rng, table)
-    if place:
-        del place[rng.randrange(len(place))]
+    found = _any_object(rng, table)
+    if found:
+        del found[rng.randrange(len(found))]
 
 
 def _renamed(rng: Random, table: Pairs) -> None:
-    place = _any_object(rng, table)
-    if place:
-        rng.choice(place)[0] = rng.choice(NAMES)
+    found = _any_object(rng, table)
+    if found:
+        rng.choice(found)[0] = rng.choice(NAMES)
 
 
 def _swapped_keys(rng: Random, table: Pairs) -> None:
-    place = _any_object(rng, table)
-    if place:
-        a, b = rng.choice(place), rng.choice(place)
+    found = _any_object(rng, table)
+    if found:
+        a, b = rng.choice(found), rng.choice(found)
         a[0], b[0] = b[0], a[0]
 
 
@@ -170,9 +170,9 @@ def _added_field(rng: Random, table: Pairs) -> None:
 
 
 def _nested(rng: Random, table: Pairs) -> None:
-    place = _any_object(rng, table)
-    if place:
-        pair, depth = rng.choice(place), rng.choice(DEPTHS)
+    found = _any_object(rng, table)
+    if found:
+        pair, depth = rng.choice(found), rng.choice(DEPTHS)
         inner = write(pair[1])
         pair[1] = Raw(rng.choice(("[" * depth + inner + "]" * depth, '{"a":' * depth + inner + "}" * depth)))
 

@@ -106,7 +106,7 @@ def run(job: Job, most: int) -> None:
 
 
 def misspelt(spot: Spot, edit: Callable[[str], set[str]], everything: set[str], rng: Random) -> str | None:
-    """One misspelling that is no key, and to which the key that is meant is the nearest of its place."""
+    """One misspelling that is no key, and to which the key that is meant is the nearest of its table."""
     slips = sorted(edit(spot.key) - everything)
     rng.shuffle(slips)
     for slip in slips:

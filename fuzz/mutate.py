@@ -50,10 +50,10 @@ def _cross(rng: Random, raw: bytes, other: bytes) -> bytes:
 
 
 def _digit(rng: Random, raw: bytes, other: bytes) -> bytes:
-    places = [match.start() for match in _DIGIT.finditer(raw)]
-    if not places:
+    digits = [match.start() for match in _DIGIT.finditer(raw)]
+    if not digits:
         return raw
-    at = rng.choice(places)
+    at = rng.choice(digits)
     return raw[:at] + str(rng.randrange(10)).encode() + raw[at + 1 :]
 
 

@@ -51,7 +51,7 @@ class Tensor:
 class File:
     """A file of weights; ``fingerprint`` is xxh3_128 (hex) of its size (8 bytes, little-endian), header.
 
-    A pickle has no header: the table of `pickles.read_pickle` takes its place.
+    A pickle has no header: the table of `pickles.read_pickle` counts as one.
     """
 
     name: str

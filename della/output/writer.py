@@ -269,9 +269,9 @@ class StagedOutput:
         """Refuses to go on when what was written to is no longer what stands in the staging folder."""
         lost = [name for name, fd in self._fds.items() if not disk.is_open(self._staging.model / name, fd)]
         if lost or not self._staging.is_held:
-            place = self._staging.model / lost[0] if lost else self._staging.folder
+            path = self._staging.model / lost[0] if lost else self._staging.folder
             raise OutputError(
-                Problem("replaced or removed by another run while this one worked", "start again", str(place))
+                Problem("replaced or removed by another run while this one worked", "start again", str(path))
             )
 
     def _sync_files(self) -> None:

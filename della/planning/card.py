@@ -81,7 +81,7 @@ def _json(value: Mapping[str, Any]) -> bytes:
 
 def model_card(plan: Plan) -> bytes:
     """README.md: the recipe's name (or its models'), front matter for the Hub, how the model was made, and
-    the recipe.  It does not depend on the place of the result.
+    the recipe.  It does not depend on where the result is written.
 
     Names from recipes are data here: front matter is dumped as JSON (which is YAML), text is escaped, and the
     recipe stands in a fence longer than any in it.

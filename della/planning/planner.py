@@ -139,10 +139,9 @@ def _stored_as(recipe: Recipe, view: TensorView) -> DType:
 
 
 def _depths(names: Iterable[str]) -> dict[str, tuple[float, str]]:
-    """(t, label) of each tensor: its layer's place in its own stack of layers, by the first number in its
-    name.
+    """(depth, label) of each tensor: where its layer, by the first number in its name, stands in its own stack.
 
-    As in mergekit, t is 0 for what stands outside the layers (embeddings, final norm, head) and 1 where a
+    As in mergekit, depth is 0 for what stands outside the layers (embeddings, final norm, head) and 1 where a
     stack has a single layer.
     """
     layers = {name: _LAYER.match(name) for name in names}

@@ -114,10 +114,10 @@ def _line(text: str) -> str:
     return printable(text).replace("\n", "\\n")
 
 
-def _problems(error: OSError | CheckpointError, place: Path) -> Sequence[Problem]:
+def _problems(error: OSError | CheckpointError, named: Path) -> Sequence[Problem]:
     if isinstance(error, CheckpointError):
         return error.problems
-    return [Problem(f"cannot be read ({error.strerror})", subject=str(place))]
+    return [Problem(f"cannot be read ({error.strerror})", subject=str(named))]
 
 
 # ---- the model itself -------------------------------------------------------------------------------------
@@ -131,7 +131,7 @@ class _Model:
 
     def __init__(self, out: Path, manifest: Manifest, single: Header | None, verdict: Verdict) -> None:
         self.out, self.manifest, self.verdict = out, manifest, verdict
-        self.headers: dict[Path, tuple[Path, Header]] = {}  # by the place to name, where links lead to
+        self.headers: dict[Path, tuple[Path, Header]] = {}  # by the path to name: where links lead to
         self.damaged: list[Path] = []  # files whose tensors cannot be found
         if single is not None:
             self.headers[out] = out, single
@@ -144,47 +144,47 @@ class _Model:
         else:
             self.verdict.files = len(self.manifest.files) + 1
             for name, entry in self.manifest.files.items():
-                place = self.out / name
+                named = self.out / name
                 try:
-                    found += self._file(place, entry)
+                    found += self._file(named, entry)
                 except (OSError, CheckpointError) as error:
-                    self.verdict.problems += _problems(error, place)
-                    self.damaged += [place] if entry.holds_tensors else []
+                    self.verdict.problems += _problems(error, named)
+                    self.damaged += [named] if entry.holds_tensors else []
             self._strangers()
         return [*self._tensors(), *found]
 
-    def _file(self, place: Path, entry: Entry) -> list[Check]:
+    def _file(self, named: Path, entry: Entry) -> list[Check]:
         """The check of a side file; of a file of tensors the header is read, and checked at once."""
-        path = confined(self.out, place.name)
-        if not os.path.lexists(place):
-            raise CheckpointError(Problem("missing", subject=str(place)))
+        path = confined(self.out, named.name)
+        if not os.path.lexists(named):
+            raise CheckpointError(Problem("missing", subject=str(named)))
         if not path.is_file():
-            raise CheckpointError(Problem(*why_no_file(path), str(place)))
+            raise CheckpointError(Problem(*why_no_file(path), str(named)))
         size = path.stat().st_size
         if size != entry.size:
-            raise CheckpointError(Problem(f"has {size:,} bytes, expected {entry.size:,}", subject=str(place)))
+            raise CheckpointError(Problem(f"has {size:,} bytes, expected {entry.size:,}", subject=str(named)))
         if not entry.holds_tensors:
             pieces = partial(of_file, path, 0, size)
-            return [Check(str(place), None, "has changed", size, entry.hash, pieces)]
-        header, raw, _ = read_header(path, str(place))
+            return [Check(str(named), None, "has changed", size, entry.hash, pieces)]
+        header, raw, _ = read_header(path, str(named))
         if xxhash.xxh3_128_hexdigest(raw) != entry.hash:
-            raise CheckpointError(Problem("its header has changed", subject=str(place)))
-        self.headers[place] = path, header
+            raise CheckpointError(Problem("its header has changed", subject=str(named)))
+        self.headers[named] = path, header
         return []
 
     def _tensors(self) -> Iterator[Check]:
         found: set[str] = set()
-        for place, (path, header) in self.headers.items():
+        for named, (path, header) in self.headers.items():
             for name, info in header.tensors.items():
                 expected = self.manifest.tensors.get(name)
                 if expected is None or name in found:
-                    self.verdict.tell(f"tensor {name!r} is not in the manifest", place, name)
+                    self.verdict.tell(f"tensor {name!r} is not in the manifest", named, name)
                     continue
                 found.add(name)
                 self.verdict.tensors += 1
                 self.verdict.nbytes += info.nbytes
                 pieces = partial(of_file, path, header.data_start + info.begin, info.nbytes)
-                yield Check(str(place), name, "has changed", info.nbytes, expected, pieces)
+                yield Check(str(named), name, "has changed", info.nbytes, expected, pieces)
         self._lost([name for name in self.manifest.tensors if name not in found])
 
     def _lost(self, names: Sequence[str]) -> None:
@@ -192,8 +192,8 @@ class _Model:
         homes = self._index() if names and len(self.damaged) > 1 else {}
         for name in names:
             home = self.out / homes.get(name, "")
-            places = [home] if home in self.damaged else self.damaged or [self.out]
-            self.verdict.tell(f"tensor {name!r} is lost", " or ".join(map(str, places)), name)
+            paths = [home] if home in self.damaged else self.damaged or [self.out]
+            self.verdict.tell(f"tensor {name!r} is lost", " or ".join(map(str, paths)), name)
 
     def _index(self) -> dict[str, str]:
         """tensor -> file, as the model's index says; {} where it says nothing that can be used."""

@@ -116,9 +116,9 @@ def _rank_odd(
     """Probabilities of the odd keys into ``q``; ``start`` says where the odd ones of each bucket begin."""
     for k in range(odd.shape[0]):
         b = np.uint32(bucket[odd[k]])
-        place = start[b] + np.int32(table[b] >> np.uint64(32)) - np.int32(1)
+        slot = start[b] + np.int32(table[b] >> np.uint64(32)) - np.int32(1)
         table[b] -= np.uint64(1 << 32)
-        packed[place] = (np.uint64(keys[odd[k]]) << np.uint64(32)) | np.uint64(odd[k])
+        packed[slot] = (np.uint64(keys[odd[k]]) << np.uint64(32)) | np.uint64(odd[k])
     for k in range(odd.shape[0]):
         b = np.uint32(bucket[odd[k]])
         begin, end = start[b], start[b + np.uint32(1)] - np.int32(np.uint32(table[b + np.uint32(1)]))
