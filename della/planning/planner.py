@@ -139,7 +139,7 @@ def _stored_as(recipe: Recipe, view: TensorView) -> DType:
 
 
 def _depths(names: Iterable[str]) -> dict[str, tuple[float, str]]:
-    """(depth, label) of each tensor: where its layer, by the first number in its name, stands in its own stack.
+    """(depth, label) of each tensor: where its layer, by the first number in its name, is in its own stack.
 
     As in mergekit, depth is 0 for what stands outside the layers (embeddings, final norm, head) and 1 where a
     stack has a single layer.
