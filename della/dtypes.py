@@ -92,14 +92,26 @@ _BY_NUMPY = {d.numpy: d for d in DTYPES.values() if d.kind != "opaque"}
 
 
 def of_array(array: Array) -> DType:
-    """The table row of an array's dtype; ``KeyError`` for a dtype that safetensors does not store."""
+    """The table row of an array's dtype; ``KeyError`` for a dtype that safetensors does not store.
+
+    >>> of_array(np.zeros(2, np.float16)).name
+    'F16'
+    """
     return _BY_NUMPY[array.dtype]
 
 
 def widen(stored: Array, out: Array | None = None) -> Array:
     """Stored values as arithmetic values, exactly: float64 stays, every other float becomes float32.
 
-    ``out``, if given, is a float32 array of the same shape that receives the result.
+    Args:
+        stored: Floats of any shape and type.
+        out: float32 of the same shape, which receives the result.
+
+    Returns:
+        ``out``, or a new array (``stored`` itself where it has the type already).
+
+    >>> widen(np.array([1.5], ml_dtypes.bfloat16))
+    array([1.5], dtype=float32)
     """
     if stored.dtype == np.float64 or (stored.dtype == np.float32 and out is None):
         return stored
@@ -128,6 +140,9 @@ def round_to(values: Array, dtype: DType) -> Array:
     """Arithmetic values rounded once, to nearest even, into a storage dtype.
 
     Overflow becomes infinity, or NaN where the type has none.
+
+    >>> round_to(np.float32([2049, 1e6]), DTYPES["F16"]).tolist()
+    [2048.0, inf]
     """
     with np.errstate(over="ignore", invalid="ignore"):
         if values.dtype == np.float64 and dtype.numpy_name not in ("float64", "float32", "float16"):

@@ -22,7 +22,7 @@ OPTIONAL = {"datasets", "openai", "peft", "tokenizers", "torch", "transformers",
 
 # What the authors of a method, a view or a tool meet beside `della.__all__`.
 MET = {
-    "della.checkpoint.source": ("Source",),
+    "della.checkpoint.source": ("Source", "open_source"),
     "della.checkpoint.view": ("Hashes", "Stored", "TensorView"),
     "della.errors": ("Collector", "DellaError", "Location", "Problem"),
     "della.merging.method": ("Method", "Parameter"),

@@ -39,26 +39,12 @@ FIRST_READ = 1 << 17  # holds the whole header of most files, so most need one r
 
 # Everything a tokenizer or a generation set-up may consist of; never code.
 SIDE_FILES = (
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-    "image_processor_config.json",
-    "merges.txt",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "sentencepiece.bpe.model",
-    "special_tokens_map.json",
-    "spiece.model",
-    "tekken.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer.model.v3",
-    "tokenizer_config.json",
-    "video_preprocessor_config.json",
-    "vocab.json",
-    "vocab.txt",
-)
+    "added_tokens.json", "chat_template.jinja", "chat_template.json", "generation_config.json",
+    "image_processor_config.json", "merges.txt", "preprocessor_config.json", "processor_config.json",
+    "sentencepiece.bpe.model", "special_tokens_map.json", "spiece.model", "tekken.json", "tokenizer.json",
+    "tokenizer.model", "tokenizer.model.v3", "tokenizer_config.json", "video_preprocessor_config.json",
+    "vocab.json", "vocab.txt",
+)  # fmt: skip
 HUB_FILES = (*SIDE_FILES, "*.tiktoken", "config.json", "adapter_config.json", "*.safetensors.index.json")
 
 
@@ -140,12 +126,24 @@ class Source:
 def open_source(
     reference: str, *, base_dir: Path | None = None, weights: bool = True, allow_pickle: bool = False
 ) -> Source:
-    """Opens a folder, a .safetensors file or a model of the Hub; reads headers and configuration.
+    """Open a model; headers and configuration are read, no tensor.
 
-    Relative paths are looked for in ``base_dir``, then in the working directory.  With ``weights=False`` a
-    model of the Hub is opened by its headers alone: only small files are downloaded.  With ``allow_pickle``
-    local files of torch.save are read too, by torch, and only for their tensors (`checkpoint.pickles`).
-    Raises CheckpointError.
+    Args:
+        reference: a folder, a .safetensors file, or ``owner/name[@revision]`` on the Hub.
+        base_dir: where a relative path is looked for before the working directory.
+        weights: False opens a model of the Hub by its headers alone: only small files are downloaded.
+        allow_pickle: read local files of torch.save too, by torch, and only for their tensors.
+
+    Returns:
+        A Source; close it, or use it in a with-block.
+
+    Raises:
+        CheckpointError: there is no such model, or it is damaged, hostile, or of no kind that can be merged.
+
+    Example:
+        >>> with open_source("one") as model:
+        ...     model.tensors["w"].read()
+        array([1., 2.], dtype=float32)
     """
     tried = _candidates(reference, base_dir)
     for path in tried:

@@ -20,10 +20,16 @@ DEFAULT_SEED = 42
 
 
 def stream_key(seed: int, identity: str, tensor: str, purpose: str = "drop") -> int:
-    """The 64-bit key of one stream: a hash of the seed, the expert's identity and the tensor's name.
+    """The 64-bit key of one stream: a hash of all that it is for.
 
-    ``identity`` is empty for the stream that all experts share (systematic coupling); ``purpose`` keeps the
-    random ranking order apart from the draws.
+    Args:
+        seed: Of the merge.
+        identity: Of the expert; empty for the stream that all share (systematic coupling).
+        tensor: Its name.
+        purpose: Keeps the random ranking order apart from the draws.
+
+    >>> stream_key(42, "math", "w") == stream_key(42, "code", "w")
+    False
     """
     parts = [str(seed), identity, tensor, purpose]
     message = b"".join(len(part := text.encode()).to_bytes(8, "little") + part for text in parts)
@@ -41,8 +47,19 @@ def bits64(key: int, start: int, count: int) -> npt.NDArray[np.uint64]:
 
 
 def uniforms(key: int, start: int, count: int, shift: int = 0) -> npt.NDArray[np.float32]:
-    """Uniforms in [0, 1), float32 of shape (count,); ``shift`` (in units of 2^-24) rotates them around the
-    circle.
+    """Uniforms in [0, 1).
+
+    Args:
+        key: Of the stream.
+        start: The first element.
+        count: How many.
+        shift: Rotates them around the circle, in units of 2^-24.
+
+    Returns:
+        float32 of shape (count,).
+
+    >>> np.array_equal(uniforms(7, 0, 5)[2:], uniforms(7, 2, 3))
+    True
     """
     ticks = (bits64(key, start, count) >> np.uint64(64 - UNIFORM_BITS)).astype(np.int64)
     ticks = (ticks + shift) & ((1 << UNIFORM_BITS) - 1)

@@ -18,16 +18,8 @@ MOST_NAME_BYTES = 255 - len("..della-staging")  # what stands beside it has a lo
 MARGIN_BYTES = 1 << 26  # for tokenizers and other side files, whose sizes are not known beforehand
 # What a folder without della.json may hold and still be taken for a model that --overwrite may replace.
 MODEL_FILES = (
-    ".safetensors",
-    ".json",
-    ".jinja",
-    ".md",
-    ".model",
-    ".txt",
-    ".tiktoken",
-    ".gitattributes",
-    "LICENSE",
-)
+    ".safetensors", ".json", ".jinja", ".md", ".model", ".txt", ".tiktoken", ".gitattributes", "LICENSE",
+)  # fmt: skip
 
 
 def check_place(out: Path, overwrite: bool, single_file: bool, inputs: Iterable[Path] = ()) -> None:

@@ -162,8 +162,8 @@ def _depths(names: Iterable[str]) -> dict[str, tuple[float, str]]:
 def _jobs(
     recipe: Recipe, base: Source, models: Sequence[Model], depths: Mapping[str, tuple[float, str]]
 ) -> Iterator[Job]:
-    for name, (t, _) in depths.items():
-        yield _job(recipe, name, t, base, models)
+    for name, (depth, _) in depths.items():
+        yield _job(recipe, name, depth, base, models)
     for view in _copied(recipe, base, models):
         yield Job(view.name, view.shape, view.dtype, view, None)
 
@@ -175,12 +175,12 @@ def _copied(recipe: Recipe, base: Source, models: Sequence[Model]) -> Iterator[T
             yield from (source.tensors[name] for name in extras(base, source))
 
 
-def _job(recipe: Recipe, name: str, t: float, base: Source, models: Sequence[Model]) -> Job:
+def _job(recipe: Recipe, name: str, depth: float, base: Source, models: Sequence[Model]) -> Job:
     view = base.tensors[name]
     dtype = _stored_as(recipe, view)
     if not view.dtype.is_float:
         return Job(name, view.shape, dtype, view, None)
-    shared, values = recipe.resolve(name, t)
+    shared, values = recipe.resolve(name, depth)
     method = recipe.method(shared, (recipe.dtype or view.dtype) if recipe.compat else None)
     operands = []
     for model, own in zip(models, values, strict=True):

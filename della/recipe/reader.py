@@ -26,19 +26,10 @@ from della.recipe.tree import Items, Leaf, Node, Table, from_objects, refusal, s
 __all__ = ["DEFAULT_SEED", "ModelEntry", "Recipe", "read_recipe"]
 
 _TOP_KEYS = (
-    *(
-        "models",
-        "base_model",
-        "merge_method",
-        "parameters",
-        "dtype",
-        "out_dtype",
-        "tokenizer_source",
-        "name",
-        "seed",
-    ),
-    *("compat", "nonfinite", "missing", "extra", "slices", "modules", "tokenizer", "chat_template"),
-)
+    "models", "base_model", "merge_method", "parameters", "dtype", "out_dtype", "tokenizer_source",
+    "name", "seed", "compat", "nonfinite", "missing", "extra", "slices", "modules", "tokenizer",
+    "chat_template",
+)  # fmt: skip
 _MODEL_KEYS = ("model", "parameters", "input_norms")
 _LATER_KEYS = {
     "slices": "list whole models under 'models' instead",
