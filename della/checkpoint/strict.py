@@ -8,9 +8,7 @@ from typing import Any, NoReturn
 from della.errors import CheckpointError, Problem
 
 AGAIN = "download the file again"
-MOST_DIGITS = (
-    19  # every integer of up to 19 digits fits 64 bits unsigned; a longer one is an attack or a mistake
-)
+MOST_DIGITS = 19  # every integer of as many fits 64 bits unsigned; a longer one is an attack or a mistake
 
 
 class _Refused(ValueError):
@@ -44,9 +42,7 @@ def json_value(raw: bytes, where: str, *, only_integers: bool = False) -> Any:
             parse_constant=_no_number if only_integers else _constant,
         )
         if "\\u" in text:
-            json.dumps(value, ensure_ascii=False).encode(
-                "utf-8"
-            )  # finds a lone surrogate, which has no UTF-8
+            json.dumps(value, ensure_ascii=False).encode()  # finds a lone surrogate, which has no UTF-8
     except UnicodeError as error:
         raise CheckpointError(Problem(f"text is not UTF-8 ({error})", AGAIN, where)) from None
     except RecursionError:

@@ -17,7 +17,6 @@ from typing import Literal, cast
 from della.evaluate.endpoint import Endpoint
 from della.evaluate.generations import Store
 from della.evaluate.problems import Problem
-from della.report.intervals import Interval, wilson
 from della.running.workers import each
 
 Verdict = Literal["correct", "wrong"]
@@ -55,16 +54,6 @@ class Judged:
     def judged(self) -> int:
         """How many have a verdict."""
         return sum(verdict is not None for verdict in self.verdicts.values())
-
-    @property
-    def of_judged(self) -> Interval | None:
-        """The share of correct ones among those with a verdict, the release's score; None without any."""
-        return wilson(self.right, self.judged) if self.judged else None
-
-    @property
-    def of_all(self) -> Interval:
-        """The share of correct ones among all."""
-        return wilson(self.right, len(self.verdicts))
 
 
 SETTINGS = {"verdicts": "of a judge"}  # of a store of verdicts: all else is in the ids of its records

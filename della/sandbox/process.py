@@ -108,9 +108,7 @@ def end(process: subprocess.Popen[bytes], info: int | None) -> int:
     over = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
     with contextlib.suppress(OSError, ValueError):
         if info is None:
-            os.killpg(
-                process.pid, signal.SIGKILL
-            )  # what is left of it, too; the number is its own until it is reaped
+            os.killpg(process.pid, signal.SIGKILL)  # what is left, too; the number is its own until reaped
         elif not over:
             os.set_blocking(info, False)
             os.kill(int(json.loads(os.read(info, 1 << 12))["child-pid"]), signal.SIGKILL)
