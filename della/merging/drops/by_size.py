@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -31,13 +32,13 @@ class Band(NamedTuple):
     take: int
 
 
-class _BySize(Drop):
+class _BySize(Drop, ABC):
     own_rescale = "l1"
     scope: Scope = Scope()
 
+    @abstractmethod
     def range(self, expert: Expert, size: int) -> tuple[int, int]:
         """(first, count) of what is kept of ``size`` deltas, counted from the largest."""
-        raise NotImplementedError
 
     def kept(self, subject: Subject, t: int, delta: Array) -> tuple[Array, Array]:
         expert = subject.experts[t]
