@@ -452,7 +452,7 @@ def test_table_5_can_be_left_out(ran: tuple[Path, dict[str, Any], list[str]], tm
     [
         (
             "--scale mini --importance wandas",
-            "--importance wandas: expected wanda or magnitude; did you mean 'wanda'?",
+            "--importance 'wandas': expected one of wanda, magnitude; did you mean 'wanda'?",
         ),
         ("--scale 13b --seed 1", "--seed is not an option of --scale 13b"),
     ],
