@@ -10,7 +10,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -123,13 +123,17 @@ def run(
                 manifest = _complete(plan, staged, single, permissions.auto_map)
                 staged.commit()
     except (DellaError, KeyboardInterrupt) as error:
-        is_stopped = isinstance(error, KeyboardInterrupt)
-        if is_stopped and staged.committed:
+        if isinstance(error, KeyboardInterrupt) and staged.committed:
             raise KeyboardInterrupt(f"{out} is complete") from error
         if staged.kept and not execution.finish:
-            said = "the output is as it was" if is_stopped else str(error)
-            kept = f"{len(staged.done)} finished tensors are kept in {staged.kept}"
-            raise type(error)(f"{said}; {kept}; the same command resumes it") from error
+            kept = (
+                f"{len(staged.done)} finished tensors are kept in {staged.kept}; the same command resumes it"
+            )
+            if isinstance(error, KeyboardInterrupt):
+                raise KeyboardInterrupt(f"the output is as it was; {kept}") from error
+            first, *others = error.problems  # what it knows of file and tensor stays with it
+            fix = f"{first.fix}; {kept}" if first.fix else kept
+            raise type(error)(replace(first, fix=fix), *others) from error
         raise
     seconds = time.monotonic() - started
     return Result(out, manifest, seconds, merging, resumed, work.bytes_read, work.bytes_written)

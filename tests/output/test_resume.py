@@ -299,8 +299,10 @@ def test_a_part_that_was_cut_short_goes_on(
     out = tmp_path / "out"
     della.merge(made, out, part=(1, 2), **OPTIONS)
     stop_after(3, CheckpointError("damaged"), monkeypatch)
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError) as caught:
         della.merge(made, out, part=(2, 2), **OPTIONS)
+    assert caught.value.problems[0].said == "damaged"
+    assert "kept" in (caught.value.problems[0].fix or "")
     assert della.merge(made, out, part=(2, 2), **OPTIONS).resumed == 3
     della.merge(made, out, finish=True, **OPTIONS)
     assert files(out) == quiet(made, tmp_path / "quiet")
