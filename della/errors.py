@@ -18,8 +18,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-MAX_PROBLEMS = 50  # more are not read, and not looked for
-
 
 class Location(NamedTuple):
     """Where something of a recipe is written.
@@ -165,15 +163,12 @@ class Collector:
         self, said: str, fix: str | None = None, subject: str | None = None, tensor: str | None = None,
         **about: Any,
     ) -> None:  # fmt: skip
-        """Take up the Problem of these fields; raise when there are as many as anyone would read."""
+        """Take up the Problem of these fields."""
         self.extend([Problem(said, fix, subject, tensor, **about)])
 
     def extend(self, problems: Iterable[Problem]) -> None:
         """Take up several Problems, as `add` does."""
-        for problem in problems:
-            self._found.append((self._kind, problem))
-            if len(self._found) >= MAX_PROBLEMS:
-                self.raise_any()
+        self._found += [(self._kind, problem) for problem in problems]
 
     def __len__(self) -> int:
         return len(self._found)

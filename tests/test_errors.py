@@ -18,7 +18,6 @@ from typer.testing import CliRunner
 import della
 from della.cli.main import app
 from della.errors import (
-    MAX_PROBLEMS,
     CheckpointError,
     Collector,
     DamageError,
@@ -333,11 +332,17 @@ def test_a_collector_sorts_and_tells_each_problem_once() -> None:
     assert isinstance(caught.value.__cause__, RecipeError)
 
 
-def test_a_collector_ends_when_nobody_would_read_on() -> None:
+def test_of_very_many_problems_the_first_are_shown_and_all_are_counted_and_kept() -> None:
     problems = Collector(OutputError)
+    problems.extend(Problem(f"number {n}") for n in range(1_017))
     with pytest.raises(OutputError) as caught:
-        problems.extend(Problem(f"number {n}") for n in range(10**9))
-    assert len(caught.value.problems) == MAX_PROBLEMS
+        problems.raise_any()
+    lines = str(caught.value).splitlines()
+    shown = len(lines) - 2
+    assert (lines[0], lines[1], lines[-1]) == (
+        "1017 problems:", "  - number 0", f"  - and {1_017 - shown} more",
+    )  # fmt: skip
+    assert [problem.said for problem in caught.value.problems] == [f"number {n}" for n in range(1_017)]
     Collector(OutputError).raise_any()
 
 

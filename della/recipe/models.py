@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from della.dtypes import DType
-from della.errors import MAX_PROBLEMS, Location, Problem, RecipeError, clip
+from della.errors import Location, Problem, RecipeError, clip
 from della.merging.method import Method
 from della.recipe.settings import Filtered, Gradient, Scalar, Setting, choose, possible
 
@@ -91,7 +90,7 @@ class Recipe:
             seen.add(key)
             at = (f", at {label}" + (f" ({clip(tensor)})" if tensor else "")) if label else ""
             own = {entry.identity: values for entry, values in zip(self.models, models, strict=True)}
-            for problem in islice(self.method.problems(shared, own), MAX_PROBLEMS):
+            for problem in self.method.problems(shared, own):
                 told = self.located(problem, tensor)
                 known = replace(told, tensor=None)
                 complaints.setdefault(known, replace(told, said=told.said + at))
