@@ -69,7 +69,9 @@ def nan_in_half_precision(folder: Path) -> None:
 def nan_where_the_weight_is_zero(folder: Path) -> None:
     with changed(folder / "math") as named:
         named[NORM][117:154] = np.nan
-    (folder / "recipe.yml").write_text(RECIPE_TEXT.replace("0.5", "0.0", 1))
+    (folder / "recipe.yml").write_text(
+        RECIPE_TEXT.replace("0.5", f"[{{filter: {NORM}, value: 0}}, {{value: 0.5}}]", 1)
+    )
 
 
 @refused(6, OUTPUT, NORM, "inf", r"\b117\b", "float16", "out_dtype|dtype")

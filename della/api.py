@@ -24,24 +24,13 @@ Source = str | Path | Mapping[str, Any] | Recipe
 
 
 def merge(
-    recipe: Source,
-    out: str | Path,
-    *,
-    seed: int | None = None,
-    threads: int | None = None,
-    overwrite: bool = False,
-    overrides: Sequence[str] | str = (),
-    compat: bool = False,
-    fsync: bool = True,
-    shard_bytes: int = 5_000_000_000,
-    tile: int = TILE,
-    part: tuple[int, int] = (1, 1),
-    finish: bool = False,
-    allow_pickle: bool = False,
-    keep_auto_map: bool = False,
-    progress: Callable[[Progress], None] | None = None,
-    tell: Callable[[str], None] | None = None,
-) -> Result:
+    recipe: Source, out: str | Path, *,
+    seed: int | None = None, threads: int | None = None, overwrite: bool = False,
+    overrides: Sequence[str] | str = (), compat: bool = False, fsync: bool = True,
+    shard_bytes: int = 5_000_000_000, tile: int = TILE, part: tuple[int, int] = (1, 1), finish: bool = False,
+    allow_pickle: bool = False, keep_auto_map: bool = False, allow_idle: bool = False,
+    progress: Callable[[Progress], None] | None = None, tell: Callable[[str], None] | None = None,
+) -> Result:  # fmt: skip
     """Merge as ``recipe`` says and write the model to ``out``; until the last step ``out`` is what it was.
 
     A run that was cut short is resumed by the same call.
@@ -57,11 +46,11 @@ def merge(
         fsync: wait until ``out`` is safe on the disk.
         shard_bytes: most bytes of weights in one file.
         tile: elements worked on at a time; the bytes do not depend on it.
-        part: (i, n) computes only the i-th of n shares of the files, in as many processes or hosts as you
-            like; ``finish`` then checks all and makes ``out`` of them.
-        finish: see ``part``.
+        part: (i, n) computes only the i-th of n shares of the files, in any process or host.
+        finish: check what all parts have computed, and make ``out`` of it.
         allow_pickle: read .bin and .pt files too, by torch and as weights only.
         keep_auto_map: keep what the base's configuration says of code of its own.
+        allow_idle: merge although a model takes no part, or changes nothing.
         progress: called with a Progress after every piece, from worker threads, one at a time.
         tell: called with notes on resuming.
 
@@ -81,7 +70,7 @@ def merge(
     """
     target, changes = Target(Path(out), overwrite), Changes(seed, _several(overrides), compat)
     execution = Execution(threads, shard_bytes, Share(*part), finish, fsync, tile)
-    permissions = Permissions(allow_pickle, keep_auto_map)
+    permissions = Permissions(allow_pickle, keep_auto_map, allow_idle)
     return run_merge(recipe, target, changes, execution, permissions, progress=progress, tell=tell)
 
 
@@ -92,6 +81,7 @@ def plan(
     overrides: Sequence[str] | str = (),
     compat: bool = False,
     allow_pickle: bool = False,
+    allow_idle: bool = False,
 ) -> Plan:
     """What `merge` would do, from headers alone.
 
@@ -101,6 +91,7 @@ def plan(
         overrides: changes to the recipe.
         compat: follow mergekit's rules.
         allow_pickle: read .bin and .pt files too.
+        allow_idle: as for `merge`.
 
     Returns:
         A Plan (jobs, bytes, notes, departures); close it, or use it in a with-block.
@@ -115,7 +106,8 @@ def plan(
         ...     found.jobs[0].name, found.bytes_written
         ('w', 8)
     """
-    return run_plan(recipe, Changes(seed, _several(overrides), compat), Permissions(pickle=allow_pickle))
+    permissions = Permissions(pickle=allow_pickle, idle=allow_idle)
+    return run_plan(recipe, Changes(seed, _several(overrides), compat), permissions)
 
 
 def verify(
@@ -179,9 +171,15 @@ def run_merge(
         return run(made, target, execution, permissions, progress=progress, tell=tell)
 
 
-def run_plan(recipe: Source, changes: Changes, permissions: Permissions) -> Plan:
-    """As `plan`."""
-    return make_plan(read(recipe, changes), weights=False, permissions=permissions)
+def run_plan(recipe: Source, changes: Changes, permissions: Permissions, sample: bool = False) -> Plan:
+    """As `plan`; with ``sample`` some of each tensor is read, and the coverage has what that says."""
+    made = make_plan(read(recipe, changes), weights=sample, permissions=permissions)
+    if sample:
+        from della.running import measure
+
+        made.coverage = measure.sampled(made)
+        made.notes += tuple(measure.warnings(made, made.coverage))
+    return made
 
 
 def run_verify(

@@ -271,3 +271,9 @@ def listing(problems: Sequence[Problem], most: int = 20) -> str:
     if len(problems) > most:
         shown.append(f"  - and {len(problems) - most} more")
     return f"{len(problems)} problems:\n" + "\n".join(shown)
+
+
+def some(names: Sequence[str], most: int = 3) -> str:
+    """Names in words: all of a few, the first ones and their number of many."""
+    shown = ", ".join(names[:most])
+    return f"{len(names)} tensors ({shown}, ...)" if len(names) > most else shown

@@ -253,11 +253,12 @@ class Permissions:
     """What only the caller, and never a recipe, may allow.
 
     >>> Permissions(pickle=True)
-    Permissions(pickle=True, auto_map=False)
+    Permissions(pickle=True, auto_map=False, idle=False)
     """
 
     pickle: bool = option("Read .bin and .pt models too, by torch, as weights only.", False, "--allow-pickle")
     auto_map: bool = option("Keep what config.json says of code of its own.", False, "--keep-auto-map")
+    idle: bool = option("Merge although a model takes no part, or changes nothing.", False, "--allow-idle")
 
 
 @dataclass(frozen=True)

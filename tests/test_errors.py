@@ -158,7 +158,8 @@ def models(
 ) -> Mapping[str, Any]:
     """A recipe of the trio with two tensors each, changed for the test."""
     tensors = {
-        name: {"a": np.ones((2, 3), np.float32), "w": np.ones(4, np.float32)} for name in ("base", *EXPERTS)
+        name: {"a": np.full((2, 3), seed, np.float32), "w": np.full(4, seed, np.float32)}
+        for seed, name in enumerate(("base", *EXPERTS))
     }
     change(tensors)
     return recipe(save(folder, tensors), "task_arithmetic", [{}] * 3, {})

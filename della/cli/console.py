@@ -54,6 +54,11 @@ class Speaker:
     def planned(self, plan: Plan) -> None:
         """What is to be known before a merge begins."""
         self.bytes_of_all = plan.bytes_written
+        if self.as_json:
+            print_json(event="plan", coverage={each.reference: each.as_dict for each in plan.coverage})
+        elif not self.quiet:
+            for each in plan.coverage:
+                tell(str(each))
         for text in (*plan.notes, *plan.departures):
             self.note(text)
 
@@ -114,6 +119,7 @@ class Speaker:
                 bytes_read=result.bytes_read,
                 bytes_written=result.bytes_written,
                 resumed=result.resumed,
+                coverage=result.manifest.get("coverage", {}),
                 **fields,
             )
         elif not self.quiet and not part.is_whole:

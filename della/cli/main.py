@@ -84,14 +84,15 @@ def plan(
     recipe: Recipe,
     changes: Changes,
     execution: Annotated[Execution, only("threads")],
-    permissions: Annotated[Permissions, only("pickle")],
+    permissions: Annotated[Permissions, only("pickle", "idle")],
     speech: Annotated[Speech, only("debug", as_json="One JSON object.")],
+    sample: Annotated[bool, Spec("Also read a sample, to see how far each model is from the base.")] = False,
 ) -> None:
     """Show what a merge would do, from the headers of the models alone."""
     from della import api
     from della.planning.describe import plan_json, plan_text
 
-    with api.run_plan(recipe, changes, permissions) as made:
+    with api.run_plan(recipe, changes, permissions, sample) as made:
         threads = execution.workers
         text = json.dumps(plan_json(made, threads), indent=1) if speech.as_json else plan_text(made, threads)
         print(text, flush=True)

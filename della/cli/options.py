@@ -53,11 +53,13 @@ def derived(function: Callable[..., None]) -> Callable[..., None]:
     """The command that typer makes of ``function``; its parameters are described above."""
     groups: dict[str, tuple[Any, list[str]]] = {}
     parameters: list[inspect.Parameter] = []
+    defaults = {each.name: each.default for each in inspect.signature(function).parameters.values()}
     for name, hint in get_type_hints(function, include_extras=True).items():
         kind, *extra = get_args(hint) if get_origin(hint) is Annotated else (hint,)
         spec = next((each for each in extra if isinstance(each, Spec)), None)
         if spec is not None:
-            parameters.append(_parameter(name, kind, spec, MISSING))
+            default = MISSING if defaults[name] is inspect.Parameter.empty else defaults[name]
+            parameters.append(_parameter(name, kind, spec, default))
         elif kind is Given:
             parameters.append(_keyword("context", typer.Context))
             groups[name] = Given, []

@@ -278,6 +278,10 @@ class Method(ABC):
 
     # ---- what it costs, and how it differs from mergekit ----
 
+    def idle_by(self, expert: Expert) -> str:
+        """The parameter that leaves an expert without effect, such as a weight of 0; "" where none does."""
+        return ""
+
     def memory(self, experts: int, tile: int, elements: int) -> int:
         """Bytes that one thread needs for a tensor of ``elements``: base, result, what was read, and values
         of every expert, a ``tile`` of float32 each."""

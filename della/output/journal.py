@@ -20,13 +20,13 @@ from della.errors import OutputError, Problem
 from della.output import disk
 
 Record = dict[str, Any]
-FORMAT = 2  # of the records below; the journals of version 0.1.0 name none, and are of format 1
+FORMAT = 3  # of the records below; the journals of version 0.1.0 name none, and are of format 1
 Facts = Mapping[str, Any]  # what a method learnt of the whole model, by tensor
 
 # The fields of every kind of record, told by its first one.
 _KINDS: dict[str, dict[str, type]] = {
     "key": {"key": str, "part": str, "pid": int, "host": str, "started": str},
-    "tensor": {"tensor": str, "hash": str, "inputs": list},
+    "tensor": {"tensor": str, "hash": str, "inputs": list, "measured": list},
     "facts": {"facts": dict},
     "swap": {"swap": bool},
     "end": {"end": bool},
@@ -36,10 +36,11 @@ _KINDS: dict[str, dict[str, type]] = {
 @dataclass(frozen=True, slots=True)
 class Done:
     """A finished tensor: xxh3_128 (hex) of its staged bytes, and of each stored tensor
-    that was read, the base's first."""
+    that was read, the base's first; and what was ``measured`` of each operand."""
 
     hash: str
     inputs: tuple[str, ...]
+    measured: tuple[tuple[float, ...], ...] = ()
 
 
 class Journal:
@@ -61,7 +62,7 @@ class Journal:
 
     def finished(self, name: str, done: Done) -> None:
         """All bytes of tensor ``name`` are written."""
-        self._append({"tensor": name, "hash": done.hash, "inputs": done.inputs})
+        self._append({"tensor": name, "hash": done.hash, "inputs": done.inputs, "measured": done.measured})
 
     def facts(self, facts: Facts) -> None:
         """What a method learnt of the whole model, which took a pass over all inputs."""
@@ -134,7 +135,8 @@ def told(paths: Sequence[Path]) -> Told:
     for path in paths:
         for record in records(path):
             if "tensor" in record:
-                found.done[record["tensor"]] = Done(record["hash"], tuple(record["inputs"]))
+                measured = tuple(tuple(each) for each in record["measured"])
+                found.done[record["tensor"]] = Done(record["hash"], tuple(record["inputs"]), measured)
                 found.authors.add(path.name)
             elif "key" in record:
                 found.keys.add(record["key"])

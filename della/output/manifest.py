@@ -48,13 +48,15 @@ def versions() -> dict[str, str]:
 
 def build_manifest(
     *, recipe: str, method: str, seed: int, base: Mapping[str, Any], models: Sequence[Mapping[str, Any]],
-    hashes: Mapping[str, str], departures: Sequence[str], files: Mapping[str, Mapping[str, Any]],
+    coverage: Mapping[str, Mapping[str, Any]], hashes: Mapping[str, str], departures: Sequence[str],
+    files: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:  # fmt: skip
     """The manifest as a JSON object.
 
     ``base`` and ``models`` are as `recorded` gives them, each model with its identity and input norms;
-    ``hashes`` are of the output's tensors; ``files`` are size and hash of each file.  It holds nothing that
-    differs between two runs of one recipe on one machine: no time, no path, no thread count.
+    ``coverage`` is how much of each model takes part; ``hashes`` are of the output's tensors; ``files`` are
+    size and hash of each file.  It holds nothing that differs between two runs of one recipe on one machine:
+    no time, no path, no thread count.
     """
     return {
         "format": FORMAT,
@@ -65,6 +67,7 @@ def build_manifest(
         "seed": seed,
         "departures_from_mergekit": list(departures),
         "inputs": {"base": dict(base), "models": list(models)},
+        "coverage": dict(coverage),
         "tensor_hash": "xxh3_128",
         "tensors": dict(hashes),
         "files": dict(files),
@@ -86,9 +89,11 @@ def dump(manifest: Mapping[str, Any]) -> bytes:
     return sealed((json.dumps(_BLANK | dict(manifest), indent=1, ensure_ascii=False) + "\n").encode())
 
 
-def embed(manifest: Mapping[str, Any]) -> dict[str, str]:
-    """The manifest as metadata of a single file; `sealed` is for its header."""
-    return {"format": "pt", KEY: json.dumps(_BLANK | dict(manifest))}
+def embed(manifest: Mapping[str, Any], room: int = 0) -> dict[str, str]:
+    """The manifest as metadata of a single file, in at least ``room`` bytes of its header; `sealed` is for
+    that header."""
+    text = json.dumps(_BLANK | dict(manifest))
+    return {"format": "pt", KEY: text + " " * (room - len(json.dumps(text)))}
 
 
 def sealed(raw: bytes) -> bytes:

@@ -76,6 +76,7 @@ class StagedOutput:
         self._fds: dict[str, int] = {}
         self._made: list[Path] = []
         self.committed = False
+        self.keeps = False  # what is finished, whatever error ends this writer
         self.kept: Path | None = None
 
     @property
@@ -243,7 +244,7 @@ class StagedOutput:
     ) -> None:
         # What no second try can mend (a damaged input, a value out of range) is not worth keeping.
         is_final = isinstance(error, DellaError) and not isinstance(error.__cause__, OSError)
-        self._abandon(keep=not is_final)
+        self._abandon(keep=self.keeps or not is_final)
 
     def _move_in(self, staged: Path, replace: bool) -> None:
         """The rename; what a user has put into the old model meanwhile is not lost."""

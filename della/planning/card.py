@@ -108,6 +108,8 @@ def model_card(plan: Plan) -> bytes:
         "",
         *_models(plan),
         "",
+        *(f"- {_plain(str(each))}" for each in plan.coverage),
+        "",
         "## Recipe",
         "",
         f"{fence}yaml",

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from della.checkpoint.source import Source
 from della.checkpoint.view import TensorView
-from della.errors import Collector, Problem
+from della.errors import Collector, Problem, some
 from della.recipe.reader import Recipe
 
 HEAD, EMBEDDINGS = "lm_head.weight", "embed_tokens.weight"
@@ -127,12 +127,6 @@ def _is_tied(source: Source) -> bool:
     """Whether the configuration says so; what it does not say is not guessed."""
     parts = (source.config, source.config.get("text_config"))
     return any(isinstance(part, dict) and part.get("tie_word_embeddings") is True for part in parts)
-
-
-def some(names: Sequence[str], most: int = 3) -> str:
-    """Names in words: all of a few, the first ones and their number of many."""
-    shown = ", ".join(names[:most])
-    return f"{len(names)} tensors ({shown}, ...)" if len(names) > most else shown
 
 
 def foreign_code(base: Source, kept: bool) -> list[str]:

@@ -26,6 +26,7 @@ def plan_json(plan: Plan, threads: int) -> dict[str, Any]:
         "bytes_written": plan.bytes_written,
         "memory": plan.memory(threads),
         "seconds": round(plan.seconds(threads), 2),
+        "coverage": {each.reference: each.as_dict for each in plan.coverage},
         "departures": list(plan.departures),
         "notes": list(plan.notes),
     }
@@ -72,6 +73,7 @@ def plan_text(plan: Plan, threads: int) -> str:
     for reference in _references(plan):
         lines.append(f"  {kind}  {reference}  {_pairs(rows, reference)}")
     lines.append(f"  shared  {_pairs(rows, '')}")
+    lines += ["", *(f"  {each}" for each in plan.coverage)]
     lines += [
         "",
         f"  read    {size_text(plan.bytes_read)}",

@@ -9,10 +9,12 @@ import math
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from typing import Any
 
 from della.checkpoint.source import Source
 from della.checkpoint.view import Stored, TensorView
 from della.dtypes import DType
+from della.errors import some
 from della.merging.method import Method
 from della.merging.tile import Expert, Subject, row_length
 from della.options import TILE
@@ -132,6 +134,60 @@ class Job:
         return any(view.element.name == "F64" for view in (self.base, *self.weights))
 
 
+@dataclass(frozen=True)
+class Coverage:
+    """How much of a model takes part in a merge.
+
+    Args:
+        reference: The model, as the recipe names it.
+        merged: How many of its floating tensors take part.
+        of: Of how many that it has.
+        changed: How many tensors of the result it changes: before the merge as far as parameters tell, after
+            it those where its delta is not zero throughout.
+        left_out: (tensor, why) of the others.
+        relative: |delta| / |base| of all that was merged, from a sample; None where nothing was measured.
+        cosine: Of model and base, alike.
+        unlike: Names of matrices that do not look like a fine-tune's of the base: of a cosine below one half.
+
+    >>> import della
+    >>> with della.plan("recipe.yml") as plan:
+    ...     [(each.reference, each.merged, each.of, each.changed) for each in plan.coverage]
+    [('./one', 1, 1, 1), ('./two', 1, 1, 1)]
+    """
+
+    reference: str
+    merged: int
+    of: int
+    changed: int
+    left_out: tuple[tuple[str, str], ...] = ()
+    relative: float | None = None
+    cosine: float | None = None
+    unlike: tuple[str, ...] = ()
+
+    @property
+    def why(self) -> str:
+        """What is left out, and why, in words."""
+        reasons: dict[str, list[str]] = {}
+        for tensor, why in self.left_out:
+            reasons.setdefault(why, []).append(tensor)
+        return "; ".join(f"{some(names)} {why}" for why, names in reasons.items())
+
+    def __str__(self) -> str:
+        line = f"{self.reference}: {self.merged} of {self.of} tensors take part"
+        line += f", {self.changed} of the result change"
+        line += f"; left out: {self.why}" if self.left_out else ""
+        return line if self.relative is None else f"{line}; |delta| is {self.relative:.2g} of |base|"
+
+    @property
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        left = [f"{tensor}: {why}" for tensor, why in self.left_out]
+        found = {"merged": self.merged, "of": self.of, "left_out": left, "changed": self.changed}
+        if self.relative is not None:
+            found |= {"relative_delta": self.relative, "cosine": self.cosine, "unlike": len(self.unlike)}
+        return found
+
+
 @dataclass
 class Plan:
     """What a merge will do.  A context manager that closes the inputs.
@@ -144,6 +200,7 @@ class Plan:
         jobs: A Job for each tensor of the output.
         notes: What the user should know.
         departures: What is computed otherwise than by mergekit.
+        coverage: How much of each model takes part, in the order of ``models``.
         opened: What is closed at the end.
 
     >>> import della
@@ -158,6 +215,7 @@ class Plan:
     jobs: tuple[Job, ...]
     notes: tuple[str, ...]
     departures: tuple[str, ...]
+    coverage: tuple[Coverage, ...]
     opened: ExitStack = field(repr=False, compare=False)
 
     def __enter__(self) -> Plan:

@@ -16,12 +16,13 @@ from della.checkpoint.norms import misfits
 from della.checkpoint.source import Source, open_file, open_source
 from della.checkpoint.view import TensorView
 from della.dtypes import DType
-from della.errors import CheckpointError, Collector, Problem, RecipeError
+from della.errors import CheckpointError, Collector, Problem, RecipeError, some
 from della.merging.tile import canonical
 from della.options import Permissions, Target
 from della.output.place import check_place, check_space, is_name
 from della.output.staging import staged_bytes
-from della.planning.compatibility import check_fit, extras, foreign_code, some, stand_in
+from della.planning.compatibility import check_fit, extras, foreign_code, stand_in
+from della.planning.coverage import check_idle, covered
 from della.planning.differences import departures
 from della.planning.job import Job, Model, Operand, Plan
 from della.recipe.reader import ModelEntry, Recipe
@@ -70,11 +71,14 @@ def make_plan(
         check.raise_any()
         assert base is not None
         jobs = tuple(_jobs(recipe, base, models, depths))
+        coverage = covered(models, base, jobs)
+        if not permissions.idle:
+            check_idle(recipe, models, base, jobs, coverage)
         _check_whole_model(recipe, jobs)
         _check_compat(recipe, jobs)
         notes += [*_storage(jobs), *_ranked(models, jobs), *foreign_code(base, permissions.auto_map)]
         made = tuple(departures(recipe, jobs))
-        return Plan(recipe, base, models, jobs, tuple(notes), made, stack.pop_all())
+        return Plan(recipe, base, models, jobs, tuple(notes), made, coverage, stack.pop_all())
 
 
 def _template(recipe: Recipe) -> str:

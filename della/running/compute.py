@@ -20,6 +20,7 @@ from della.merging.method import Method
 from della.merging.tile import Passes, Subject, Workspace
 from della.options import TILE
 from della.planning.job import Job, Plan
+from della.running.measure import Probe
 from della.running.reading import CURE, Reader
 from della.running.workers import Stopped
 
@@ -32,20 +33,23 @@ class Compute:
         self.stop = threading.Event()
         self._local = threading.local()
 
-    def pieces(self, job: Job, learnt: Any = None, hashes: Hashes | None = None) -> Iterator[Array]:
+    def pieces(
+        self, job: Job, learnt: Any = None, hashes: Hashes | None = None, probe: Probe | None = None
+    ) -> Iterator[Array]:
         """The merged tensor in its storage dtype, piece by piece, in a buffer that is reused.
 
         Args:
             job: the tensor.
             learnt: what `learn` says of it, where the method learns of the whole model.
             hashes: fed the bytes of every input.
+            probe: shown the values of every operand.
 
         Raises:
             CheckpointError: an input is damaged.
             OutputError: values do not fit the storage dtype.
         """
         overflow = _Overflow(job, self.plan.recipe.nonfinite)
-        for values, start in self._computed(job, learnt, self._reader(job, hashes)):
+        for values, start in self._computed(job, learnt, self._reader(job, hashes, probe)):
             if self.stop.is_set():
                 raise Stopped
             yield values if start is None else overflow.checked(*self._narrow(job, values), start)
@@ -75,6 +79,12 @@ class Compute:
         real = np.float64 if job.exact_double else np.float32
         base = reader.whole(job.base, real, None) if job.reads_base else None
         models = [reader.whole(each.view, real, base) for each in job.operands]
+        if reader.probe and base is not None:
+            reader.probe.base(0, base.reshape(-1))
+        for t, values in enumerate(models):
+            if reader.probe:
+                delta = values if base is None or not method.of_deltas else values - base
+                reader.probe.operand(t, 0, delta.reshape(-1))
         return method.whole(subject, base, models)
 
     def learn(self) -> dict[str, Any]:
@@ -101,8 +111,8 @@ class Compute:
     def _passes(self, job: Job, subject: Subject) -> Passes:
         return lambda: self._reader(job).tiles(self.tile, subject)
 
-    def _reader(self, job: Job, hashes: Hashes | None = None) -> Reader:
-        return Reader(job, self.plan.recipe.nonfinite, self._workspace, self.stop, hashes)
+    def _reader(self, job: Job, hashes: Hashes | None = None, probe: Probe | None = None) -> Reader:
+        return Reader(job, self.plan.recipe.nonfinite, self._workspace, self.stop, hashes, probe)
 
     def _narrow(self, job: Job, values: Array) -> tuple[Array, bool]:
         """Rounded to the storage dtype of the output; whether all of it is finite then."""

@@ -19,6 +19,7 @@ from della.errors import CheckpointError, Problem
 from della.merging.kernels import cast
 from della.merging.tile import Subject, Tile, Workspace, cut
 from della.planning.job import Job, Operand
+from della.running.measure import Probe
 from della.running.workers import Stopped
 
 CURE = "write 'nonfinite: zero' to leave out such values, 'nonfinite: keep' to let them pass"
@@ -35,13 +36,15 @@ class Reader:
         workspace: the thread's buffers.
         stop: ends the reading (Stopped) at the next tile when it is set.
         hashes: fed the bytes of every part; None while a pass is only for looking.
+        probe: shown every tile, as the method gets it.
     """
 
     def __init__(
-        self, job: Job, nonfinite: str, workspace: Workspace, stop: Event, hashes: Hashes | None = None
-    ) -> None:
+        self, job: Job, nonfinite: str, workspace: Workspace, stop: Event,
+        hashes: Hashes | None = None, probe: Probe | None = None,
+    ) -> None:  # fmt: skip
         self.job, self.nonfinite, self.workspace = job, nonfinite, workspace
-        self.stop, self.hashes = stop, hashes
+        self.stop, self.hashes, self.probe = stop, hashes, probe
 
     def subject(self, seed: int) -> Subject:
         """What the method is told of the job: its experts have their input norms."""
@@ -61,30 +64,35 @@ class Reader:
             base = None
             if job.reads_base:
                 base = self._floats(job.base, start, self.workspace.array("base", (rows * n,)))
+                if self.probe:
+                    self.probe.base(start, base)
             own = None if base is None else base.reshape(rows, n)
             if job.method.one_by_one:
                 none = np.empty((0, rows, n), np.float32)
                 yield Tile(subject, start, own, none, self.workspace, self._stream(start, (rows, n), base))
                 continue
             values = self.workspace.array("tile", (len(operands), rows * n))
-            for operand, mine in zip(operands, values, strict=True):
-                self._values(operand, start, base, mine)
+            for t, mine in enumerate(values):
+                self._values(t, start, base, mine)
             yield Tile(subject, start, own, values.reshape(-1, rows, n), self.workspace)
 
     def _stream(self, start: int, shape: tuple[int, int], base: Array | None) -> Iterator[Array]:
         """The values of one operand after the other, in one buffer."""
-        for operand in self.job.operands:
+        for t in range(len(self.job.operands)):
             values = self.workspace.array("tile", (shape[0] * shape[1],))
-            self._values(operand, start, base, values)
+            self._values(t, start, base, values)
             yield values.reshape(shape)
 
-    def _values(self, operand: Operand, start: int, base: Array | None, out: Array) -> None:
-        """What the method takes of an operand: its delta, or its weights."""
+    def _values(self, t: int, start: int, base: Array | None, out: Array) -> None:
+        """What the method takes of operand ``t``: its delta, or its weights."""
         assert self.job.method is not None
+        operand = self.job.operands[t]
         if base is not None and self.job.method.of_deltas:
             self._subtract(operand, start, base, out)
         else:
             self._floats(operand.view, start, out, base)
+        if self.probe:
+            self.probe.operand(t, start, out)
 
     def _floats(self, view: TensorView, start: int, values: Array, base: Array | None = None) -> Array:
         """Elements of a view from ``start`` on into ``values`` (flat float32), which is returned."""

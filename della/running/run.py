@@ -28,9 +28,12 @@ from della.output.manifest import MANIFEST, UNKNOWN, build_manifest, dump, embed
 from della.output.writer import StagedOutput
 from della.planning.card import config_json, model_card, side_file
 from della.planning.job import Job, Plan
+from della.running import measure
 from della.running.compute import Compute
 from della.running.workers import each
 from della.version import __version__
+
+_MEASURED = 200  # bytes of a header for what is measured of a model
 
 
 @dataclass(frozen=True)
@@ -98,10 +101,10 @@ def run(
     started = time.monotonic()
     out, single, part = target.out, target.is_single, execution.part
     stamps = _stamps(plan)
-    unknown = {job.name: Done(UNKNOWN, (UNKNOWN,) * len(job.parts)) for job in plan.jobs}
+    metadata, room = _embedded(plan) if single else (None, 0)
     staged = StagedOutput(
         out, _tensors(plan), execution.shard_bytes, target.overwrite, single, execution.fsync,
-        metadata=embed(_manifest(plan, unknown, {})) if single else None,
+        metadata=metadata,
         inputs=[path for source in plan.sources for path in source.paths],
         stem=next((s for s in STEMS if plan.base.files[0].name.startswith(s)), STEMS[0]),
         key=_key(plan, stamps),
@@ -120,7 +123,8 @@ def run(
             if not part.is_whole:
                 staged.end_part()
             else:
-                manifest = _complete(plan, staged, single, permissions.auto_map)
+                plan = _measured(plan, staged, permissions, tell)
+                manifest = _complete(plan, staged, room, permissions.auto_map)
                 staged.commit()
     except (DellaError, KeyboardInterrupt) as error:
         if isinstance(error, KeyboardInterrupt) and staged.committed:
@@ -137,6 +141,20 @@ def run(
         raise
     seconds = time.monotonic() - started
     return Result(out, manifest, seconds, merging, resumed, work.bytes_read, work.bytes_written)
+
+
+def _measured(
+    plan: Plan, staged: StagedOutput, permissions: Permissions, tell: Callable[[str], None] | None
+) -> Plan:
+    """The plan with what was learnt of its models.  Raises CheckpointError where it was no merge."""
+    found = measure.told(plan, {name: done.measured for name, done in staged.done.items()}, plan.coverage)
+    for text in measure.warnings(plan, found):
+        (tell or str)(text)
+    if not permissions.idle:
+        staged.keeps = True  # the same merge may be wanted all the same
+        measure.check_changes(plan, found, staged.done)
+        staged.keeps = False
+    return replace(plan, coverage=found)
 
 
 def _tensors(plan: Plan) -> list[tuple[str, Any, tuple[int, ...]]]:
@@ -184,17 +202,29 @@ def _manifest(plan: Plan, done: Mapping[str, Done], files: Mapping[str, Mapping[
         seed=plan.recipe.seed,
         base=recorded(plan.base, hashes),
         models=models,
+        coverage={each.reference: each.as_dict for each in plan.coverage},
         hashes={job.name: done[job.name].hash for job in plan.jobs},
         departures=plan.departures,
         files=files,
     )
 
 
-def _complete(plan: Plan, staged: StagedOutput, single: bool, auto_map: bool) -> dict[str, Any]:
-    """Everything but the weights: side files and the manifest.  Returns the manifest."""
-    if single:
+def _embedded(plan: Plan) -> tuple[dict[str, str], int]:
+    """Metadata of a single file before anything is known, and the bytes that it takes in the header: as many
+    as what is measured may need."""
+    manifest = _manifest(
+        plan, {job.name: Done(UNKNOWN, (UNKNOWN,) * len(job.parts)) for job in plan.jobs}, {}
+    )
+    room = max(map(len, map(json.dumps, embed(manifest).values()))) + _MEASURED * len(plan.models)
+    return embed(manifest, room), room
+
+
+def _complete(plan: Plan, staged: StagedOutput, room: int, auto_map: bool) -> dict[str, Any]:
+    """Everything but the weights: side files and the manifest, which in a single file has ``room`` bytes of
+    the header.  Returns the manifest."""
+    if room:
         manifest = _manifest(plan, staged.done, {})
-        staged.rewrite_header(_tensors(plan), embed(manifest), sealed)
+        staged.rewrite_header(_tensors(plan), embed(manifest, room), sealed)
         return manifest
     files = {"README.md": model_card(plan)}
     if plan.base.config:
@@ -273,9 +303,9 @@ class _Run:
             self._advance(job, job.bytes_read + job.nbytes, finished=1)
 
     def _one(self, job: Job) -> None:
-        digest, inputs = xxhash.xxh3_128(), Hashes()
+        digest, inputs, probe = xxhash.xxh3_128(), Hashes(), measure.Probe(job)
         start = told = 0
-        for stored in self.compute.pieces(job, self.facts.get(job.name), inputs):
+        for stored in self.compute.pieces(job, self.facts.get(job.name), inputs, probe):
             raw = stored.reshape(-1).view(np.uint8).data
             self.staged.write(job.name, start, raw)
             digest.update(raw)
@@ -283,7 +313,8 @@ class _Run:
             now = (job.bytes_read + job.nbytes) * start // job.nbytes
             self._advance(job, now - told)
             told = now
-        self.staged.finish(job.name, Done(digest.hexdigest(), tuple(map(inputs.of, job.parts))))
+        done = Done(digest.hexdigest(), tuple(map(inputs.of, job.parts)), probe.measured())
+        self.staged.finish(job.name, done)
         self._advance(job, 0, finished=1)
         with self.lock:
             self.bytes_read += job.bytes_read

@@ -236,7 +236,7 @@ def _plan(out: Path, manifest: Manifest, base_dir: Path | None, permissions: Per
         if base_dir is not None:
             recipe = replace(recipe, path=base_dir / "recipe.yml")
         try:
-            return make_plan(recipe, permissions=permissions)
+            return make_plan(recipe, permissions=replace(permissions, idle=True))  # it was merged so
         except CheckpointError as error:
             raise CheckpointError(*error.problems, *_hint(recipe, base_dir)) from error
     except RecipeError as error:

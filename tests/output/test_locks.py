@@ -203,10 +203,10 @@ def test_strange_journals(out: Path, claim: Held) -> None:
     for text in (
         *(b"", b"3", b"null", b'"key"', b"[]", b"{}", b'{"key":1}', b'{"key":["a"],"pid":1}', b"{", b"\xff"),
         *(
-            b'{"key":"k","part":"1/1","pid":99999999999999999999,"host":"h","started":"","format":2}',
+            b'{"key":"k","part":"1/1","pid":99999999999999999999,"host":"h","started":"","format":3}',
             b'{"tensor":1}',
         ),
-        b'{"key":"k","part":"1/1","pid":1,"host":"h","started":"","format":[2]}',
+        b'{"key":"k","part":"1/1","pid":1,"host":"h","started":"","format":[3]}',
         *(b'{"tensor":"w","hash":3,"inputs":[]}', b'{"facts":[]}', b'{"swap":"yes"}', b'{"end":0}'),
     ):
         folder.mkdir(exist_ok=True)

@@ -115,8 +115,8 @@ def test_tied_embeddings_are_stored_once(tmp_path: Path) -> None:
 
 
 def test_a_diffusion_model_keeps_the_name_that_diffusers_loads(tmp_path: Path) -> None:
-    tensors = {"w": np.ones((2, 3), np.float32)}
-    for name in ("base", *EXPERTS):
+    for number, name in enumerate(("base", *EXPERTS)):
+        tensors = {"w": np.full((2, 3), number, np.float32)}
         files = {"diffusion_pytorch_model.safetensors": tensors, "config.json": {"_class_name": "UNet"}}
         put(tmp_path / "models" / name, files)
     made = recipe(tmp_path / "models", "task_arithmetic", [{}] * 3, {})
@@ -125,7 +125,7 @@ def test_a_diffusion_model_keeps_the_name_that_diffusers_loads(tmp_path: Path) -
     assert front_matter(tmp_path / "out")["library_name"] == "diffusers"
     merge(made, tmp_path / "two", shard_bytes=1, overwrite=True)
     with open_source(str(tmp_path / "two")) as read:
-        assert read.tensors["w"].read().tolist() == [[1.0] * 3] * 2
+        assert read.tensors["w"].read().tolist() == [[6.0] * 3] * 2
 
 
 # ---- configuration and tokenizer --------------------------------------------------------------------------

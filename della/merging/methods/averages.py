@@ -12,7 +12,7 @@ from della.errors import Problem
 from della.merging import compat, reference
 from della.merging.method import Method, register
 from della.merging.options import NORMALIZE, WEIGHT
-from della.merging.tile import Subject, Tile
+from della.merging.tile import Expert, Subject, Tile
 
 
 @register
@@ -45,6 +45,9 @@ class Linear(Method):
         dtype = self.compat.numpy
         wide = [widen(values.astype(dtype)) for values in models]
         return compat.average(wide, subject.column("weight"), self.shared["normalize"]).astype(dtype)
+
+    def idle_by(self, expert: Expert) -> str:
+        return "weight" if expert["weight"] == 0 else ""
 
     def apply(self, tile: Tile, facts: Any, out: Array) -> None:
         from della.merging.kernels import cast

@@ -254,6 +254,10 @@ class TaskVectors(Method):
 
     # ---- what it costs, and how it differs from mergekit ----
 
+    def idle_by(self, expert: Expert) -> str:
+        factors = {**expert.values, "lambda": 1 if self.scaling else self.shared["lambda"]}
+        return next((name for name in ("weight", "density", "lambda") if factors.get(name) == 0), "")
+
     def memory(self, experts: int, tile: int, elements: int) -> int:
         more = experts * (2 * self.fuse.calibrated + self.wants_norms)
         return super().memory(experts, tile, elements) + 4 * tile * more + self.drop.table_bytes * elements

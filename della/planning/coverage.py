@@ -1,0 +1,74 @@
+"""How much of each model takes part in a merge, counted from its jobs: no merge that silently is none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from della.checkpoint.source import Source
+from della.errors import CheckpointError, Collector, Problem, RecipeError, distinct
+from della.planning.job import Coverage, Job, Model
+from della.recipe.reader import Recipe
+
+CURE = "take it out of the recipe; or --allow-idle lets it pass"
+ABSENT = "not in the result"
+
+
+def covered(models: Sequence[Model], base: Source, jobs: Sequence[Job]) -> tuple[Coverage, ...]:
+    """The coverage of each of ``models``, in their order, as far as headers and parameters tell it."""
+    used: dict[Model, set[str]] = {model: set() for model in models}
+    idle: dict[Model, dict[str, str]] = {model: {} for model in models}
+    changed = dict.fromkeys(models, 0)
+    by_source: dict[Source, Model] = {}
+    for model in models:
+        by_source.setdefault(model.source, model)
+    homes = {id(view): model for source, model in by_source.items() for view in source.tensors.values()}
+    for job in jobs:
+        if job.method is None:
+            if job.dtype.is_float and (home := homes.get(id(job.base))) and home.source is not base:
+                used[home].add(job.base.name)  # extra: copy
+                changed[home] += 1
+            continue
+        for each in job.operands:
+            if each.view is job.base and each.model.source is not base:
+                continue  # missing: base
+            if parameter := job.method.idle_by(each.expert):
+                idle[each.model][each.view.name] = f"without effect ({parameter}: 0)"
+                continue
+            used[each.model].add(each.view.name)
+            is_base = job.method.of_deltas and each.view is job.base
+            changed[each.model] += job.elements > 0 and not is_base
+    names = distinct(model.entry.reference for model in models)
+    return tuple(
+        _coverage(name, model, used[model], idle[model], changed[model])
+        for name, model in zip(names, models, strict=True)
+    )
+
+
+def _coverage(name: str, model: Model, used: set[str], idle: dict[str, str], changed: int) -> Coverage:
+    floats = [tensor for tensor, view in model.source.tensors.items() if view.dtype.is_float]
+    left = [(tensor, idle.get(tensor, ABSENT)) for tensor in floats if tensor not in used]
+    return Coverage(name, len(used), len(floats), changed, tuple(left))
+
+
+def check_idle(
+    recipe: Recipe, models: Sequence[Model], base: Source, jobs: Sequence[Job], coverage: Sequence[Coverage]
+) -> None:
+    """Refuses a merge in which a model takes no part; that the base itself changes nothing is no fault.
+
+    Raises RecipeError where its parameters are the cause, else CheckpointError.
+    """
+    check = Collector(CheckpointError)
+    for model, each in zip(models, coverage, strict=True):
+        if model.source is base or each.changed:
+            continue
+        said = f"takes no part in the merge: {each.why or 'it has no tensor of the result'}"
+        mine = ((job, own) for job in jobs for own in job.operands if own.model is model)
+        parameters = (job.method.idle_by(own.expert) for job, own in mine if job.method)
+        if parameter := next(filter(None, parameters), None):
+            at = recipe.located(Problem(said, CURE, model.entry.identity, parameter=parameter))
+            with check:
+                raise RecipeError(replace(at, subject=each.reference))
+        else:
+            check.add(said, CURE, each.reference)
+    check.raise_any()
