@@ -36,18 +36,19 @@ class Measured:
 
 
 def measure(
-    bench: Bench, cells: Sequence[Cell], split: str, tasks: Sequence[str], *, kept: bool = True,
-    unit: float = 1.0,
-) -> Measured:  # fmt: skip
-    """The kept gain of cells that differ in their seed; without ``kept`` what counts of the first task."""
+    bench: Bench, cells: Sequence[Cell], split: str, tasks: Sequence[str], *, kept: bool = True
+) -> Measured:
+    """The kept gain, in percent, of cells that differ in their seed; without ``kept`` what counts of the
+    first task.
+    """
     found = []
     for cell in cells:
         scored = bench.score(cell, split)
         found.append(bench.shares(scored, split, tasks) if kept else bench.values(scored, split, tasks[0]))
-    by_seed = tuple(unit * float((values * weights).sum()) for values, weights in found)
+    by_seed = tuple(100.0 * float((values * weights).sum()) for values, weights in found)
     first = bench.score(cells[0], split)
     strata = tuple(len(next(iter(first[task].values()))) for task in (tasks if kept else tasks[:1]))
-    return Measured(unit * np.mean([values for values, _ in found], axis=0), found[0][1], strata, by_seed)
+    return Measured(100.0 * np.mean([values for values, _ in found], axis=0), found[0][1], strata, by_seed)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,34 +7,24 @@ where it was cut short.
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from della.errors import EvaluationError
 from della.evaluate.generations import Store
 from della.experiments.bench import Bench
 from della.experiments.cells import Cell
-from della.experiments.demo import EXPERTS
-from della.experiments.measures import Measured, difference, measure
 from della.experiments.mini_report import report
-from della.experiments.mini_rows import TABLES, Chooser, Experiment, lay_out
+from della.experiments.mini_rows import TABLES, Chooser, lay_out
 from della.experiments.mini_trio import CALIBRATION, MADE_OF, STORED, Programs, Trio
-from della.experiments.published import published
-from della.experiments.results import as_json, head, write
-from della.experiments.rows import Claim, Row
+from della.experiments.results import head, write
+from della.experiments.rows import SINGLES, Found, numbers
 from della.experiments.tables import Grid
 from della.options import default_threads
 from della.report import plots
 from della.version import __version__
-
-VERDICTS = {1: "holds", 0: "within noise", -1: "reversed"}
-Found = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,92 +100,10 @@ def _check(options: MiniOptions) -> None:
 
 def _run(bench: Bench, options: MiniOptions) -> Found:
     """Choose and score; base and experts come first, as all kept gains need them."""
-    pairs = [(Cell((name,)), split) for split in STORED for name in ("base", *EXPERTS)]
+    pairs = [(Cell((name,)), split) for split in STORED for name in SINGLES]
     bench.each("base and experts", lambda pair: bench.score(*pair), pairs)
     names = [table for table in TABLES if table != "5" or options.importance == "wanda"]
     chooser = Chooser(bench, options.grid, options.seed)
     experiment = lay_out(chooser, names, options.seeds, options.sweep)
     bench.each("test", lambda cell: bench.score(cell, "test"), experiment.cells())
     return numbers(bench, experiment)
-
-
-# ---- results.json -----------------------------------------------------------------------------------------
-
-
-def numbers(bench: Bench, experiment: Experiment) -> Found:
-    """Rows and claims as JSON."""
-    measured = dict(
-        zip(experiment.rows, bench.each("intervals", lambda row: _measured(bench, row), experiment.rows))
-    )
-    return {
-        "singles": {
-            name: {task: _task(bench, [Cell((name,))], task) for task in EXPERTS}
-            for name in ("base", *EXPERTS)
-        },
-        "rows": bench.each("rows", lambda row: _row(bench, row, measured[row]), experiment.rows),
-        "claims": bench.each(
-            "claims", lambda c: claim_json(c, measured[c.better], measured[c.worse]), experiment.claims
-        ),
-        "chosen": _chosen(experiment),
-    }
-
-
-def _measured(bench: Bench, row: Row) -> Measured:
-    """The main number of a row, in percent: of a merge the kept gain, of one pruned expert what is right."""
-    experts = row.cell.experts
-    return measure(bench, row.cells, "test", experts, kept=len(experts) > 1, unit=100.0)
-
-
-def _chosen(experiment: Experiment) -> list[Found]:
-    """What was best on validation for each p, and of all, with kept gains there in percent."""
-    return [
-        {
-            "table": table, "group": merge, "label": label, "of": of, **choice.cell.stated(),
-            "kept": round(100 * choice.kept, 3),
-        }
-        for table, chosen in experiment.chosen.items()
-        for (label, merge), picked in chosen.items()
-        for of, choice in (*(("p", each) for each in picked.by_p.values()), ("all", picked.best))
-    ]  # fmt: skip
-
-
-def _row(bench: Bench, row: Row, own: Measured) -> Found:
-    return {
-        "table": row.table, "group": row.group, "label": row.label, "model": row.cell.stated(),
-        "seeds": len(own.seeds),
-        "measure": "kept gain" if len(row.cell.experts) > 1 else "right answers",
-        "value": as_json(own.over_items),
-        "over_seeds": as_json(own.over_seeds) if len(own.seeds) > 1 else None,
-        "by_seed": [round(value, 4) for value in own.seeds],
-        "tasks": {task: _task(bench, row.cells, task) for task in row.cell.experts},
-        "paper": dict(row.paper),
-    }  # fmt: skip
-
-
-def _task(bench: Bench, cells: Sequence[Cell], task: str) -> Found:
-    """Raw scores of one task, means over seeds: loss per answer token, and perplexity or percent right."""
-    loss = bench.loss(cells, "test", task)
-    found = {"loss": round(loss, 5)}
-    if task == "lm":
-        return found | {"perplexity": round(math.exp(loss), 4)}
-    right = [bench.score(cell, "test")[task]["right"] for cell in cells]
-    return found | {"percent": round(100 * float(np.mean(right)), 3)}
-
-
-def claim_json(claim: Claim, better: Measured, worse: Measured) -> Found:
-    """The difference over problems and over seeds, what follows, and the paper's own difference, in its own
-    scores, where it has both rows.
-    """
-
-    def score(row: Row) -> float | None:
-        found = row.paper if row.table.isdigit() else published(1, row.group, row.label)
-        values = [found["average"]] if "average" in found else list(found.values())
-        return values[0] if values else None
-
-    less, a, b = difference(better, worse), score(claim.better), score(claim.worse)
-    return {
-        "claim": claim.about, "group": claim.group, "better": claim.better.label, "worse": claim.worse.label,
-        "over_items": as_json(less.items),
-        "over_seeds": None if less.seeds is None else as_json(less.seeds),
-        "verdict": VERDICTS[less.side], "paper": None if a is None or b is None else round(a - b, 2),
-    }  # fmt: skip

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
+from della.experiments.pages import Found
 from della.experiments.published import BENCHMARKS, MERGES, published
 from della.experiments.results import having, interval
 from della.report.page import Section
 from della.report.tables import Table, number
 
-Found = Mapping[str, Any]
 _STEPS = ("Table 1: DARE over TA", "Table 1: DELLA over DARE", "Table 1: DELLA over TIES")
 # By column, the claims that MAGPRUNE keeps more than DARE, of one expert at one p and lambda 1.
 _BY_P = {"the release's range": "Table 6: row over DARE", "wide range": "Figure 3: wide MAGPRUNE over DARE"}

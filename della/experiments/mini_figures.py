@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-from della.experiments.results import interval
-from della.report.plots import Mark, Plot, dots, lines
-from della.report.tables import Table, number, with_interval
+from della.experiments.pages import Found, mark, shown
+from della.report.plots import Plot, dots, lines
+from della.report.tables import Table, number
 
-Found = Mapping[str, Any]
 BARS = "Bars are 95 % intervals over problems."
 
 
@@ -23,14 +21,14 @@ def pruning_table(title: str, rows: Sequence[Found], note: str) -> Table:
         texts = [group.removeprefix("p=")]
         for label in labels:
             row = by_label[label]
-            texts += [with_interval(interval(row["value"])), number(next(iter(row["paper"].values()), None))]
+            texts += [shown(row["value"]), number(next(iter(row["paper"].values()), None))]
         cells.append(tuple(texts))
     return Table(title, columns, tuple(cells), note=note)
 
 
 def gains(name: str, title: str, rows: Sequence[Found]) -> Plot:
     """Kept gains of merges: a small plot a merge."""
-    marks = [_mark("", row, row["label"], row["group"]) for row in rows]
+    marks = [mark(row["value"], "", row["label"], row["group"]) for row in rows]
     return dots(name, title, f"Kept gain, percent. {BARS}", marks, "kept gain, %")
 
 
@@ -59,8 +57,8 @@ def figure6(found: Found) -> Plot:
     for row in found["rows"]:
         if row["table"] in ("7", "figure 6"):
             series = names["7" if row["table"] == "7" else row["label"].partition(" ")[0]]
-            marks.append(_mark(series, row, "", row["group"], row["model"]["p"]))
-    marks.sort(key=lambda mark: list(names.values()).index(mark.series))
+            marks.append(mark(row["value"], series, "", row["group"], row["model"]["p"]))
+    marks.sort(key=lambda one: list(names.values()).index(one.series))
     text = f"Elect and the mean; lambda (and DELLA's epsilon) chosen for each p on validation. {BARS}"
     return lines(
         "figure6", "Figure 6: what is dropped, in merges", text, marks, "drop rate p", "kept gain, %"
@@ -69,14 +67,9 @@ def figure6(found: Found) -> Plot:
 
 def _pruned(found: Found, name: str, title: str, text: str, series: Mapping[tuple[str, str], str]) -> Plot:
     marks = [
-        _mark(series[row["table"], row["label"]], row, "", "", row["model"]["p"])
+        mark(row["value"], series[row["table"], row["label"]], x=row["model"]["p"])
         for row in found["rows"]
         if (row["table"], row["label"]) in series
     ]
-    marks.sort(key=lambda mark: list(series.values()).index(mark.series))
+    marks.sort(key=lambda one: list(series.values()).index(one.series))
     return lines(name, title, f"{text} {BARS}", marks, "drop rate p", "Math, % right", even=True)
-
-
-def _mark(series: str, row: Found, label: str, panel: str, x: float = 0.0) -> Mark:
-    value = row["value"]
-    return Mark(series, value["value"], value["low"], value["high"], x=x, label=label, panel=panel)

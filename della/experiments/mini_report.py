@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 from della.experiments.demo import EXPERTS
 from della.experiments.mini_conditions import conditions
 from della.experiments.mini_figures import figure3, figure4, figure6, gains, pruning_table
+from della.experiments.pages import (
+    LAMBDA,
+    VERDICTS,
+    Column,
+    Found,
+    P,
+    best_first,
+    given,
+    listed,
+    losses,
+    said,
+    shown,
+    table,
+)
 from della.experiments.published import BENCHMARKS, published
-from della.experiments.results import having, interval
+from della.experiments.results import having
 from della.report.page import Report, Section
-from della.report.tables import Table, number, with_interval
+from della.report.tables import Table, number
 
-Found = Mapping[str, Any]
 Rows = Sequence[Found]
-VERDICTS = ("holds", "within noise", "reversed")
 _COMPARED = ("difference, over problems", "over seeds", "here it", "in the paper")
 _TITLES = {"lm": "LM perplexity", "math": "Math %", "code": "Code %"}
 _ORDER = (
@@ -66,10 +77,10 @@ def _verdict(found: Found) -> Section:
         for one in having(found["claims"], claim=claim):
             rows.append((title, *_difference(one)))
     columns = ("the paper's order", "merge", *_COMPARED)
-    table = Table("Does the paper's order hold?", columns, tuple(rows), labels=2, note=(
+    order = Table("Does the paper's order hold?", columns, tuple(rows), labels=2, note=(
         "Differences of kept gain in points; in the paper, of its average of percentages."
     ))  # fmt: skip
-    return Section("Verdict", (_sentence(found),), (table, _counted(found)))
+    return Section("Verdict", (_sentence(found),), (order, _counted(found)))
 
 
 def _sentence(found: Found) -> str:
@@ -78,9 +89,9 @@ def _sentence(found: Found) -> str:
     merges = list(dict.fromkeys(one["group"] for one in claims))
     whole = [m for m in merges if all(one["verdict"] == "holds" for one in claims if one["group"] == m)]
     counted = {verdict: sum(one["verdict"] == verdict for one in claims) for verdict in VERDICTS}
-    said = "on no merge" if not whole else f"on {_listed(whole)}"
+    where = "on no merge" if not whole else f"on {listed(whole)}"
     return (
-        f"The paper's order, TA < DARE < DELLA and TIES < DELLA, holds as a whole {said}. Of its "
+        f"The paper's order, TA < DARE < DELLA and TIES < DELLA, holds as a whole {where}. Of its "
         f"{len(claims)} single steps {counted['holds']} hold, {counted['within noise']} are within noise, "
         f"{counted['reversed']} are reversed."
     )
@@ -141,7 +152,7 @@ def _alone(found: Found) -> Section:
     names = {"base": "base", "lm": "LM expert", "math": "Math expert", "code": "Code expert"}
     rows: list[tuple[str, ...]] = [
         (names[name], *(_score(scores[task], task) for task in EXPERTS),
-         *(number(scores[task]["loss"], 3) for task in EXPERTS),
+         *losses(scores, 3),
          _paper({"paper": published(1, name, "alone")}))
         for name, scores in found["singles"].items()
     ]  # fmt: skip
@@ -155,21 +166,23 @@ def _alone(found: Found) -> Section:
 
 def merges_table(title: str, rows: Rows, note: str = "", label: str = "method") -> Table:
     """Merges with all their scores, beside the paper's."""
-    has_paper = any(row["paper"] for row in rows)
-    columns = ("merge", label, "p", "lambda", "epsilon", *_TITLES.values(), "kept gain", "over seeds",
-               "loss LM", "Math", "Code", *(("paper", "average") if has_paper else ()))  # fmt: skip
-    cells = []
-    for row in rows:
-        model, tasks = row["model"], row["tasks"]
-        paper = (_paper(row), number(row["paper"].get("average"))) if has_paper else ()
-        cells.append((
-            row["group"], row["label"], _given(model["p"]), _given(_lambda(model)),
-            _given(model["epsilon"] or None),
-            *(_score(tasks[task], task) if task in tasks else "" for task in EXPERTS),
-            with_interval(interval(row["value"])), _spread(row["over_seeds"]),
-            *(number(tasks[task]["loss"], 3) if task in tasks else "" for task in EXPERTS), *paper,
-        ))  # fmt: skip
-    return Table(title, columns, tuple(cells), labels=2, note=note)
+    columns = (
+        said("merge", "group"), said(label, "label"), P, LAMBDA,
+        ("epsilon", lambda row: given(row["model"]["epsilon"] or None)),
+        *(_of_task(name, task, _score) for task, name in _TITLES.items()),
+        ("kept gain", lambda row: shown(row["value"])),
+        ("over seeds", lambda row: _spread(row["over_seeds"])),
+        *(_of_task(name, task, lambda scores, _: number(scores["loss"], 3))
+          for task, name in zip(EXPERTS, ("loss LM", "Math", "Code"), strict=True)),
+    )  # fmt: skip
+    if any(row["paper"] for row in rows):
+        average: Column = ("average", lambda row: number(row["paper"].get("average")))
+        columns = (*columns, ("paper", _paper), average)
+    return table(title, rows, columns, labels=2, note=note)
+
+
+def _of_task(head: str, task: str, text: Callable[[Found, str], str]) -> Column:
+    return head, lambda row: text(row["tasks"][task], task) if task in row["tasks"] else ""
 
 
 def _section(
@@ -218,9 +231,9 @@ def _table6(found: Found) -> Section:
         "both as far as p has room. What the paper's figures 3 and 4 show is known from its text only; "
         "they are rebuilt by subject."
     )
-    table = pruning_table("Table 6: percent right", having(found["rows"], table="6"), "")
+    six = pruning_table("Table 6: percent right", having(found["rows"], table="6"), "")
     title = "Table 6 and figures 3 and 4: pruning one expert"
-    return Section(title, (text,), (table,), (figure3(found), figure4(found)))
+    return Section(title, (text,), (six,), (figure3(found), figure4(found)))
 
 
 def _figure5(found: Found) -> Section:
@@ -235,8 +248,8 @@ def _figure5(found: Found) -> Section:
 
 def _table7(found: Found) -> Section:
     text = "Lambda and epsilon chosen for each p. Figure 6, MAGPRUNE and top-K over p, is rebuilt by subject."
-    table = merges_table("Table 7: DELLA over p", having(found["rows"], table="7"), label="drop rate")
-    return Section("Table 7 and figure 6: over p", (text,), (table,), (figure6(found),))
+    seven = merges_table("Table 7: DELLA over p", having(found["rows"], table="7"), label="drop rate")
+    return Section("Table 7 and figure 6: over p", (text,), (seven,), (figure6(found),))
 
 
 def _beside(found: Found) -> Section:
@@ -245,10 +258,9 @@ def _beside(found: Found) -> Section:
         for row in having(found["rows"], table="1", group="all three")
     ]
     rows = [row | {"paper": {}} for row in (*first, *having(found["rows"], table="beside"))]
-    rows.sort(key=lambda row: -float(row["value"]["value"]))
     text = "Every method, each with p and lambda chosen on validation, best first. DELLA is that of table 1."
     plot = ("beside", "All three experts: kept gain of every method")
-    return _section("Beside the paper: every method", rows, text, plot)
+    return _section("Beside the paper: every method", best_first(rows), text, plot)
 
 
 def _claims(found: Found) -> Section:
@@ -281,16 +293,8 @@ def _paper(row: Found) -> str:
 def _difference(one: Found) -> tuple[str, ...]:
     """Where, the difference over problems and over seeds, the verdict, and the paper's difference."""
     paper = number(one["paper"], 1, sign=True)
-    return (one["group"], _signed(one["over_items"]), _signed(one["over_seeds"]), one["verdict"], paper)
-
-
-def _signed(found: Mapping[str, float] | None) -> str:
-    return "" if found is None else with_interval(interval(found), sign=True)
-
-
-def _lambda(model: Found) -> float | None:
-    """Lambda, where it has a part."""
-    return None if "lambda_scaling" in model or model["method"] == "linear" else model["lambda"]
+    over = (shown(one[of], sign=True) for of in ("over_items", "over_seeds"))
+    return (one["group"], *over, one["verdict"], paper)
 
 
 def _spread(found: Mapping[str, float] | None) -> str:
@@ -298,13 +302,5 @@ def _spread(found: Mapping[str, float] | None) -> str:
     return "" if found is None else f"± {number((found['high'] - found['low']) / 2)}"
 
 
-def _given(value: float | None) -> str:
-    return "" if value is None else f"{value:g}"
-
-
 def _numbers(values: Sequence[float]) -> str:
-    return _listed([f"{value:g}" for value in values])
-
-
-def _listed(words: Sequence[str]) -> str:
-    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+    return listed([f"{value:g}" for value in values])

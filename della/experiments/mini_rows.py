@@ -6,14 +6,14 @@ Of each kind and p, lambda is found by climbing, then DELLA's epsilon along its 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from della.experiments import tables
 from della.experiments.bench import Bench
 from della.experiments.cells import FIRST, Cell, Kind
 from della.experiments.choice import Choice, ordered, tried
 from della.experiments.published import MERGES
-from della.experiments.rows import Claim, Row
+from della.experiments.rows import Experiment, Found, Row
 from della.experiments.tables import Grid
 
 # On validation another draw than those that are reported: a lucky one would be chosen and then reported.
@@ -120,23 +120,6 @@ class Chooser:
         ]
 
 
-@dataclass(slots=True)
-class Experiment:
-    """All rows and claims, by the choices on validation."""
-
-    rows: list[Row] = field(default_factory=list)
-    claims: list[Claim] = field(default_factory=list)
-    chosen: dict[str, Chosen] = field(default_factory=dict)  # on validation, by table
-
-    def claim(self, about: str, group: str, better: Row, worse: Row) -> None:
-        self.claims.append(Claim(about, group, better, worse))
-
-    def cells(self) -> list[Cell]:
-        """What is to be scored on test, each once; merges of three first, as they take longest."""
-        found = {cell.name: cell for row in self.rows for cell in row.cells}
-        return sorted(found.values(), key=lambda cell: -len(cell.experts))
-
-
 def lay_out(chooser: Chooser, names: Sequence[str], seeds: int, sweep: int) -> Experiment:
     """Choose p, lambda and epsilon of all kinds, and lay out rows and claims.
 
@@ -151,18 +134,32 @@ def lay_out(chooser: Chooser, names: Sequence[str], seeds: int, sweep: int) -> E
 
     table1 = chooser.choices("table 1", wanted(["1"]))["1"]
     others = wanted([name for name in names if name != "1"])
-    made.chosen = {"1": table1} | chooser.choices("the other tables", others, epsilons(table1))
+    chosen = {"1": table1} | chooser.choices("the other tables", others, epsilons(table1))
+    made.chosen = _stated(chosen)
     rows: dict[str, dict[tuple[str, str], Row]] = {}
-    for table, chosen in made.chosen.items():
+    for table, of_table in chosen.items():
         count = sweep if table.startswith("figure") else seeds
         rows[table] = {
-            key: Row(table, key[1], key[0], (picked.best.cell,), count) for key, picked in chosen.items()
+            key: Row(table, key[1], key[0], (picked.best.cell,), count) for key, picked in of_table.items()
         }
         made.rows += rows[table].values()
     _claims(made, rows)
     _curves(made, table1, sweep)
     _pruned(made, chooser.grid, sweep, chooser.seed)
     return made
+
+
+def _stated(chosen: Mapping[str, Chosen]) -> list[Found]:
+    """What was best on validation for each p, and of all, with kept gains there in percent."""
+    return [
+        {
+            "table": table, "group": merge, "label": label, "of": of, **choice.cell.stated(),
+            "kept": round(100 * choice.kept, 3),
+        }
+        for table, of_table in chosen.items()
+        for (label, merge), picked in of_table.items()
+        for of, choice in (*(("p", each) for each in picked.by_p.values()), ("all", picked.best))
+    ]  # fmt: skip
 
 
 def epsilons(chosen: Chosen) -> dict[tuple[str, float | None], float]:

@@ -13,11 +13,9 @@ import itertools
 import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import xxhash
 
 from della.api import merge
@@ -28,24 +26,21 @@ from della.experiments.bench import Bench, Scored, Tell
 from della.experiments.cells import Cell, Kind, as_text
 from della.experiments.choice import Choice, ordered, tried
 from della.experiments.demo import EXPERTS as TASKS
-from della.experiments.measures import Measured, difference, measure
-from della.experiments.results import as_json, head, write
+from della.experiments.results import head, write
+from della.experiments.rows import SINGLES, Experiment, Found, Row, entry, numbers
 from della.experiments.small_data import SPLITS, Example, check_data, data_file, examples
 from della.experiments.small_model import item_losses, set_threads, tokenizer_of
 from della.experiments.small_report import report
 from della.experiments.small_train import train_experts
-from della.experiments.tables import SMALL, SMALL_VARIANTS, STEPS, TITLES
+from della.experiments.tables import SMALL, SMALL_VARIANTS, STEPS
 from della.output import disk
-from della.report.intervals import Interval, paired_bootstrap
 
-Found = dict[str, Any]
 LONGEST = 192  # tokens of prompt and response together, which bounds the time
 BATCH = 16
 # "exact" has the first test items again, in float32 throughout, "few" the same items in bfloat16.
 EXACT_ITEMS = 100
 MADE_OF = {"few": (("test", EXACT_ITEMS),)}
-SINGLES = ("base", *TASKS)
-VERDICTS = {1: "better", 0: "within noise", -1: "worse"}
+WIDE = SMALL["della-wide"].label
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +87,7 @@ def run_small(options: SmallOptions, tell: Tell) -> Path:
         Store(options.out / "scores.jsonl", {"scale": "135m"}, of="scores") as store,
         Bench(scorer, store, tell, tokens=scorer.tokens, made_of=MADE_OF) as bench,
     ):
-        made = _run(bench, options.seeds)
-        found = _results(bench, made, scorer, options)
+        found = _results(bench, scorer, options)
     write(options.out, found, report(found))
     return options.out / "results.json"
 
@@ -172,39 +166,41 @@ def recipe(cell: Cell, places: Mapping[str, str] | None = None) -> Found:
 
 # ---- what is run ------------------------------------------------------------------------------------------
 
-Runs = dict[tuple[str, float | None], list[Cell]]  # by method and p, a cell with each seed
 
-
-@dataclass(slots=True)
-class Findings:
-    """What was tried on validation, and what is scored on test: at lambda 1, and each at its own choice."""
-
-    validation: list[tuple[str, Choice]] = field(default_factory=list)
-    equal: Runs = field(default_factory=dict)
-    tuned: Runs = field(default_factory=dict)
-
-
-def _run(bench: Bench, seeds: int) -> Findings:
-    made = Findings()
-    _score(bench, [Cell((name,)) for name in SINGLES], "test", "validation")
-    for name in STEPS:
-        kind = SMALL[name]
-        made.equal |= {(name, p): kind.cell(TASKS, p).seeded(seeds) for p in kind.places(tables.SMALL_DROPS)}
-    _score(bench, _by_seed(made.equal), "test")
+def _run(bench: Bench, seeds: int) -> tuple[Experiment, list[Found]]:
+    """Rows at lambda 1 ("equal", by p) and each at its own choice ("tuned"), and their scores in float32."""
+    made, singles = Experiment(), [Cell((name,)) for name in SINGLES]
+    _score(bench, singles, "test", "validation")
+    equal = [
+        Row("equal", "" if p is None else f"p={p:g}", SMALL[name].label, (SMALL[name].cell(TASKS, p),), seeds)
+        for name in STEPS for p in SMALL[name].places(tables.SMALL_DROPS)
+    ]  # fmt: skip
+    _score(bench, _by_seed(equal), "test")
     drops: tuple[float, ...] = tables.SMALL_DROPS
+    tuned: list[Row] = []
     for kinds in (SMALL, SMALL_VARIANTS):
-        chosen: Runs = {}
-        for name, kind in kinds.items():
+        chosen = []
+        for kind in kinds.values():
             choices = _tried(bench, kind, drops)
-            made.validation += [(name, choice) for choice in choices]
-            best = ordered(choices)[0].cell
-            chosen[name, best.p] = best.seeded(seeds)
+            made.chosen += [
+                {"table": "tuned", "group": "", "label": kind.label, "of": "tried", **choice.cell.stated(),
+                 "kept": round(100 * choice.kept, 6)}
+                for choice in choices
+            ]  # fmt: skip
+            chosen.append(Row("tuned", "", kind.label, (ordered(choices)[0].cell,), seeds))
         _score(bench, _by_seed(chosen), "test")
-        made.tuned |= chosen
-        drops = tuple(p for name, p in chosen if name == "della-wide" and p is not None) or drops
-    _score(bench, [Cell((name,)) for name in SINGLES], "exact")
-    _score(bench, [cells[0] for runs in (made.equal, made.tuned) for cells in runs.values()], "exact")
-    return made
+        tuned += chosen
+        drops = tuple(row.cell.p for row in chosen if row.label == WIDE and row.cell.p is not None) or drops
+    made.rows = [*equal, *tuned]
+    _claims(made)
+    _score(bench, singles, "exact")
+    once = {row.cell: row for row in made.rows}
+    _score(bench, once, "exact")
+    return made, [
+        entry(row) | {of: round(100 * bench.kept(cell, split), 6)
+                      for of, split in (("bfloat16", "few"), ("float32", "exact"))}
+        for cell, row in once.items()
+    ]  # fmt: skip
 
 
 def _tried(bench: Bench, kind: Kind, drops: tuple[float, ...]) -> list[Choice]:
@@ -218,9 +214,29 @@ def _tried(bench: Bench, kind: Kind, drops: tuple[float, ...]) -> list[Choice]:
     return found
 
 
-def _by_seed(runs: Runs) -> list[Cell]:
+def _claims(made: Experiment) -> None:
+    """The first look's order, step by step, at lambda 1 and equal p, and each method at its own choice; and
+    each against TA and against DELLA with a wide range.
+    """
+    plain = next(row for row in made.rows if row.table == "equal" and not row.group)
+    for p in tables.SMALL_DROPS:
+        rows = [row for row in made.rows if row.table == "equal" and row.group == f"p={p:g}"]
+        for row in rows:
+            made.claim("equal", row.group, row, plain)
+        for worse, better in itertools.pairwise(rows):
+            made.claim("equal", better.group, better, worse)
+    tuned = {row.label: row for row in made.rows if row.table == "tuned"}
+    steps = itertools.pairwise(SMALL[name].label for name in STEPS)
+    against = [(label, worse) for label in tuned for worse in (SMALL["ta"].label, WIDE)]
+    for high, low in dict.fromkeys([*against, *((high, low) for low, high in steps)]):
+        if high != low:
+            made.claim("tuned", "", tuned[high], tuned[low])
+
+
+def _by_seed(rows: Sequence[Row]) -> list[Cell]:
     """All cells of one seed before the next, so that a run cut short has whole seeds."""
-    return [cell for row in itertools.zip_longest(*runs.values()) for cell in row if cell is not None]
+    by_seed = itertools.zip_longest(*(row.cells for row in rows))
+    return [cell for cells in by_seed for cell in cells if cell is not None]
 
 
 def _score(bench: Bench, cells: Iterable[Cell], *splits: str) -> None:
@@ -232,7 +248,8 @@ def _score(bench: Bench, cells: Iterable[Cell], *splits: str) -> None:
 # ---- results.json -----------------------------------------------------------------------------------------
 
 
-def _results(bench: Bench, made: Findings, scorer: Merged, options: SmallOptions) -> Found:
+def _results(bench: Bench, scorer: Merged, options: SmallOptions) -> Found:
+    made, precision = _run(bench, options.seeds)
     record = (options.experts or options.out / "experts") / "training.json"
     training = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
     found = head("135m", _command(options), 0, bench.seconds, "torch", "transformers", "peft")
@@ -250,7 +267,8 @@ def _results(bench: Bench, made: Findings, scorer: Merged, options: SmallOptions
             }
             for split, tasks in scorer.items.items()
         },
-        **numbers(bench, made),
+        **numbers(bench, made, digits=8, by_task=True),
+        "precision": precision,
     }
 
 
@@ -265,79 +283,3 @@ def _command(options: SmallOptions) -> str:
         "limit": options.items,
     }
     return " ".join(["della paper --scale 135m", *(f"--{k} {v}" for k, v in told.items() if v is not None)])
-
-
-def numbers(bench: Bench, made: Findings) -> Found:
-    """Rows, differences and claims."""
-    ta, wide = (_of(made.tuned, name) for name in ("ta", "della-wide"))
-    plain = made.equal["ta", None]
-    once = {cells[0]: name for runs in (made.equal, made.tuned) for (name, _), cells in runs.items()}
-    return {
-        "singles": {
-            name: {task: bench.loss([Cell((name,))], "test", task) for task in TASKS} for name in SINGLES
-        },
-        "validation": [_entry(name, choice.cell) | {"kept": choice.kept} for name, choice in made.validation],
-        "tuned": [_row(bench, name, cells)
-                  | {"less_ta": _less(bench, cells, ta), "less_della_wide": _less(bench, cells, wide)}
-                  for (name, _), cells in made.tuned.items()],
-        "equal": [_row(bench, name, cells) | {"less_ta": _less(bench, cells, plain)}
-                  for (name, _), cells in made.equal.items()],
-        "claims": _claims(bench, made),
-        "precision": [_entry(name, cell) | {"bfloat16": bench.kept(cell, "few"),
-                                            "float32": bench.kept(cell, "exact")}
-                      for cell, name in once.items()],
-    }  # fmt: skip
-
-
-def _claims(bench: Bench, made: Findings) -> list[Found]:
-    """The first look's order, step by step: at lambda 1 and equal p, and each method at its own choice."""
-    settings: list[tuple[str, float | None, Runs]] = [
-        ("equal", p, {of: cells for of, cells in made.equal.items() if of[1] in (p, None)})
-        for p in tables.SMALL_DROPS
-    ]
-    return [
-        {"setting": setting, "p": p, "better": high, "than": low}
-        | _less(bench, _of(runs, high), _of(runs, low))
-        for setting, p, runs in (*settings, ("tuned", None, made.tuned))
-        for low, high in itertools.pairwise(STEPS)
-    ]
-
-
-def _of(runs: Runs, method: str) -> list[Cell]:
-    return next(cells for (name, _), cells in runs.items() if name == method)
-
-
-def _entry(name: str, cell: Cell) -> Found:
-    return {"method": name, "title": TITLES[name], "p": cell.p, "lambda": cell.lambda_}
-
-
-def _measured(bench: Bench, cells: Sequence[Cell]) -> Measured:
-    return measure(bench, cells, "test", TASKS)
-
-
-def _row(bench: Bench, name: str, cells: Sequence[Cell]) -> Found:
-    """Losses, and the kept gain with its interval over items, and over seeds."""
-    own = _measured(bench, cells)
-    return _entry(name, cells[0]) | {
-        "loss": {task: bench.loss(cells, "test", task) for task in TASKS},
-        "kept": as_json(own.over_items),
-        "kept_by_seed": list(own.seeds),
-        "kept_over_seeds": as_json(own.over_seeds),
-    }
-
-
-def _less(bench: Bench, a: Sequence[Cell], b: Sequence[Cell]) -> Found:
-    """Kept gain of a less that of b: over items and over seeds; and the difference of losses by task."""
-    less = difference(_measured(bench, a), _measured(bench, b))
-    by_task = {}
-    for task in TASKS:
-        one, other = (
-            np.mean([bench.values(bench.score(cell, "test"), "test", task)[0] for cell in cells], axis=0)
-            for cells in (a, b)
-        )
-        by_task[task] = as_json(paired_bootstrap(-one, -other, weights=bench.tokens["test", task]))
-    value = less.items.value
-    return {
-        "items": as_json(less.items), "seeds": as_json(less.seeds or Interval(value, value, value)),
-        "loss": by_task, "verdict": VERDICTS[less.side],
-    }  # fmt: skip

@@ -141,4 +141,3 @@ SMALL_VARIANTS = {
     "dare-sum": Kind("DARE, no Elect (sum)", "dare_linear", factor=_halved),
     "della-sum": Kind("DELLA wide, no Elect (sum)", "della_linear", factor=_halved, epsilon=_widest),
 }
-TITLES = {name: kind.label for name, kind in {**SMALL, **SMALL_VARIANTS}.items()}

@@ -18,7 +18,7 @@ from della.arrays import merge_state_dicts
 from della.cli.main import app
 from della.errors import EvaluationError
 from della.evaluate.generations import Store
-from della.experiments import mini, mini_rows, mini_trio, tables
+from della.experiments import mini_rows, mini_trio, tables
 from della.experiments.bench import Bench
 from della.experiments.cells import Cell, Kind
 from della.experiments.demo import EXPERTS, tasks
@@ -28,7 +28,7 @@ from della.experiments.mini_conditions import conditions
 from della.experiments.mini_report import report
 from della.experiments.mini_rows import Chooser
 from della.experiments.mini_trio import MADE_OF, Programs, Trio
-from della.experiments.rows import Claim, Row
+from della.experiments.rows import Claim, Row, claim_json
 from della.experiments.tables import DELLA, Grid
 
 TINY = Grid(
@@ -289,7 +289,7 @@ def claim(
 
     row = Row("1", "Math+Code", "DELLA", (DELLA.cell(("math", "code"), 0.5, 1.0, 0.15),), 2)
     about = Claim("Table 1: DELLA over TA", "Math+Code", row, replace(row, label="TA"))
-    return mini.claim_json(about, measured(better, better_seeds), measured(worse, worse_seeds))
+    return claim_json(about, measured(better, better_seeds), measured(worse, worse_seeds))
 
 
 def test_a_claim_holds_where_both_intervals_leave_zero_out() -> None:

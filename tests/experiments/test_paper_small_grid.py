@@ -127,24 +127,22 @@ def test_a_row_has_means_and_seeds(tmp_path: Path) -> None:
     with bench(tmp_path, (1.5, 2.0, 2.0), (1.3, 2.0, 2.0)) as made:
         assert made.loss(cells(0, 1), "test", "lm") == pytest.approx(1.4)
         row = measure(made, cells(0, 1), "test", EXPERTS)
-    assert row.over_items.value == pytest.approx(0.2)
-    assert row.seeds == pytest.approx((0.5 / 3, 0.7 / 3))
-    half = 12.706 * (0.2 / 3 / np.sqrt(2)) / np.sqrt(2)  # Student, one degree of freedom
-    assert row.over_seeds.high == pytest.approx(0.2 + half, abs=1e-5)
+    assert row.over_items.value == pytest.approx(20)
+    assert row.seeds == pytest.approx((50 / 3, 70 / 3))
+    half = 12.706 * (20 / 3 / np.sqrt(2)) / np.sqrt(2)  # Student, one degree of freedom
+    assert row.over_seeds.high == pytest.approx(20 + half, abs=1e-3)
 
 
 def test_a_difference_pairs_items_and_seeds(tmp_path: Path) -> None:
     with bench(tmp_path, (1.4, 1.8, 1.9), (1.5, 1.8, 1.9), (1.6, 1.8, 1.9)) as made:
         ab, bc, c = (measure(made, cells(*seeds), "test", EXPERTS) for seeds in ((0, 1), (1, 2), (2,)))
     found = difference(ab, c).items
-    assert (found.value, found.low, found.high) == pytest.approx((0.05, 0.05, 0.05)), (
-        "tasks differ, items not"
-    )
+    assert (found.value, found.low, found.high) == pytest.approx((5, 5, 5)), "tasks differ, items not"
     paired, alone = difference(ab, bc).seeds, difference(ab, c).seeds
     assert paired is not None
-    assert (paired.value, paired.low, paired.high) == pytest.approx((0.1 / 3, 0.1 / 3, 0.1 / 3))
+    assert (paired.value, paired.low, paired.high) == pytest.approx((10 / 3, 10 / 3, 10 / 3))
     assert alone is not None
-    assert alone.value == pytest.approx(0.05), "one seed stands against all of the other's"
+    assert alone.value == pytest.approx(5), "one seed stands against all of the other's"
     assert difference(c, c).seeds is None
 
 
