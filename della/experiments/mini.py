@@ -67,9 +67,9 @@ def run_mini(options: MiniOptions, tell: Callable[[str], None]) -> Found:
         tell(f"note: {programs.why}; Code answers are read as arithmetic instead, and nothing is executed")
     items = {"validation": options.validation_items, "final": options.final_items, "test": options.items}
     trio = Trio(items, programs)
-    trio.collect_norms()
     settings = {"della": __version__, "trio": trio.digest, "scorer": programs.kind}
     with Store(options.out / "scores.jsonl", settings, of="scores") as store:
+        trio.collect_norms()
         before = len(store.records)
         if before:
             tell(f"{before} scores of an earlier run are used")
