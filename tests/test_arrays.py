@@ -197,8 +197,8 @@ def said(kind: type[DellaError], call: Callable[[], object]) -> str:
          "to 1.05, which leave [0, 1]; use an epsilon of at most 0.1"),
         ([W], {"method": "ties", "scope": "model"}, "scope: model needs the whole model; merge checkpoints "
          "instead, or use scope: tensor"),
-        ([W, W], {"method": "linear", "weights": [1, -1]}, "the weights add up to 0, so they have no mean; "
-         "use normalize: false"),
+        ([W, W], {"method": "linear", "weights": [1, -1]}, "the weights 1, -1 add up to 0, so they have no "
+         "mean; use normalize: false"),
     ],
 )  # fmt: skip
 def test_wrong_arguments(experts: Sequence[Any], given: dict[str, Any], sentence: str) -> None:

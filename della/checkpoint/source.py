@@ -88,6 +88,18 @@ class Source:
         return [self.path, *(file.path for file in self.files)]
 
     @property
+    def identity(self) -> tuple[object, ...]:
+        """Equal for two sources of the same files, however they are named: by links, other spellings of a
+        path, or another name of the same commit, of which not all need be here."""
+        try:
+            stats = [os.stat(file.path) for file in self.files]
+        except OSError:
+            stats = []
+        if not all(found.st_ino for found in stats) or not stats:  # some systems have no such numbers
+            return (self.path.resolve(),)
+        return tuple(sorted((found.st_dev, found.st_ino, found.st_size) for found in stats))
+
+    @property
     def parts(self) -> dict[str, Stored]:
         """The stored tensors by name: all that reading its views can read."""
         return {part.name: part for view in self.tensors.values() for part in view.parts}

@@ -33,6 +33,8 @@ class Parameter:
         low: The least number.
         high: The largest number.
         mergekit: The choices that mergekit 0.1.5 knows as well; None where it knows all of them.
+        in_every_case: Whether cases by tensor name must have a value for every tensor, so that nothing is
+            merged at a default by oversight.
 
     >>> Parameter("t", "shared", float, 0.5, "how far from the base", low=0.0, high=1.0).range
     '0 to 1'
@@ -47,6 +49,7 @@ class Parameter:
     low: float | None = None
     high: float | None = None
     mergekit: tuple[str, ...] | None = None
+    in_every_case: bool = False
 
     @property
     def kinds(self) -> tuple[type, ...]:
@@ -302,6 +305,10 @@ class Method(ABC):
         """What it computes otherwise than mergekit 0.1.5: each such line, and whether it holds here.  It
         names all that it knows, in an order of its own."""
         return {}
+
+    def compat_warnings(self, subject: Subject) -> list[str]:
+        """What of mergekit's own rules hardly anyone can want here, a line each."""
+        return []
 
 
 METHODS: dict[str, type[Method]] = {}

@@ -10,7 +10,7 @@ import numpy as np
 
 from della.merging.method import Parameter
 
-WEIGHT = Parameter("weight", "model", float, 1.0, "how much of this expert")
+WEIGHT = Parameter("weight", "model", float, 1.0, "how much of this expert", in_every_case=True)
 DENSITY = Parameter("density", "model", float, 1.0, "share of the deltas that is kept, 1 - p", (), 0.0, 1.0)
 LAMBDA = Parameter("lambda", "shared", float, 1.0, "factor on the merged delta")
 

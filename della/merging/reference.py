@@ -209,7 +209,8 @@ def fuse(
 ) -> Array:  # fmt: skip
     """theta_m = theta + lambda * (mean or sum over the agreeing experts of w delta'), everything (rows, n).
 
-    ``signs``: the elected ones, None without Elect.
+    The mean divides by the sum of |w|: by that of w, a negative weight would turn its own sign round, and
+    weights that nearly cancel would blow up what is left.  ``signs``: the elected ones, None without Elect.
     """
     real = base.dtype.type
     above, below = np.zeros_like(base), np.zeros_like(base)
@@ -223,9 +224,9 @@ def fuse(
                 scaling, *(np.count_nonzero(x, axis=axis, keepdims=True) for x in counted)
             ).astype(values.dtype)
         above = above + np.where(agrees, part, real(0))
-        below = below + np.where(agrees, real(w), real(0))
+        below = below + np.where(agrees, real(abs(w)), real(0))
     if how.mean:
-        empty = np.abs(below) < 1e-8 if signs is None else below == 0
+        empty = below < 1e-8 if signs is None else below == 0
         above = above / np.where(empty, real(1), below)
     if how.calibrated and signs is not None:
         above = above / calibration(signs, weights, deltas, q)

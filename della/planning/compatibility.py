@@ -40,9 +40,14 @@ def check_fit(recipe: Recipe, base: Source, models: Sequence[Source], problems: 
     notes = []
     others = [model for model in dict.fromkeys(models) if model is not base]
     for model in others:
-        missing = [n for n in base.tensors if stand_in(recipe, base, model, n) is None]
+        lacked = [n for n, view in base.tensors.items() if stand_in(recipe, base, model, n) is None]
+        missing = [n for n in lacked if base.tensors[n].dtype.is_float]
+        if buffers := [n for n in lacked if n not in missing]:
+            notes.append(
+                f"{model.reference}: lacks {some(buffers)}, which is no weight; {base.reference}'s is copied"
+            )
         problems.extend(_against(model, base, _lacking(recipe, missing)))
-        absent = [n for n in base.tensors if n not in model.tensors and n not in missing]
+        absent = [n for n in base.tensors if n not in model.tensors and n not in lacked]
         if absent:
             notes.append(f"{model.reference}: lacks {some(absent)}; {_instead(recipe, base, model, absent)}")
         problems.extend(_against(model, base, _misfits(base, model)))

@@ -21,6 +21,10 @@ def plan_json(plan: Plan, threads: int) -> dict[str, Any]:
         "merge_method": plan.recipe.merge_method,
         "base_model": plan.recipe.base_model,
         "seed": plan.recipe.seed,
+        "filters": [
+            {"model": model, "parameter": parameter, "filter": part, "tensors": count}
+            for model, parameter, part, count in _filters(plan)
+        ],
         "tensors": [_tensor(plan, job, references) for job in plan.jobs],
         "bytes_read": plan.bytes_read,
         "bytes_written": plan.bytes_written,
@@ -30,6 +34,14 @@ def plan_json(plan: Plan, threads: int) -> dict[str, Any]:
         "departures": list(plan.departures),
         "notes": list(plan.notes),
     }
+
+
+def _filters(plan: Plan) -> Iterator[tuple[str, str, str, int]]:
+    """(model or "", parameter, filter or "", how many tensors it holds for) of every case."""
+    names = [job.name for job in plan.jobs if job.method is not None]
+    for model, parameter, setting, counts in plan.recipe.matches(names):
+        for (part, _), count in zip(setting.cases, counts, strict=True):
+            yield model, parameter, part, count
 
 
 def _tensor(plan: Plan, job: Job, references: list[str]) -> dict[str, Any]:
@@ -83,6 +95,11 @@ def plan_text(plan: Plan, threads: int) -> str:
         f"  time    about {plan.seconds(threads):.0f} s",
     ]
     lines += _varying(rows)
+    cases = [
+        f"  {model}{': ' * bool(model)}{parameter}, {part or 'all others'}: {count} tensors"
+        for model, parameter, part, count in _filters(plan)
+    ]
+    lines += ["", "Filters:", *cases] if cases else []
     for title, texts in (("Other than mergekit:", plan.departures), ("Notes:", plan.notes)):
         if texts:
             lines += ["", title, *(f"  - {text}" for text in texts)]

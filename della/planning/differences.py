@@ -17,7 +17,8 @@ def departures(recipe: Recipe, jobs: Sequence[Job]) -> list[str]:
     merged = [(job, job.method) for job in jobs if job.method is not None and job.elements]
     random = any(method.draws(job.subject) for job, method in merged)
     if recipe.compat:
-        return [_SAME] if random else []
+        warnings = [line for job, method in merged for line in method.compat_warnings(job.subject)]
+        return [*([_SAME] if random else []), *dict.fromkeys(warnings)]
     lines: dict[str, bool] = {}
     for job, method in merged:
         for line, applies in method.departures(job.subject).items():

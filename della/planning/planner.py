@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from della.checkpoint.norms import misfits
 from della.checkpoint.source import Source, open_file, open_source
 from della.checkpoint.view import TensorView
-from della.dtypes import DType
+from della.dtypes import DType, round_to, widen
 from della.errors import CheckpointError, Collector, Problem, RecipeError, some
 from della.merging.tile import canonical
 from della.options import Permissions, Target
@@ -27,6 +30,7 @@ from della.planning.differences import departures
 from della.planning.job import Job, Model, Operand, Plan
 from della.recipe.reader import ModelEntry, Recipe
 
+_SOON_READ = 1 << 20  # elements of a tensor that a plan reads without delay
 _LAYER = re.compile(r"(.*?)\.(\d+)\.")
 
 
@@ -56,9 +60,14 @@ def make_plan(
         )
         base = opened.get(_template(recipe))
         notes = list(recipe.notes)
+        models, told = _without_base(recipe, base, models, check)
+        recipe = replace(recipe, models=tuple(model.entry for model in models))
+        notes += told
         depths = _depths(base.tensors if base else ())
         with check:
             recipe.check_at_once()
+            if base is not None:
+                recipe.check_cases([name for name, view in base.tensors.items() if view.dtype.is_float])
             recipe.check((name, *at) for name, at in depths.items())
         if base is not None:
             with check:
@@ -76,7 +85,12 @@ def make_plan(
             check_idle(recipe, models, base, jobs, coverage)
         _check_whole_model(recipe, jobs)
         _check_compat(recipe, jobs)
-        notes += [*_storage(jobs), *_ranked(models, jobs), *foreign_code(base, permissions.auto_map)]
+        notes += [
+            *_storage(jobs),
+            *_islands(jobs),
+            *_ranked(models, jobs),
+            *foreign_code(base, permissions.auto_map),
+        ]
         made = tuple(departures(recipe, jobs))
         return Plan(recipe, base, models, jobs, tuple(notes), made, coverage, stack.pop_all())
 
@@ -100,6 +114,30 @@ def _open_all(
                 open_source(reference, base_dir=folder, weights=weights, allow_pickle=permissions.pickle)
             )
     return opened
+
+
+def _without_base(
+    recipe: Recipe, base: Source | None, models: tuple[Model, ...], check: Collector
+) -> tuple[tuple[Model, ...], list[str]]:
+    """The models but the base under another name, whose delta is zero; with notes, and on models of the same
+    files."""
+    notes: list[str] = []
+    first: dict[object, str] = {}
+    kept: list[Model] = []
+    known = base.identity if base and base.files and recipe.method.needs_base else None
+    for model in models:
+        name, identity = model.entry.reference, model.source.identity
+        if identity == known:
+            said = "is the base model itself under another name, so it does not count as an expert"
+            notes.append(f"{name}: {said}")
+            continue
+        earlier = first.setdefault(identity, name) if identity else name
+        if earlier.rstrip("/") != name.rstrip("/"):
+            notes.append(f"{name}: the same files as {earlier}; it counts as two experts")
+        kept.append(model)
+    if models and not kept:
+        check.add("'models' lists only the base model", "add at least one expert to merge into it")
+    return tuple(kept), notes
 
 
 def _open_norms(recipe: Recipe, stack: ExitStack, check: Collector) -> dict[str | None, Source]:
@@ -241,6 +279,35 @@ def _ranked(models: Sequence[Model], jobs: Sequence[Job]) -> list[str]:
                 f"{why.option} compares saliency with and without input norms, which is of different scales"
             )
     return notes
+
+
+def _islands(jobs: Sequence[Job]) -> list[str]:
+    """A note where the recipe's dtype is narrower than what a few tensors of the base are stored in, which
+    is so for a reason: routers, decays, norms."""
+    floats = [job for job in jobs if job.base.dtype.is_float and job.elements]
+    sizes: Counter[str] = Counter()
+    for job in floats:
+        sizes[job.base.dtype.name] += job.elements
+    usual = sizes.most_common(1)[0][0] if sizes else ""
+    cut = [job for job in floats if job.base.dtype.name != usual and job.dtype.bits < job.base.dtype.bits]
+    if not cut:
+        return []
+    wide, narrow = cut[0].base.dtype.torch_name, cut[0].dtype.torch_name
+    said = f"{some([job.name for job in cut])} stored in {wide} in the base, and cut to {narrow} by dtype"
+    return [f"{said}: {_lost(cut)}; leave out 'dtype' to keep each tensor's own type"]
+
+
+def _lost(jobs: Sequence[Job]) -> str:
+    """How many of the base's own values a narrower type cannot hold, where that is soon read."""
+    small = [job for job in jobs if job.elements <= _SOON_READ]
+    try:
+        pairs = [
+            (values, round_to(values, job.dtype)) for job in small for values in [widen(job.base.read())]
+        ]
+    except (CheckpointError, OSError):
+        return "how many values that changes is not known before the merge"
+    changed = sum(int(np.count_nonzero(widen(cut) != values)) for values, cut in pairs)
+    return f"that changes {changed:,} of {sum(values.size for values, _ in pairs):,} values"
 
 
 def _storage(jobs: Sequence[Job]) -> list[str]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from della.dtypes import DType
-from della.errors import Location, Problem, RecipeError, clip
+from della.errors import Location, Problem, RecipeError, clip, some, suggest
 from della.merging.method import Method
 from della.recipe.settings import Filtered, Gradient, Scalar, Setting, choose, possible
 
@@ -113,6 +115,41 @@ class Recipe:
                 break
         return replace(problem, location=location, tensor=tensor or None)
 
+    def matches(self, names: Sequence[str]) -> Iterator[tuple[str, str, Filtered, list[int]]]:
+        """(model or "", parameter, cases, how many of the tensors ``names`` each case holds for), for every
+        parameter that is written as cases."""
+        owners = [(entry.reference, entry.parameters) for entry in self.models]
+        for owner, parameters in (*owners, ("", self.parameters)):
+            for name, setting in parameters.items():
+                if isinstance(setting, Filtered):
+                    found = Counter(map(setting.case, names))
+                    yield owner, name, setting, [found[k] for k in range(len(setting.cases))]
+
+    def check_cases(self, names: Sequence[str]) -> None:
+        """Every case must hold for one of the tensors ``names`` that are merged, and some parameters need a
+        value for each of them.
+
+        Raises RecipeError.
+        """
+        found = []
+        for _, parameter, setting, counts in self.matches(names):
+            for (part, case), count in zip(setting.cases, counts, strict=True):
+                if not count and not any(part in name for name in names):
+                    said = f"the filter {clip(part)!r} of {parameter!r} is in the name of no tensor"
+                    fix = _in_a_name(part, names)
+                    found.append(Problem(said, fix, parameter=parameter, location=case.location))
+        needed = [p.name for p in self.method.parameters.values() if p.in_every_case]
+        for entry, parameter in product(self.models, needed):
+            chain = tuple(p[parameter] for p in (entry.parameters, self.parameters) if parameter in p)
+            left = [name for name in names if chain and choose(chain, name) is None]
+            if left:
+                said = f"{parameter!r} of {entry.reference} has no value for {some(left)}"
+                fix = "add a last case without filter, such as '- value: 0.5', or a value for all models"
+                at = chain[0].location
+                found.append(Problem(said, fix, tensor=left[0], parameter=parameter, location=at))
+        if found:
+            raise RecipeError(*dict.fromkeys(found))
+
     def check_at_once(self) -> None:
         """Hold the rules already while reading, where no tensor's name is needed."""
         idle = [model.norms_location for model in self.models if model.input_norms is not None]
@@ -146,6 +183,14 @@ class Recipe:
         plans = [_Plan.of(everything["shared"], (self.parameters,))]
         plans += [_Plan.of(everything["model"], (entry.parameters, self.parameters)) for entry in self.models]
         return tuple(plans)
+
+
+def _in_a_name(part: str, names: Sequence[str]) -> str:
+    """What to write instead of a filter that is in no name."""
+    if set(part) & set("*?[]^$|\\"):
+        return "a filter is a part of a tensor's name, and no pattern: write it without such signs"
+    parts = {piece for name in names for piece in name.split(".") if not piece.isdigit()}
+    return suggest(part, parts) or f"a filter is a part of a tensor's name, such as {names[0]}"
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from della.merging.random import DEFAULT_SEED
 from della.merging.registry import ALL_PARAMETERS, LATER_METHODS, METHODS, Method, Parameter
 from della.recipe.models import ModelEntry, Recipe
 from della.recipe.overrides import apply_overrides
+from della.recipe.references import named_model
 from della.recipe.settings import Setting, read_setting, read_value
 from della.recipe.text import dump, load_text, parse
 from della.recipe.tree import Items, Leaf, Node, Table, from_objects, refusal, show
@@ -30,6 +31,7 @@ _TOP_KEYS = (
     "name", "seed", "compat", "nonfinite", "missing", "extra", "slices", "modules", "tokenizer",
     "chat_template",
 )  # fmt: skip
+_MIXTURE = {"experts", "gate_mode", "experts_per_token", "shared_experts", "positive_prompts"}
 _MODEL_KEYS = ("model", "parameters", "input_norms")
 _LATER_KEYS = {
     "slices": "list whole models under 'models' instead",
@@ -102,6 +104,10 @@ class _Reader:
 
     def recipe(self, root: Table, path: Path | None, text: str | None) -> Recipe:
         """The Recipe in ``root``; ``text`` is its YAML, None where that must be made from ``root``."""
+        if _MIXTURE & root.entries.keys():
+            said = "a recipe of mergekit-moe, which joins models as the experts of one mixture"
+            fix = "della merges models into one of their own size: list them under 'models'"
+            raise refusal(root.location, said, fix)
         self._refuse_strange_keys(root, _TOP_KEYS, "at the top level", "")
         for key, instead in _LATER_KEYS.items():
             if self._entry(root, key):
@@ -109,7 +115,7 @@ class _Reader:
                 self._tell(at, key, said, instead)
         self._tokenizer_source(root)
         self._method(root)
-        base = self._text(root, "base_model", "'base_model'")
+        base = self._named(root, "base_model", "'base_model'")
         if base is not None:
             self._reference(base, "base_model", "'base_model'")
         shared = self._parameters(root, None)
@@ -197,6 +203,12 @@ class _Reader:
         said = f"{subject} must be text, found {found}"
         self._tell(node.location, key, said)
         return None
+
+    def _named(self, table: Table, key: str, subject: str) -> Leaf | None:
+        """A model as text; None where there is none, or after telling what is wrong."""
+        node = self._entry(table, key)
+        told = lambda at, said, fix: self._tell(at.location, key, said, fix)  # noqa: E731
+        return None if node is None else named_model(node, subject, told)
 
     def _value(self, root: Table, parameter: Parameter) -> Any:
         node = self._entry(root, parameter.name)
@@ -325,7 +337,7 @@ class _Reader:
             self._tell(node.location, "models", said, example)
             return None
         self._refuse_strange_keys(node, _MODEL_KEYS, f"in {owner}", owner)
-        leaf = self._text(node, "model", f"'model' of {owner}")
+        leaf = self._named(node, "model", f"'model' of {owner}")
         is_base = base is not None and leaf is not None and _same(leaf.text, base)
         is_base = is_base and self.method is not None and self.method.needs_base
         parameters = self._parameters(node, number, counts=not is_base)

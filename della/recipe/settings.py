@@ -50,6 +50,10 @@ class Filtered:
     cases: tuple[tuple[str, Scalar | Gradient], ...]
     location: Location = field(compare=False, repr=False)
 
+    def case(self, tensor_name: str) -> int | None:
+        """Which of the cases holds for a tensor."""
+        return next((k for k, (part, _) in enumerate(self.cases) if part in tensor_name), None)
+
 
 Setting = Scalar | Gradient | Filtered
 CASE_KEYS = ("filter", "value")
@@ -61,9 +65,9 @@ def choose(chain: tuple[Setting, ...], tensor_name: str) -> Scalar | Gradient | 
     for setting in chain:
         if not isinstance(setting, Filtered):
             return setting
-        for part, case in setting.cases:
-            if part in tensor_name:
-                return case
+        found = setting.case(tensor_name)
+        if found is not None:
+            return setting.cases[found][1]
     return None
 
 
@@ -134,6 +138,10 @@ def _filtered(
         if part is not None and not isinstance(part, Leaf):
             said = f"the filter of {subject} must be a part of a tensor's name, found {show(part)}"
             problems.add(said, location=part.location, parameter=parameter.name)
+        elif cases and not cases[-1][0]:
+            said = f"this case of {subject} is never reached, since the one before it has no filter"
+            fix = "put the case without filter last"
+            problems.add(said, fix, location=table.location, parameter=parameter.name)
         elif setting is not None:
             everything = part is None or part.value is None or part.text == "*"
             cases.append(("" if everything or part is None else part.text, setting))

@@ -72,6 +72,11 @@ def planned(folder: Path, text: str, **options: Any) -> Plan:
 
 # ---- JSON -------------------------------------------------------------------------------------------------
 NAMES = ("./math", "code/", "./math#2")
+CASES = [
+    *(("./math", "weight", "mlp", 3), ("./math", "weight", "", 6)),
+    *(("", "density", "lm_head", 1), ("", "density", "", 8)),
+    *(("", "epsilon", "lm_head", 1), ("", "epsilon", "", 8)),
+]
 COVERED = {"merged": 9, "of": 9, "left_out": [], "changed": 9}
 # (t, weight of the first model where "mlp" is in the name)
 AT = {"0": (0.0, 1.0), "1": (0.5, 0.5), "2": (1.0, 2.0)}
@@ -126,6 +131,10 @@ def test_the_json_form_holds_every_value_of_every_tensor(folder: Path) -> None:
         "tensors": wanted,
         "bytes_read": floats * 2 * 4 + 24,
         "bytes_written": floats * 4 + 24,
+        "filters": [
+            {"model": model, "parameter": parameter, "filter": part, "tensors": count}
+            for model, parameter, part, count in CASES
+        ],
         "coverage": dict.fromkeys(NAMES, COVERED),
         "departures": departures,
         "notes": notes,
@@ -231,7 +240,8 @@ def test_the_text_form(folder: Path) -> None:
         else:
             found[line[2:]] = []
     assert {key: sorted(names) for key, names in found.items()} == groups
-    assert rest[:2] == ["", "Other than mergekit:"]
+    assert rest[:3] == ["", "Filters:", "  ./math: weight, mlp: 3 tensors"]
+    assert rest[8:10] == ["", "Other than mergekit:"]
     assert [line for line in rest if line.startswith("  - ")] == [f"  - {line}" for line in said]
 
 

@@ -293,7 +293,7 @@ def test_weights_without_a_mean(tmp_path: Path) -> None:
     folder = save(tmp_path / "models", small())
     made = recipe(folder, "linear", [{"weight": 1}, {"weight": -0.5}, {"weight": -0.5}], {})
     assert refused(RecipeError, made, tmp_path / "out") == (
-        "recipe at models.0.parameters.weight: the weights add up to 0, so they have no mean; "
+        "recipe at models.0.parameters.weight: the weights 1, -0.5, -0.5 add up to 0, so they have no mean; "
         "use normalize: false"
     )
 

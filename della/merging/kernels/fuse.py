@@ -100,9 +100,9 @@ def fuse(
             if factors is not None:
                 part = part * factors[t]
             above += part if agrees else np.float32(0)
-            below += weights[t] if agrees else np.float32(0)
+            below += abs(weights[t]) if agrees else np.float32(0)
         if mean:
-            empty = abs(below) < 1e-8 if votes is None else below == 0
+            empty = below < 1e-8 if votes is None else below == 0
             above /= np.float32(1) if empty else below
         if divisor is not None:
             above /= divisor[i]

@@ -14,6 +14,8 @@ from della.merging.method import Method, register
 from della.merging.options import NORMALIZE, WEIGHT
 from della.merging.tile import Expert, Subject, Tile
 
+LEAST_SUM = 0.1  # of the weights, as a share of their sizes: a mean that enlarges everything tenfold is none
+
 
 @register
 class Linear(Method):
@@ -32,9 +34,15 @@ class Linear(Method):
     def problems(
         cls, shared: Mapping[str, Any], models: Mapping[str, Mapping[str, Any]]
     ) -> Iterator[Problem]:
-        total = sum(cls.expert(identity, own)["weight"] for identity, own in models.items())
-        if models and cls(shared).shared["normalize"] and abs(total) < 1e-8:
-            said = f"the weights add up to {total:g}, so they have no mean"
+        weights = [cls.expert(identity, own)["weight"] for identity, own in models.items()]
+        total, size = sum(weights), sum(map(abs, weights))
+        if models and cls(shared).shared["normalize"] and abs(total) <= LEAST_SUM * size:
+            listed = ", ".join(f"{weight:g}" for weight in weights)
+            said = f"the weights {listed} add up to {total:g}, so they have no mean"
+            if abs(total) > 1e-8:
+                said = (
+                    f"the weights {listed} nearly cancel: their mean is {1 / abs(total):.3g} times their sum"
+                )
             yield Problem(said, "use normalize: false", parameter="weight")
 
     def reference(self, subject: Subject, base: Array | None, models: Sequence[Array]) -> Array:

@@ -37,7 +37,7 @@ from della.merging.tile import Expert, Grain, Passes, Subject, Tile, as_rows
 MOST_CALIBRATED = 8
 MOST_UNROLLED = 8  # experts whose number the compiler knows
 _FUSED = {
-    "mean": "the weighted mean of delta'",
+    "mean": "the sum of weight * delta' / the sum of |weight|",
     "sum": "the sum of weight * delta'",
     "calibrated": "the calibrated mean of delta'",
 }
@@ -268,8 +268,18 @@ class TaskVectors(Method):
     def departures(self, subject: Subject) -> dict[str, bool]:
         tied = self.vote is not None and len(subject.experts) > 1
         return self.drop.departures(subject) | {
-            "a tied sign vote elects nothing (mergekit: the positive sign)": tied
+            "a tied sign vote elects nothing (mergekit: the positive sign)": tied,
+            "the mean divides by the sum of |weight| (mergekit: of weight, so that a negative weight turns "
+            "its own sign round)": self._has_negative(subject),
         }
+
+    def compat_warnings(self, subject: Subject) -> list[str]:
+        said = "compat mergekit: the mean divides by the sum of weights, so a negative weight turns its own "
+        said += "sign round, and weights that nearly cancel blow up"
+        return [said] if self._has_negative(subject) else []
+
+    def _has_negative(self, subject: Subject) -> bool:
+        return self.fuse.mean and min(subject.column("weight"), default=0) < 0
 
 
 def _few(values: Array | None) -> Any:
