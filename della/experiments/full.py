@@ -93,7 +93,7 @@ def run_full(
             chosen = replace(row, candidates=(_chosen(bench, row),))
             tell(f"[{number}/{len(wanted)}] table {row.table}, {row.group}, {row.label}: {chosen.cell.name}")
             scores = [reported(bench.score(cell, "test")) for cell in chosen.cells]
-            found.append((chosen, len(row.candidates), scores))
+            found.append((chosen, scores))
     seed, seconds = options.scoring.seed, time.monotonic() - began
     results = head("13b", options.command, seed, seconds) | numbers(found, seed)
     write(options.out, results, report(results))

@@ -10,12 +10,13 @@ import numpy as np
 from della.evaluate.scoring import Score, differences
 from della.experiments.bench import Scored
 from della.experiments.full_rows import tasks_of
+from della.experiments.pages import LAMBDA, Column, P, said, shown, table
 from della.experiments.published import COLUMNS, NAMES
-from della.experiments.results import as_json, interval
-from della.experiments.rows import Row
-from della.report.intervals import interval_of
+from della.experiments.results import as_json, having, interval
+from della.experiments.rows import VERDICTS, Row, entry
+from della.report.intervals import Interval, interval_of, mean_over_seeds, side
 from della.report.page import Report, Section
-from della.report.tables import Table, number, with_interval
+from della.report.tables import Table, number
 
 TITLES = {
     1: "Table 1: Drop, Elect, Fuse",
@@ -38,8 +39,7 @@ INTRODUCTION = (
 # What is reported of a task: the first of these scores that there is.
 REPORTED = {"gsm8k": ("judge", "flexible"), "mbpp": ("pass@1",), "alpaca_eval": ("win_rate",)}
 Scores = Mapping[str, Score]  # by task
-# A row with what was chosen, of how many candidates, and its scores for each seed.
-Found = tuple[Row, int, Sequence[Scores]]
+Run = tuple[Row, Sequence[Scores]]  # a row with what was chosen, and its scores for each seed
 
 
 def reported(scored: Scored) -> dict[str, Score]:
@@ -52,14 +52,11 @@ def reported(scored: Scored) -> dict[str, Score]:
     return found
 
 
-def numbers(found: Sequence[Found], seed: int) -> dict[str, Any]:
-    """Rows and differences as JSON; shares, not per cent."""
-    means = [(row, of, {task: _mean(scores, task, seed) for task in _tasks(scores)}, scores)
-             for row, of, scores in found]  # fmt: skip
-    return {
-        "rows": [_row(*one) for one in means],
-        "differences": list(_differences([(row, scores) for row, _, scores, _ in means], seed)),
-    }
+def numbers(found: Sequence[Run], seed: int) -> dict[str, Any]:
+    """Rows and claims as JSON, in percent; a row's main number is the mean over its tasks."""
+    means = [(row, {task: _mean(scores, task, seed) for task in _tasks(scores)}) for row, scores in found]
+    rows = [_row(row, mean, scores) for (row, mean), (_, scores) in zip(means, found, strict=True)]
+    return {"rows": rows, "claims": list(_claims(means, seed))}
 
 
 def _tasks(seeds: Sequence[Scores]) -> list[str]:
@@ -79,95 +76,87 @@ def _mean(seeds: Sequence[Scores], task: str, seed: int) -> Score:
     return Score(scored[0].metric, interval_of(np.array(list(items.values())), seed=seed), items)
 
 
-def _row(row: Row, of: int, means: Scores, seeds: Sequence[Scores]) -> dict[str, Any]:
-    paper = {name: value / 100 for name, value in row.paper.items()}
-    ours: dict[str, dict[str, Any]] = {
+def _row(row: Row, means: Scores, seeds: Sequence[Scores]) -> dict[str, Any]:
+    tasks = {
         task: {
-            "metric": mean.metric, **as_json(mean.interval),
-            "seeds": [scores[task].interval.value for scores in seeds if task in scores],
-            "items": next(len(scores[task].items) for scores in seeds if task in scores),
+            "metric": mean.metric, **as_json(mean.interval * 100), "items": len(mean.items),
+            "by_seed": [round(100 * scores[task].interval.value, 6) for scores in seeds if task in scores],
         }
         for task, mean in means.items()
     }  # fmt: skip
-    values = {task: one["value"] for task, one in ours.items()}
-    cell, tasks = row.cell, tasks_of(row.cell)
-    if len(values) == len(tasks) > 1:
-        values["average"] = sum(values.values()) / len(values)
-    return {
-        "table": int(row.table), "models": row.group, "label": row.label,
-        "seeds": [cell.seed for cell in row.cells],
-        "chosen": {
-            "name": cell.name, "method": cell.method, "p": cell.p, "lambda": cell.lambda_,
-            "window": None if cell.epsilon is None else 2 * cell.epsilon, **dict(cell.settings), "of": of,
-        },
-        "scores": ours, "average": values.get("average"), "paper": paper,
-        "difference": {name: values[name] - paper[name] for name in values if name in paper},
+    wanted = tasks_of(row.cell)
+    whole = [scores for scores in seeds if len(scores) == len(wanted)]
+    by_seed = [100 * sum(one.interval.value for one in scores.values()) / len(scores) for scores in whole]
+    value = sum(mean.interval.value for mean in means.values()) / len(wanted)
+    main = next(iter(means.values())).interval if len(wanted) == len(means) == 1 else Interval(*[value] * 3)
+    return entry(row) | {
+        "name": row.cell.name, "seeds": len(seeds), "measure": "score",
+        "value": as_json(main * 100) if len(means) == len(wanted) else None,
+        "over_seeds": as_json(mean_over_seeds(by_seed)) if len(by_seed) > 1 else None,
+        "by_seed": [round(one, 4) for one in by_seed], "tasks": tasks, "paper": dict(row.paper),
     }  # fmt: skip
 
 
-def _differences(found: Sequence[tuple[Row, Scores]], seed: int) -> Iterator[dict[str, Any]]:
-    """DELLA minus each other row of the same table and merge, on the same problems."""
-    della = {(row.table, row.group): scores for row, scores in found if row.label == "DELLA"}
+def _claims(found: Sequence[tuple[Row, Scores]], seed: int) -> Iterator[dict[str, Any]]:
+    """DELLA less each other row of the same table and merge, by task, on the same problems."""
+    della = {(row.table, row.group): (row, scores) for row, scores in found if row.label == "DELLA"}
     for row, theirs in found:
         if row.table not in COMPARED or row.label in ("DELLA", "alone"):
             continue
-        ours = della[row.table, row.group]
+        best, ours = della[row.table, row.group]
         for task in [task for task in theirs if task in ours]:
             for gap in differences(task, {row.label: [theirs[task]], "DELLA": [ours[task]]}, seed):
                 yield {
-                    "table": int(row.table), "models": row.group, "task": task, "against": row.label,
-                    **as_json(gap.interval), "items": gap.items, "within_noise": gap.within_noise,
+                    "claim": f"Table {row.table}: DELLA over {row.label}", "group": row.group,
+                    "better": "DELLA", "worse": row.label, "task": task,
+                    "over_items": as_json(gap.interval * 100), "over_seeds": None, "items": gap.items,
+                    "verdict": VERDICTS[side(gap.interval, None, gap.differing)],
+                    "paper": round(best.paper[task] - row.paper[task], 2),
                 }  # fmt: skip
 
 
 def report(results: Mapping[str, Any]) -> Report:
     """For each table ours with its interval, the paper's number, and ours minus the paper's."""
     sections = []
-    for table, title in TITLES.items():
-        rows = [row for row in results["rows"] if row["table"] == table]
-        gaps = [gap for gap in results["differences"] if gap["table"] == table]
+    for number_, title in TITLES.items():
+        rows = having(results["rows"], table=str(number_))
+        claims = [one for one in results["claims"] if one["claim"].startswith(f"Table {number_}:")]
         if rows:
-            shown = [_table(rows), *([_gaps(gaps)] if gaps else [])]
-            sections.append(Section(title, tables=tuple(shown)))
+            gaps = (table("DELLA and the others, on the same problems", claims, GAPS, labels=3),)
+            sections.append(Section(title, tables=(_table(rows), *(gaps if claims else ()))))
     return Report("DELLA at full size", INTRODUCTION, tuple(sections))
 
 
+GAPS: tuple[Column, ...] = (
+    said("models", "group"), ("benchmark", lambda claim: NAMES[claim["task"]]), said("against", "worse"),
+    ("DELLA minus it", lambda claim: shown(claim["over_items"], sign=True)),
+    ("", lambda claim: "" if claim["verdict"] != VERDICTS[0] else VERDICTS[0]),
+)  # fmt: skip
+
+
 def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    columns = [c for c in COLUMNS if any(c in row["difference"] or c in row["scores"] for row in rows)]
-    head = ["models", "", "p", "lambda"]
-    for column in columns:
-        head += [NAMES[column], "paper", "difference"]
-    body = []
-    for row in rows:
-        chosen = row["chosen"]
-        cells = [row["models"], row["label"], "" if chosen["p"] is None else f"{chosen['p']:g}"]
-        cells.append(f"{chosen['lambda']:g}" if chosen["method"] else "")
-        for column in columns:
-            cells += [_ours(row, column), _percent(row["paper"].get(column))]
-            cells.append(_percent(row["difference"].get(column), sign=True))
-        body.append(tuple(cells))
-    return Table("", tuple(head), tuple(body), labels=2)
+    columns: list[Column] = [said("models", "group"), said("", "label"), P, LAMBDA]
+    for name in COLUMNS:
+        if any(_ours(row, name) for row in rows):
+            columns += _of_benchmark(name)
+    return table("", rows, columns, labels=2)
 
 
-def _gaps(gaps: Sequence[Mapping[str, Any]]) -> Table:
-    body = [
-        (
-            gap["models"], NAMES[gap["task"]], gap["against"],
-            with_interval(interval(gap) * 100, sign=True),
-            "within noise" if gap["within_noise"] else "",
-        )
-        for gap in gaps
-    ]  # fmt: skip
-    head = ("models", "benchmark", "against", "DELLA minus it", "")
-    return Table("DELLA and the others, on the same problems", head, tuple(body), labels=3)
+def _of_benchmark(name: str) -> tuple[Column, ...]:
+    return (
+        (NAMES[name], lambda row: shown(_ours(row, name))),
+        ("paper", lambda row: number(row["paper"].get(name))),
+        ("difference", lambda row: number(_less_paper(row, name), sign=True)),
+    )
 
 
-def _ours(row: Mapping[str, Any], column: str) -> str:
-    if column == "average":
-        return _percent(row["average"])
-    score = row["scores"].get(column)
-    return "" if score is None else with_interval(interval(score) * 100)
+def _ours(row: Mapping[str, Any], name: str) -> Mapping[str, float] | None:
+    """Our score of a benchmark, or of several their average."""
+    if name != "average":
+        return row["tasks"].get(name)  # type: ignore[no-any-return]
+    return row["value"] if len(row["tasks"]) > 1 else None
 
 
-def _percent(share: float | None, *, sign: bool = False) -> str:
-    return number(None if share is None else 100 * share, sign=sign)
+def _less_paper(row: Mapping[str, Any], name: str) -> float | None:
+    ours = _ours(row, name)
+    return ours["value"] - row["paper"][name] if ours and name in row["paper"] else None

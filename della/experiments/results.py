@@ -8,9 +8,14 @@ results.json is one object.  Every scale has:
     command     what makes it again
     seed        the first seed
     time        {"seconds": ...} and all else that differs from run to run
+    rows        of tables: table, group, label, model (method and settings), seeds, measure, its value,
+                over_seeds, by_seed, tasks (the scores of each), paper (the paper's scores)
+    claims      that one row is above another: claim, group, better, worse, over_items, over_seeds, verdict
+                (holds, within noise or reversed), paper (the paper's difference)
 
-and its own entries beside these.  An interval is {"value", "low", "high"}.  The same seed gives the same
-object but for `time`.
+mini and 135m have singles (base and experts) and chosen (what was tried, or best, on validation) too, each
+scale its own entries beside.  All is in percent but losses and perplexities; an interval is {"value",
+"low", "high"}.  The same seed gives the same object but for `time`.
 """
 
 from __future__ import annotations

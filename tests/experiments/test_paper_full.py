@@ -92,30 +92,31 @@ def test_what_is_chosen_on_validation_is_reported_on_test(
             stored = known[f"validation {cell}"]
             assert set(stored["gsm8k"]) == {"strict", "flexible"}, "no judge on validation"
             means[cell] = stored["gsm8k"]["flexible"]["value"] + stored["mbpp"]["pass@1"]["value"]
-        assert row["chosen"]["name"] == max(means, key=means.__getitem__)
+        assert row["name"] == max(means, key=means.__getitem__)
         values = []
         for seed in (42, 43):
-            name = f"{row['chosen']['name'].removesuffix('-s42')}-s{seed}"
+            name = f"{row['name'].removesuffix('-s42')}-s{seed}"
             stored = known[f"test {name}"]
             values.append(stored["gsm8k"]["judge"]["value"])
             recipe = (out / f"recipes/{name}.yml").read_text()
             assert f"seed: {seed}\n" in recipe
             assert f"model: {out / 'inputs/WizardMath-13B-V1.0'}\n" in recipe, "cut to the base's rows"
-        score = row["scores"]["gsm8k"]
-        assert (score["metric"], score["items"], score["seeds"]) == ("judge", COUNT, values)
-        assert score["value"] == pytest.approx(sum(values) / 2)
+        score = row["tasks"]["gsm8k"]
+        percents = [100 * value for value in values]
+        assert (score["metric"], score["items"], score["by_seed"]) == ("judge", COUNT, percents)
+        assert score["value"] == pytest.approx(sum(percents) / 2)
         assert score["low"] <= score["value"] <= score["high"]
-        paper = published(2, "Math+Code", row["label"])
-        assert row["difference"]["gsm8k"] == pytest.approx(score["value"] - paper["gsm8k"] / 100)
-        assert row["average"] == pytest.approx((score["value"] + row["scores"]["mbpp"]["value"]) / 2)
+        assert row["paper"] == published(2, "Math+Code", row["label"])
+        assert row["value"]["value"] == pytest.approx((score["value"] + row["tasks"]["mbpp"]["value"]) / 2)
+        assert row["over_seeds"]["value"] == pytest.approx(row["value"]["value"], abs=1e-5)
     assert json.loads((out / "results.json").read_text()) == results
     assert (results["scale"], results["seed"]) == ("13b", 42)
     shown = (out / "tables.md").read_text()
     line = next(line for line in shown.splitlines() if line.startswith("| Math+Code | with rescale | "))
     cells = [cell.strip() for cell in line.split("|")[3:-1]]
-    assert cells[:2] == [f"{row['chosen']['p']:g}", "1"]
-    assert cells[2].startswith(f"{100 * score['value']:.1f}")
-    assert cells[3:5] == ["63.8", f"{100 * score['value'] - 63.8:+.1f}"]
+    assert cells[:2] == [f"{row['model']['p']:g}", "1"]
+    assert cells[2].startswith(f"{score['value']:.1f}")
+    assert cells[3:5] == ["63.8", f"{score['value'] - 63.8:+.1f}"]
     assert (out / "index.html").read_text().count("<table>") == 1
     assert told[-1].startswith("[2/2] table 2, Math+Code, with rescale: math+code-della-l1-p0.")
     assert not list((out / "merges").iterdir()), "merges are deleted once their answers are stored"
@@ -186,7 +187,7 @@ def test_the_other_expert_of_table_3_has_a_base_of_its_own(tmp_path: Path, serve
     results, _ = run(options)
     labels = [f"{name} {how} rescale" for name in ("DARE", "DELLA") for how in ("without", "with")]
     assert [row["label"] for row in results["rows"]] == labels
-    assert [row["paper"]["mbpp"] for row in results["rows"]] == pytest.approx([0, 0.464, 0.003, 0.491])
+    assert [row["paper"]["mbpp"] for row in results["rows"]] == [0, 46.4, 0.3, 49.1]
     recipe = (options.out / "recipes/coder-della-l1-p0.9-w0.14-s42.yml").read_text()
     assert "codellama/CodeLlama-13b-Python-hf" in recipe
 
