@@ -15,7 +15,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from della.errors import EvaluationError, Problem, RecipeError
+from della.errors import DellaError, EvaluationError, Problem, RecipeError
 
 T = TypeVar("T")
 
@@ -119,6 +119,14 @@ _WORDS = (("kB", 1e3), ("MB", 1e6), ("GB", 1e9), ("TB", 1e12))
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
 
 
+def refused(
+    kind: type[DellaError], name: str, value: object, said: str, fix: str | None = None
+) -> DellaError:
+    """The error that the option or argument ``name`` cannot be ``value``."""
+    parameter = name.lstrip("-").replace("-", "_")
+    return kind(Problem(said, fix, f"{name} {value}", parameter=parameter))
+
+
 def size_of(text: str, name: str = "--shard-size") -> int:
     """Bytes from ``5GB``, ``500MB``, ``2GiB`` or a plain number.
 
@@ -128,7 +136,7 @@ def size_of(text: str, name: str = "--shard-size") -> int:
     match = re.fullmatch(r"([0-9]+\.?[0-9]*|\.[0-9]+) *([kmg]?i?)b? *", text.strip(), re.IGNORECASE)
     size = int(float(match[1]) * _UNITS.get(match[2].lower(), 0)) if match and len(match[1]) < 20 else 0
     if size < 1:
-        raise RecipeError(f"{name} {text}: expected a size such as 5GB or 500MB")
+        raise refused(RecipeError, name, text, "expected a size such as 5GB or 500MB")
     return size
 
 
@@ -142,9 +150,9 @@ def words_of(text: str, name: str, *, least: int = 0) -> tuple[str, ...]:
     try:
         found = tuple(shlex.split(text))
     except ValueError as error:
-        raise EvaluationError(f"{name} {text}: {error}") from None
+        raise refused(EvaluationError, name, text, str(error)) from None
     if len(found) < least:
-        raise EvaluationError(f"{name}: expected a program")
+        raise refused(EvaluationError, name, repr(text), "expected a program")
     return found
 
 
@@ -161,14 +169,17 @@ def percent_of(text: str) -> float:
     """A share above 0 and up to 1 from ``5%``.  Raises RecipeError."""
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)%", text)
     if not match or not 0 < float(match[1]) <= 100:
-        raise RecipeError(f"--sources {text}: expected a percentage above 0 and up to 100%, such as 5%")
+        raise refused(
+            RecipeError, "--sources", text, "expected a percentage above 0 and up to 100%, such as 5%"
+        )
     return float(match[1]) / 100
 
 
 def is_mergekit(text: str) -> bool:
     """Whether other rules than ours are asked for.  Raises RecipeError for rules that are not known."""
     if text != "mergekit":
-        raise RecipeError(f"--compat {text}: the only other rules known are mergekit's: --compat mergekit")
+        said = "the only other rules known are mergekit's"
+        raise refused(RecipeError, "--compat", text, said, "give --compat mergekit")
     return True
 
 
@@ -192,7 +203,7 @@ class Share:
 
     def __post_init__(self) -> None:
         if not 1 <= self.number <= self.count:
-            raise RecipeError(f"part {self}: expected i/n with 1 <= i <= n, such as 2/7")
+            raise refused(RecipeError, "part", self, "expected i/n with 1 <= i <= n, such as 2/7")
 
     @property
     def is_whole(self) -> bool:
@@ -203,7 +214,7 @@ class Share:
         """From ``I/N``, such as 2/7.  Raises RecipeError."""
         match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
         if not match:
-            raise RecipeError(f"--part {text}: expected I/N, such as 2/7")
+            raise refused(RecipeError, "--part", text, "expected I/N, such as 2/7")
         return Share(int(match[1]), int(match[2]))
 
     def __str__(self) -> str:
@@ -293,7 +304,7 @@ class Execution:
         for name in ("threads", "tile", "shard_bytes"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise RecipeError(f"{name} {value}: expected a whole number from 1 up")
+                raise refused(RecipeError, name, value, "expected a whole number from 1 up")
         if self.finish and not self.part.is_whole:
             raise RecipeError(Problem("finish puts all parts together", "leave out part"))
 
@@ -326,7 +337,8 @@ class Checks:
 
     def __post_init__(self) -> None:
         if self.sources is not None and not 0 < self.sources <= 1:
-            raise RecipeError(f"sources {self.sources}: expected a share above 0 and at most 1 (100%)")
+            said = "expected a share above 0 and at most 1 (100%)"
+            raise refused(RecipeError, "sources", self.sources, said)
 
 
 def default_threads() -> int:

@@ -10,7 +10,7 @@ from della.cli.console import Speaker, Speech, print_json
 from della.cli.options import only
 from della.errors import EvaluationError
 from della.evaluate.options import EvaluationOptions
-from della.options import Spec
+from della.options import Spec, refused
 
 if TYPE_CHECKING:
     from della.evaluate.evaluation import Progress, Result
@@ -43,8 +43,8 @@ def evaluate(
     asked = (("judge", options.judge, "gsm8k"), ("annotator", options.annotator, "alpaca_eval"))
     for name, given, task in asked:
         if given and task not in options.tasks:
-            among = ",".join(options.tasks)
-            raise EvaluationError(f"--{name} {given}: is of {task}, which is not among --tasks {among}")
+            said = f"is of {task}, which is not among --tasks {','.join(options.tasks)}"
+            raise refused(EvaluationError, f"--{name}", given, said)
     say = Speaker(speech)
     progress = say.lines(_text, asdict, lambda p: p.done == p.of)
     try:

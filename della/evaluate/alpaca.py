@@ -19,9 +19,9 @@ from typing import Any
 
 import xxhash
 
-from della.errors import EvaluationError
+from della.errors import EvaluationError, Problem
 from della.evaluate.endpoint import key_in, public, without_key
-from della.evaluate.problems import Problem
+from della.evaluate.problems import Item
 from della.output import disk
 from della.report.intervals import Interval
 
@@ -54,9 +54,7 @@ class WinRate:
         return Interval(self.win_rate, max(0.0, self.win_rate - half), min(100.0, self.win_rate + half))
 
 
-def write_outputs(
-    path: Path, problems: Sequence[Problem], answers: Mapping[str, str], generator: str
-) -> None:
+def write_outputs(path: Path, problems: Sequence[Item], answers: Mapping[str, str], generator: str) -> None:
     """Write the answers (by the problems' ids) of a model called ``generator`` for alpaca_eval."""
     rows = [
         {"instruction": problem.instruction, "output": answers[problem.id], "generator": generator}
@@ -109,14 +107,16 @@ def check_judge(command: str, annotator: str) -> None:
     if shutil.which(command) is None:
         raise _not_run(command, "no such command")
     if "/" in annotator and not (Path(annotator) / "configs.yaml").is_file():
-        raise EvaluationError(f"{annotator}: expected a folder of an annotator, with configs.yaml")
+        said = "expected a folder of an annotator, with configs.yaml"
+        raise EvaluationError(Problem(said, subject=annotator))
 
 
 def _not_run(command: str, why: str) -> EvaluationError:
-    return EvaluationError(
-        f"{command}: cannot be run ({why}); AlpacaEval needs the package alpaca_eval, in an environment of "
-        "its own: scripts/alpaca-venv makes it, and .venv-alpaca/bin/alpaca_eval is the command to name"
+    fix = (
+        "AlpacaEval needs the package alpaca_eval, in an environment of its own: scripts/alpaca-venv makes "
+        "it, and .venv-alpaca/bin/alpaca_eval is the command to name"
     )
+    return EvaluationError(Problem(f"cannot be run ({why})", fix, command))
 
 
 def _judge(annotator: str, judge_url: str | None) -> str:
@@ -128,7 +128,8 @@ def _judge(annotator: str, judge_url: str | None) -> str:
             f"{file.name}:{xxhash.xxh3_128_hexdigest(file.read_bytes())}" for file in files if file.is_file()
         ]
     except OSError as error:
-        raise EvaluationError(f"{annotator}: cannot be read ({error.strerror or error})") from error
+        said = f"cannot be read ({error.strerror or error})"
+        raise EvaluationError(Problem(said, subject=annotator)) from error
     return xxhash.xxh3_64_hexdigest(json.dumps(told).encode())
 
 
@@ -138,10 +139,11 @@ def _compared(outputs: Path, reference: Path) -> int:
     asked = [row["instruction"] for row in _rows(outputs)]
     lacking = [text for text in asked if text not in known]
     if lacking:
-        raise EvaluationError(
-            f"{reference}: lacks {len(lacking)} of the {len(asked)} instructions of {outputs}, "
-            f"such as {lacking[0][:60]!r}; give the reference outputs of the same instructions"
+        said = (
+            f"lacks {len(lacking)} of the {len(asked)} instructions of {outputs}, such as {lacking[0][:60]!r}"
         )
+        fix = "give the reference outputs of the same instructions"
+        raise EvaluationError(Problem(said, fix, str(reference)))
     return len(asked)
 
 
@@ -149,13 +151,12 @@ def _rows(path: Path) -> list[dict[str, str]]:
     try:
         rows = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise EvaluationError(f"{path}: cannot be read as JSON ({error})") from error
+        raise EvaluationError(Problem(f"cannot be read as JSON ({error})", subject=str(path))) from error
     rows = rows if isinstance(rows, list) else [None]
     texts = [row.get(key) for row in rows if isinstance(row, dict) for key in ("instruction", "output")]
     if not rows or len(texts) < 2 * len(rows) or not all(isinstance(text, str) for text in texts):
-        raise EvaluationError(
-            f"{path}: expected what alpaca_eval reads, a list of objects with instruction and output"
-        )
+        said = "expected what alpaca_eval reads, a list of objects with instruction and output"
+        raise EvaluationError(Problem(said, subject=str(path)))
     return rows
 
 
@@ -187,10 +188,9 @@ def _run(command: Sequence[str], environment: Mapping[str, str], log: Path) -> N
     disk.put(log, said.encode())
     if ended.returncode:
         last = (said.strip().splitlines() or ["no word"])[-1][:300]
-        raise EvaluationError(
-            f"{command[0]}: failed with exit code {ended.returncode} ({last}); see {log}, then run again: "
-            "most of what the judge has said is kept"
-        )
+        said = f"failed with exit code {ended.returncode} ({last})"
+        fix = f"see {log}, then run again: most of what the judge has said is kept"
+        raise EvaluationError(Problem(said, fix, command[0]))
 
 
 def _result(results: Path, total: int) -> WinRate:
@@ -199,10 +199,9 @@ def _result(results: Path, total: int) -> WinRate:
             (row,) = csv.DictReader(table)
         annotations = json.loads((results / "annotations.json").read_bytes())
         if not int(float(row["n_total"])):
-            raise EvaluationError(
-                f"{results}: the judge gave no preference that alpaca_eval could read; see what it said, "
-                "preference_raw_completion in annotations.json"
-            )
+            said = "the judge gave no preference that alpaca_eval could read"
+            fix = "see what it said, preference_raw_completion in annotations.json"
+            raise EvaluationError(Problem(said, fix, str(results)))
         controlled = row.get("length_controlled_winrate")
         preferences = {
             str(one["instruction"]): float(one["preference"]) - 1
@@ -214,6 +213,5 @@ def _result(results: Path, total: int) -> WinRate:
             (float(controlled), float(row["lc_standard_error"])) if controlled else None, preferences,
         )  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise EvaluationError(
-            f"{results}: not the results that alpaca_eval 0.6.6 writes ({type(error).__name__}: {error})"
-        ) from error
+        said = f"not the results that alpaca_eval 0.6.6 writes ({type(error).__name__}: {error})"
+        raise EvaluationError(Problem(said, subject=str(results))) from error

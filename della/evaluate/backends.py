@@ -47,7 +47,8 @@ class Model:
             reference = text
             name = Path(text).resolve().name if Path(text).is_dir() else text.rstrip("/").rpartition("/")[2]
         if not re.fullmatch(r"[\w@:+-][\w.@:+-]{0,199}", name) or not reference:
-            raise EvaluationError(f"{text!r}: a model needs a plain name for its results: NAME=MODEL")
+            said = "a model needs a plain name for its results: NAME=MODEL"
+            raise EvaluationError(Problem(said, subject=repr(text)))
         return Model(name, reference)
 
     @property

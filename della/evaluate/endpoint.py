@@ -46,7 +46,8 @@ class Endpoint:
             ) from error
         parts = urlsplit(base_url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise EvaluationError(f"{base_url!r}: expected a base URL such as http://localhost:8000/v1")
+            said = "expected a base URL such as http://localhost:8000/v1"
+            raise EvaluationError(Problem(said, subject=repr(base_url)))
         self.base_url, self.model = base_url, model
         self.name = f"{public(base_url)}, model {model}"
         self._key_env, self._key = key_env, key_in(key_env)

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from della.errors import EvaluationError
+from della.errors import EvaluationError, Problem
 from della.evaluate import problems as benchmarks
 from della.evaluate import scoring
 from della.evaluate.backends import Backend, Model
 from della.evaluate.generations import Store
 from della.evaluate.options import EvaluationOptions
-from della.evaluate.problems import Problem
+from della.evaluate.problems import Item
 from della.evaluate.scoring import Difference, Score, Scored
 from della.evaluate.settings import check, depends
 from della.evaluate.templates import Prompt, cut, prompt_of
@@ -182,9 +182,8 @@ class _Run:
         path, settings = self._settings.out / model.name / f"{task}.jsonl", self._settings
         if settings.score_only:
             if not path.is_file():
-                raise EvaluationError(
-                    f"{path}: no such file, so there is nothing to score; leave out --score-only"
-                )
+                said = "no such file, so there is nothing to score"
+                raise EvaluationError(Problem(said, "leave out --score-only", str(path)))
             return Store(path, None)
         return Store(path, depends(model, task, settings), fresh=settings.fresh)
 
@@ -195,15 +194,15 @@ class _Run:
             if record is None:
                 missing.append(prompt)
             elif record.get("prompt") != _key(prompt) or not isinstance(record.get("answer"), str):
-                raise EvaluationError(
-                    f"{store.path}: problem {prompt.id} was put otherwise than now: the data, the template "
-                    "or della's version has changed; choose another --out, or begin anew with --fresh"
+                said = (
+                    f"problem {prompt.id} was put otherwise than now: the data, the template or della's "
+                    "version has changed"
                 )
+                fix = "choose another --out, or begin anew with --fresh"
+                raise EvaluationError(Problem(said, fix, str(store.path)))
         if missing and self._settings.score_only:
-            raise EvaluationError(
-                f"{store.path}: {len(missing)} of {len(self._prompts[task])} answers are missing; leave out "
-                "--score-only"
-            )
+            said = f"{len(missing)} of {len(self._prompts[task])} answers are missing"
+            raise EvaluationError(Problem(said, "leave out --score-only", str(store.path)))
         return missing
 
     def _generate(
@@ -230,7 +229,7 @@ class _Run:
                     backend.answer(prompts, keep)
 
     def _score(
-        self, task: str, problems: Sequence[Problem], answers: Mapping[str, str], folder: Path, model: Model
+        self, task: str, problems: Sequence[Item], answers: Mapping[str, str], folder: Path, model: Model
     ) -> Scored:
         if task == "mbpp":
             assert self._sandbox is not None
@@ -240,7 +239,7 @@ class _Run:
         return self._score_alpaca_eval(problems, answers, folder, model)
 
     def _verdicts(
-        self, problems: Sequence[Problem], answers: Mapping[str, str], folder: Path
+        self, problems: Sequence[Item], answers: Mapping[str, str], folder: Path
     ) -> Mapping[str, str | None] | None:
         if self._judge is None:
             return None
@@ -251,7 +250,7 @@ class _Run:
             return judge.judge(self._judge, problems, answers, store).verdicts
 
     def _score_alpaca_eval(
-        self, problems: Sequence[Problem], answers: Mapping[str, str], folder: Path, model: Model
+        self, problems: Sequence[Item], answers: Mapping[str, str], folder: Path, model: Model
     ) -> Scored:
         """The answers in the format of alpaca_eval, and by an annotator its win rates."""
         from della.evaluate import alpaca
@@ -284,10 +283,12 @@ class _Run:
         asked = self._problems["alpaca_eval"]
         lacking = [problem.id for problem in asked if not problem.reference]
         if lacking:
-            raise EvaluationError(
-                f"alpaca_eval: {len(lacking)} of {len(asked)} instructions have no reference 'output', "
-                f"such as number {lacking[0]}; take a file that has them, or leave out --annotator"
+            said = (
+                f"{len(lacking)} of {len(asked)} instructions have no reference 'output', such as number "
+                f"{lacking[0]}"
             )
+            fix = "take a file that has them, or leave out --annotator"
+            raise EvaluationError(Problem(said, fix, "alpaca_eval"))
         alpaca.check_judge(self._settings.alpaca_command, annotator)
 
 

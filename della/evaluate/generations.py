@@ -109,23 +109,23 @@ class Store:
         if not lines and (not rest or b'{"della": "generations"'.startswith(rest[:23])):
             return 0  # cut short while it was begun
         others = self._other_settings(lines[0] if lines else rest)
-        end, damage = len(lines[0]) + 1, ""
+        end = len(lines[0]) + 1
+        damage: EvaluationError | None = None
         for number, line in enumerate(lines[1:], 2):
             where = f"{self.path}:{number}"
             try:
                 record = self._record(line, where)
             except EvaluationError as error:
-                damage = damage or str(error)
+                damage = damage or error
                 continue
             if damage:  # a line cut short has none behind it
-                raise EvaluationError(damage)
+                raise damage
             self.records[record["id"]] = record
             end += len(line) + 1
         if others and self.records:
-            raise EvaluationError(
-                f"{self.path}: its {self._of} are of other settings: {others}; choose another --out"
-                + (", or begin anew with --fresh" if self._of == "answers" else "")
-            )
+            fix = "choose another --out" + (", or begin anew with --fresh" if self._of == "answers" else "")
+            said = f"its {self._of} are of other settings: {others}"
+            raise EvaluationError(Problem(said, fix, str(self.path)))
         return 0 if others else end
 
     def _record(self, line: bytes, where: str) -> Record:

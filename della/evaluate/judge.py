@@ -16,7 +16,7 @@ from typing import Literal, cast
 
 from della.evaluate.endpoint import Endpoint
 from della.evaluate.generations import Store
-from della.evaluate.problems import Problem
+from della.evaluate.problems import Item
 from della.running.workers import each
 
 Verdict = Literal["correct", "wrong"]
@@ -60,7 +60,7 @@ SETTINGS = {"verdicts": "of a judge"}  # of a store of verdicts: all else is in 
 
 
 def judge(
-    endpoint: Endpoint, problems: Sequence[Problem], answers: Mapping[str, str], store: Store,
+    endpoint: Endpoint, problems: Sequence[Item], answers: Mapping[str, str], store: Store,
     *, at_once: int = 8,
 ) -> Judged:  # fmt: skip
     """Let the model of ``endpoint`` grade the answers (by the problems' ids), several at once.
@@ -70,7 +70,7 @@ def judge(
     """
     keys = {problem.id: _key(endpoint, problem, answers[problem.id]) for problem in problems}
 
-    def grade(problem: Problem) -> None:
+    def grade(problem: Item) -> None:
         verdict, reply, asked = _graded(endpoint, problem, answers[problem.id])
         found = {"verdict": verdict, "asked": asked, "reply": reply}
         store.add({"id": keys[problem.id], "judge": endpoint.name, **found})
@@ -86,7 +86,7 @@ def verdict_of(reply: str) -> Verdict | None:
     return cast("Verdict", found[0].lower()) if len(found) == 1 else None
 
 
-def _graded(endpoint: Endpoint, problem: Problem, answer: str) -> tuple[Verdict | None, str, int]:
+def _graded(endpoint: Endpoint, problem: Item, answer: str) -> tuple[Verdict | None, str, int]:
     """The verdict, the judge's last reply, and how often it was asked."""
     prompt, reply = _prompt(problem.instruction, problem.reference, answer), ""
     for asked in range(1, RETRIES + 2):
@@ -112,7 +112,7 @@ def _tagless(text: str) -> str:
     return _TWIN.sub(r"\g<0> ", text)
 
 
-def _key(endpoint: Endpoint, problem: Problem, answer: str) -> str:
+def _key(endpoint: Endpoint, problem: Item, answer: str) -> str:
     """The problem's id, and what its verdict depends on: the judge, what it is told, and the answer."""
     told = (SYSTEM, _prompt("", "", ""), _REMINDER, problem.instruction, problem.reference, answer)
     return f"{problem.id} {_digest(endpoint.name, *told)}"

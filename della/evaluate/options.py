@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from della.errors import EvaluationError
-from della.options import option, words_of
+from della.options import option, refused, words_of
 
 
 def _tasks(text: str) -> tuple[str, ...]:
@@ -17,7 +17,7 @@ def _tasks(text: str) -> tuple[str, ...]:
 def _files(values: Sequence[str], tasks: Sequence[str]) -> dict[str, Path]:
     found = _by_task("--data", values, tasks)
     if "" in found and len(tasks) > 1:
-        raise EvaluationError(f"--data {found['']}: which task is it of? --data TASK=FILE")
+        raise refused(EvaluationError, "--data", found[""], "names no task", "give --data TASK=FILE")
     return {task: Path(file) for task, file in _spread(found, tasks).items()}
 
 
@@ -35,9 +35,9 @@ def _by_task(name: str, values: Sequence[str], tasks: Sequence[str]) -> dict[str
         if not equals or task not in TASKS:
             task, value = "", text
         elif task not in tasks:
-            raise EvaluationError(f"{name} {text}: {task} is not among --tasks {','.join(tasks)}")
+            raise refused(EvaluationError, name, text, f"{task} is not among --tasks {','.join(tasks)}")
         if task in found:
-            raise EvaluationError(f"{name} {text}: one was given before: {found[task]}")
+            raise refused(EvaluationError, name, text, f"one was given before: {found[task]}")
         found[task] = value
     return found
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from della.checkpoint.strict import AGAIN, json_value
-from della.errors import CheckpointError, EvaluationError, unknown
+from della.checkpoint.strict import json_value
+from della.errors import CheckpointError, EvaluationError, Problem, unknown
 
 MOST_BYTES = 256_000_000
 MBPP_TEST = range(11, 511)  # the task ids of the test split, by MBPP's own README
@@ -24,9 +24,9 @@ _NUMBER = re.compile(r"-?\$?\d[\d,]*(\.\d+)?", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
-class Problem:
-    """One problem.  ``reference`` is the solution to compare with ("" where there is none), ``tests`` and
-    ``setup`` are the asserts of a programming problem and what must run before them.
+class Item:
+    """One problem of a benchmark.  ``reference`` is the solution to compare with ("" where there is none),
+    ``tests`` and ``setup`` are the asserts of a programming problem and what must run before them.
     """
 
     id: str
@@ -39,12 +39,12 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """Where a benchmark is published, and how a record of it is read: (record, its position) -> Problem, or
+    """Where a benchmark is published, and how a record of it is read: (record, its position) -> Item, or
     None for one of another split.
     """
 
     name: str
-    read: Callable[[_Record, int], Problem | None]
+    read: Callable[[_Record, int], Item | None]
     published: str
     hub: tuple[str, str | None, str]  # the arguments of load_dataset: path, name or file, split
 
@@ -57,7 +57,7 @@ class _Record:
     values: Mapping[str, Any]
 
     def bad(self, what: str) -> EvaluationError:
-        return EvaluationError(f"{self.where}: {what}; {FIX}")
+        return EvaluationError(Problem(what, FIX, self.where))
 
     def text(self, key: str, default: str | None = None) -> str:
         value = self.values.get(key, default)
@@ -67,7 +67,7 @@ class _Record:
         return value
 
 
-def load(task: str, path: Path | None = None, limit: int | None = None) -> list[Problem]:
+def load(task: str, path: Path | None = None, limit: int | None = None) -> list[Item]:
     """The problems of a task in their published order, of the test split; at most the first ``limit``.
 
     path: a local file in the published format; None: from the Hub, by the package datasets.
@@ -76,7 +76,7 @@ def load(task: str, path: Path | None = None, limit: int | None = None) -> list[
     known = TASKS.get(task)
     if known is None:
         raise EvaluationError(unknown("task", task, TASKS))
-    found: dict[str, Problem] = {}
+    found: dict[str, Item] = {}
     for position, record in enumerate(_file(path) if path else _hub(known)):
         problem = known.read(record, position)
         if problem is None:
@@ -85,7 +85,7 @@ def load(task: str, path: Path | None = None, limit: int | None = None) -> list[
             raise record.bad(f"the problem {problem.id} stands twice")
         found[problem.id] = problem
     if not found:
-        raise EvaluationError(f"{path or known.hub[0]}: no test problem of {task} in it; {FIX}")
+        raise EvaluationError(Problem(f"no test problem of {task} in it", FIX, str(path or known.hub[0])))
     return list(islice(found.values(), limit))
 
 
@@ -94,20 +94,23 @@ def parsed(raw: bytes, where: str, fix: str = FIX) -> Any:
     try:
         return json_value(raw, where)
     except CheckpointError as error:
-        raise EvaluationError(f"{str(error).removesuffix(f'; {AGAIN}')}; {fix}") from None
+        raise EvaluationError(*(replace(problem, fix=fix) for problem in error.problems)) from None
 
 
 def read_limited(path: Path) -> bytes:
     """A file of at most MOST_BYTES; EvaluationError where it cannot be read."""
     try:
         if not path.is_file():
-            raise EvaluationError(f"{path}: {'not a plain file' if path.exists() else 'no such file'}")
+            said = "not a plain file" if path.exists() else "no such file"
+            raise EvaluationError(Problem(said, subject=str(path)))
         with path.open("rb") as file:
             raw = file.read(MOST_BYTES + 1)
     except OSError as error:
-        raise EvaluationError(f"{path}: cannot be read ({error.strerror or error})") from error
+        said = f"cannot be read ({error.strerror or error})"
+        raise EvaluationError(Problem(said, subject=str(path))) from error
     if len(raw) > MOST_BYTES:
-        raise EvaluationError(f"{path}: larger than {MOST_BYTES:,} bytes: not a file of problems; {FIX}")
+        said = f"larger than {MOST_BYTES:,} bytes: not a file of problems"
+        raise EvaluationError(Problem(said, FIX, str(path)))
     return raw
 
 
@@ -121,7 +124,7 @@ def _file(path: Path) -> Iterator[_Record]:
         values = ((where, parsed(line, where)) for where, line in lines)
     for where, value in values:
         if not isinstance(value, dict):
-            raise EvaluationError(f"{where}: expected a JSON object, found {_shown(value)}; {FIX}")
+            raise EvaluationError(Problem(f"expected a JSON object, found {_shown(value)}", FIX, where))
         yield _Record(where, value)
 
 
@@ -131,10 +134,11 @@ def _hub(task: Task) -> Iterator[_Record]:
     try:
         import datasets
     except ModuleNotFoundError as error:
-        raise EvaluationError(
-            f"{task.name}: no file was given, and the package datasets, which would fetch it from the Hub, "
-            f"is not installed (pip install 'della[hub]'); {give}"
-        ) from error
+        said = (
+            "no file was given, and the package datasets, which would fetch it from the Hub, is not "
+            "installed (pip install 'della[hub]')"
+        )
+        raise EvaluationError(Problem(said, give, task.name)) from error
     try:
         rows = datasets.load_dataset(path, name, split=split)
         for number, row in enumerate(rows, 1):
@@ -142,20 +146,19 @@ def _hub(task: Task) -> Iterator[_Record]:
     except EvaluationError:
         raise
     except Exception as error:  # the package raises what its own libraries do
-        raise EvaluationError(
-            f"{path}: cannot be fetched from the Hub ({type(error).__name__}: {error}); {give}"
-        ) from error
+        said = f"cannot be fetched from the Hub ({type(error).__name__}: {error})"
+        raise EvaluationError(Problem(said, give, path)) from error
 
 
-def _gsm8k(record: _Record, position: int) -> Problem:
+def _gsm8k(record: _Record, position: int) -> Item:
     question, answer = record.text("question"), record.text("answer")
     last = answer.rstrip().rpartition("#### ")
     if not last[1] or not _NUMBER.fullmatch(last[2]):
         raise record.bad(f"expected an 'answer' that ends in '#### ' and a number, found {_shown(answer)}")
-    return Problem(str(position), "gsm8k", question, answer)
+    return Item(str(position), "gsm8k", question, answer)
 
 
-def _mbpp(record: _Record, _: int) -> Problem | None:
+def _mbpp(record: _Record, _: int) -> Item | None:
     number = record.values.get("task_id")
     if not isinstance(number, int) or isinstance(number, bool) or number < 0:
         raise record.bad(f"expected a number as 'task_id', found {_shown(number)}")
@@ -165,11 +168,11 @@ def _mbpp(record: _Record, _: int) -> Problem | None:
         raise record.bad(f"expected a list of asserts as 'test_list', found {_shown(tests)}")
     if number not in MBPP_TEST:
         return None
-    return Problem(str(number), "mbpp", text, code, tuple(tests), setup)
+    return Item(str(number), "mbpp", text, code, tuple(tests), setup)
 
 
-def _alpaca_eval(record: _Record, position: int) -> Problem:
-    return Problem(str(position), "alpaca_eval", record.text("instruction"), record.text("output", ""))
+def _alpaca_eval(record: _Record, position: int) -> Item:
+    return Item(str(position), "alpaca_eval", record.text("instruction"), record.text("output", ""))
 
 
 def _shown(value: Any) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from della.evaluate.problems import Problem
+from della.evaluate.problems import Item
 from della.evaluate.templates import program_in
 from della.report.intervals import Interval, paired_bootstrap, side, wilson
 from della.running.workers import each
@@ -79,7 +79,7 @@ class Difference:
 
 
 def score_gsm8k(
-    problems: Sequence[Problem], answers: Answers, verdicts: Mapping[str, str | None] | None = None
+    problems: Sequence[Item], answers: Answers, verdicts: Mapping[str, str | None] | None = None
 ) -> Scored:
     """Exact match of the number after "The answer is: " (strict) and of the last number (flexible).
 
@@ -108,11 +108,11 @@ def score_gsm8k(
     return Scored(tuple(scores), details)
 
 
-def score_mbpp(problems: Sequence[Problem], answers: Answers, sandbox: Sandbox) -> Scored:
+def score_mbpp(problems: Sequence[Item], answers: Answers, sandbox: Sandbox) -> Scored:
     """pass@1: whether the program in an answer passes its asserts, in the sandbox."""
     from della.sandbox.programs import check
 
-    def run(problem: Problem) -> dict[str, Any]:
+    def run(problem: Item) -> dict[str, Any]:
         verdict = check(sandbox, program_in(answers[problem.id]), problem.tests, problem.setup)
         return {"pass@1": verdict.passed, "reason": verdict.reason}
 

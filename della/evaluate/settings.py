@@ -11,6 +11,7 @@ from della.evaluate.endpoint import public
 from della.evaluate.options import EvaluationOptions
 from della.evaluate.problems import TASKS
 from della.evaluate.templates import check_template
+from della.options import refused
 
 
 def check(models: Sequence[Model], settings: EvaluationOptions) -> None:
@@ -31,20 +32,26 @@ def check(models: Sequence[Model], settings: EvaluationOptions) -> None:
         check_template(settings.template(task), settings.prompt)
     for name in ("max_tokens", "batch", "limit", "concurrency"):
         if (getattr(settings, name) or 1) < 1 or getattr(settings, name) == 0:
-            raise EvaluationError(f"{name.replace('_', ' ')} {getattr(settings, name)}: expected at least 1")
+            raise refused(EvaluationError, name, getattr(settings, name), "expected at least 1")
     if settings.seed < 0:
-        raise EvaluationError(f"seed {settings.seed}: expected at least 0")
+        raise refused(EvaluationError, "seed", settings.seed, "expected at least 0")
     if settings.backend == "openai" and not settings.base_url and not settings.score_only:
-        raise EvaluationError("the backend openai needs the server's address: --base-url http://HOST/v1")
+        said = "the backend openai needs the server's address"
+        raise EvaluationError(Problem(said, "give --base-url http://HOST/v1", parameter="base_url"))
     if settings.model_name and len(models) > 1:
         raise EvaluationError(
-            Problem("--model-name is of one model", "give several by the names that the server knows")
+            Problem(
+                "--model-name is of one model",
+                "give several by the names that the server knows",
+                parameter="model_name",
+            )
         )
     if settings.backend != "openai" and not settings.score_only:
         for model in models:
             _ = model.local_or_hub
     if settings.fresh and settings.score_only:
-        raise EvaluationError("--fresh forgets the answers that --score-only is to score: leave one out")
+        said = "--fresh forgets the answers that --score-only is to score"
+        raise EvaluationError(Problem(said, "leave one out", parameter="fresh"))
 
 
 def depends(model: Model, task: str, settings: EvaluationOptions) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from della.errors import EvaluationError, unknown
-from della.evaluate.problems import Problem
+from della.evaluate.problems import Item
 
 TEMPLATES = ("alpaca", "vicuna", "chat")
 PROMPTS = ("fixed", "published")
@@ -55,7 +55,7 @@ def check_template(template: str, variant: str) -> None:
             raise EvaluationError(unknown(kind, name, known))
 
 
-def prompt_of(problem: Problem, template: str, variant: str = "fixed") -> Prompt:
+def prompt_of(problem: Item, template: str, variant: str = "fixed") -> Prompt:
     """The prompt for a problem.  variant: `published` has the literal backslash-n of the authors' task file
     where newlines were meant, `fixed` has the newlines (gsm8k in the Alpaca template only).
     """
@@ -99,13 +99,13 @@ def _gsm8k(question: str, variant: str) -> str:
     return f"{ALPACA}\n\n### Instruction:\n{question}\n\n### Response: {STEPS}."
 
 
-def _instruction(problem: Problem) -> str:
+def _instruction(problem: Item) -> str:
     if problem.task == "gsm8k":
         return f"{problem.instruction}\n\n{STEPS}."
     return _mbpp(problem) if problem.task == "mbpp" else problem.instruction
 
 
-def _mbpp(problem: Problem) -> str:
+def _mbpp(problem: Item) -> str:
     tests = "\n".join(LONG_TESTS.get(problem.id, problem.tests))
     asked = f"\n{problem.instruction}\nTest examples:\n{tests}".replace("    ", "\t")
     return f"Create a Python script for this problem:\n{asked}"

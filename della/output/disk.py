@@ -62,7 +62,8 @@ def explained(path: Path) -> Iterator[None]:
         why = fixes.get(error.errno or 0, f"cannot be written ({error.strerror or error})")
         if getattr(error, "winerror", None) == 32:
             why = "open in another program; close it there"
-        raise OutputError(Problem(why, subject=str(path))) from error
+        said, _, fix = why.partition("; ")
+        raise OutputError(Problem(said, fix or None, str(path))) from error
 
 
 # ---- locks, and who holds them ----

@@ -10,6 +10,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
@@ -199,23 +200,25 @@ class StagedOutput:
     def commit(self) -> None:
         """Makes OUT the new model in one rename; when this returns it is on the disk.  Raises OutputError."""
         unfinished = [
-            f"tensor {name!r}: {count} bytes were not written"
+            Problem(
+                f"not complete: tensor {name!r}: {count} bytes were not written", None, str(self.out), name
+            )
             for name, count in self._missing.items()
             if count
         ]
         if unfinished:
-            raise OutputError(*(f"{self.out}: not complete: {text}" for text in unfinished))
+            raise OutputError(*unfinished)
         if index := self.index():
             self._add(*index)
         self._sync_files()
-        model, replace = self._staging.model, self._overwrite and os.path.lexists(self.out)
+        model, replaces = self._staging.model, self._overwrite and os.path.lexists(self.out)
         with explained(self.out):
             if self._fsync:
                 disk.sync_folder(model)
             self._check_place()
             self._check_files()
             self._close_files()
-            self._move_in(model / self.shards[0].name if self._single_file else model, replace)
+            self._move_in(model / self.shards[0].name if self._single_file else model, replaces)
         try:
             with explained(self.out):
                 if self._fsync:
@@ -224,7 +227,8 @@ class StagedOutput:
                 disk.remove(self._staging.aside)
                 self._staging.remove()
         except OutputError as error:
-            raise OutputError(Problem(f"complete, but {error}", subject=str(self.out))) from error
+            problems = (replace(p, said=f"{p.said} ({self.out} is complete)") for p in error.problems)
+            raise OutputError(*problems) from error
         self._close()
 
     def end_part(self) -> None:

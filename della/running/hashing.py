@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import xxhash
@@ -31,7 +31,7 @@ class Check:
     pieces: Callable[[], Iterator[memoryview]]
 
     def problem(self, said: str) -> Problem:
-        """That the bytes ``said``: have changed, cannot be checked."""
+        """That the bytes ``said``, such as "has changed"."""
         what = f"tensor {self.tensor!r} " if self.tensor is not None else ""
         return Problem(what + said, subject=self.subject, tensor=self.tensor)
 
@@ -67,7 +67,8 @@ class Hashing:
             if digest.hexdigest() != check.hash:
                 found = check.problem(check.fault)
         except DellaError as error:
-            found = check.problem(f"cannot be checked: {error}")
+            what = f"tensor {check.tensor!r} of {check.subject}" if check.tensor else check.subject
+            found = replace(error.problems[0], said=f"{error.problems[0].said}, so {what} cannot be checked")
         self._advance(check, left, finished=1)
         return found
 
@@ -92,8 +93,8 @@ def of_file(path: Path, offset: int, nbytes: int) -> Iterator[memoryview]:
             while nbytes:
                 count = file.readinto(buffer[:nbytes])
                 if not count:
-                    raise CheckpointError(Problem("the file ends too early", "is something writing to it?"))
+                    raise CheckpointError(Problem("ends too early", "is something writing to it?", str(path)))
                 yield buffer[:count]
                 nbytes -= count
     except OSError as error:
-        raise CheckpointError(f"the file cannot be read ({error.strerror})") from error
+        raise CheckpointError(Problem(f"cannot be read ({error.strerror})", subject=str(path))) from error

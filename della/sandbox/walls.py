@@ -24,7 +24,7 @@ from pathlib import Path
 from types import CodeType
 from typing import Protocol
 
-from della.errors import EvaluationError, Problem
+from della.errors import EvaluationError, Problem, unknown
 from della.sandbox import seccomp
 from della.sandbox.process import Ended, converse, end
 
@@ -97,7 +97,7 @@ def open_sandbox(name: str | None = None) -> Sandbox:
     It is tried before it is returned.  Raises EvaluationError where none holds: then nothing may be run.
     """
     if name is not None and name not in NAMES:
-        raise EvaluationError(f"sandbox {name!r}: expected one of {', '.join(NAMES)}")
+        raise EvaluationError(unknown("sandbox", name, NAMES))
     faults = []
     for each in NAMES if name is None else (name,):
         fault, sandbox = _why_not(each)

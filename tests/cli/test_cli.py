@@ -196,7 +196,7 @@ SENTENCES: list[tuple[str, int, str]] = [
     (
         "merge r.yml out --compat kit",
         2,
-        "--compat kit: the only other rules known are mergekit's: --compat mergekit",
+        "--compat kit: the only other rules known are mergekit's; give --compat mergekit",
     ),
     ("merge r.yml out --shard-size big", 2, "--shard-size big: expected a size such as 5GB or 500MB"),
     ("merge r.yml out --shard-size 0", 2, "--shard-size 0: expected a size such as 5GB or 500MB"),

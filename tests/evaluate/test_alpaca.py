@@ -18,10 +18,10 @@ from stub_server import REFUSAL, Request, Status, StubServer
 
 from della.errors import EvaluationError, OutputError
 from della.evaluate.alpaca import WinRate, check_judge, win_rate, write_outputs
-from della.evaluate.problems import Problem
+from della.evaluate.problems import Item
 
 COUNT = 12
-PROBLEMS = [Problem(str(n), "alpaca_eval", f"Say {n}, “{n}”.", "") for n in range(COUNT)]
+PROBLEMS = [Item(str(n), "alpaca_eval", f"Say {n}, “{n}”.", "") for n in range(COUNT)]
 ANSWERS = {str(n): f"{'good' if n % 3 else 'bad'} {n}" for n in range(COUNT)}
 
 

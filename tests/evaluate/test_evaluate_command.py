@@ -91,7 +91,7 @@ def test_what_is_wrong_is_one_sentence_and_exit_code_6(command: Command, place: 
     both = ("m", "--tasks", "gsm8k,alpaca_eval", "--backend", "numpy")
     ended = command(place, "eval", *both, "--data", "gsm8k.jsonl")
     assert (ended.returncode, ended.stderr) == (
-        6, "della: --data gsm8k.jsonl: which task is it of? --data TASK=FILE\n",
+        6, "della: --data gsm8k.jsonl: names no task; give --data TASK=FILE\n",
     )  # fmt: skip
     ended = command(place, "eval", "owner/m", "--tasks", "gsm8k", "--data", "none", "--json")
     assert (ended.returncode, ended.stdout.count("\n")) == (6, 1)

@@ -422,10 +422,10 @@ REFUSED: dict[str, tuple[Mapping[str, Any], str]] = {
     "limit": ({"limit": 0}, "limit 0: expected at least 1"),
     "batch": ({"batch": -1}, "batch -1: expected at least 1"),
     "seed": ({"seed": -1}, "seed -1: expected at least 0"),
-    "no address": ({}, "the backend openai needs the server's address: --base-url http://HOST/v1"),
+    "no address": ({}, "the backend openai needs the server's address; give --base-url http://HOST/v1"),
     "fresh scores": (
         {"fresh": True, "score_only": True},
-        "--fresh forgets the answers that --score-only is to score: leave one out",
+        "--fresh forgets the answers that --score-only is to score; leave one out",
     ),
 }  # fmt: skip
 

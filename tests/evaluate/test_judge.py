@@ -17,13 +17,11 @@ from della.errors import EvaluationError
 from della.evaluate.endpoint import Endpoint
 from della.evaluate.generations import Store
 from della.evaluate.judge import SETTINGS, SYSTEM, Judged, judge, verdict_of
-from della.evaluate.problems import Problem
+from della.evaluate.problems import Item
 
 pytest.importorskip("openai", reason="the extra eval is not installed")
 
-PROBLEMS = [
-    Problem(str(n), "gsm8k", f"What is {n} + 1?", f"{n} + 1 = {n + 1}\n#### {n + 1}") for n in range(6)
-]
+PROBLEMS = [Item(str(n), "gsm8k", f"What is {n} + 1?", f"{n} + 1 = {n + 1}\n#### {n + 1}") for n in range(6)]
 ANSWERS = {str(n): f"It is {n + 1}." if n % 2 else f"It is {n}." for n in range(6)}  # odd ones are right
 VERDICTS = {str(n): "correct" if n % 2 else "wrong" for n in range(6)}
 

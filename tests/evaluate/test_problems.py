@@ -12,15 +12,15 @@ import pytest
 from benchmark_files import ADD, HELLO, PEAS, lines
 
 from della.errors import EvaluationError
-from della.evaluate.problems import Problem, load
+from della.evaluate.problems import Item, load
 
 
 def test_gsm8k_is_read_in_its_order(tmp_path: Path) -> None:
     big = {"question": "Café?", "answer": "Many.\n#### -1,234.5"}
     file = lines(tmp_path / "test.jsonl", PEAS, big)
     assert load("gsm8k", file) == [
-        Problem("0", "gsm8k", "2 peas and 3 peas?", "2 + 3 = <<2+3=5>>5\n#### 5"),
-        Problem("1", "gsm8k", "Café?", "Many.\n#### -1,234.5"),
+        Item("0", "gsm8k", "2 peas and 3 peas?", "2 + 3 = <<2+3=5>>5\n#### 5"),
+        Item("1", "gsm8k", "Café?", "Many.\n#### -1,234.5"),
     ]
     assert load("gsm8k", file, limit=1) == load("gsm8k", file)[:1]
 
@@ -28,7 +28,7 @@ def test_gsm8k_is_read_in_its_order(tmp_path: Path) -> None:
 def test_of_mbpp_only_the_test_split_is_read(tmp_path: Path) -> None:
     file = lines(tmp_path / "mbpp.jsonl", *(ADD | {"task_id": n} for n in (10, 510, 511, 11)))
     assert [problem.id for problem in load("mbpp", file)] == ["510", "11"]
-    assert load("mbpp", file)[1] == Problem(
+    assert load("mbpp", file)[1] == Item(
         "11", "mbpp", ADD["text"], ADD["code"], tuple(ADD["test_list"]), "import math"
     )
 
@@ -38,8 +38,8 @@ def test_alpaca_eval_is_an_array_or_lines_and_the_reference_may_lack(tmp_path: P
     records = [HELLO, {"instruction": "Say bye."}]
     file = lines(tmp_path / "alpaca_eval.json", *([records] if form == "array" else records))
     assert load("alpaca_eval", file) == [
-        Problem("0", "alpaca_eval", "Say hello.", "Hello."),
-        Problem("1", "alpaca_eval", "Say bye.", ""),
+        Item("0", "alpaca_eval", "Say hello.", "Hello."),
+        Item("1", "alpaca_eval", "Say bye.", ""),
     ]
 
 

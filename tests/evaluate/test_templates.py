@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 
 from della.errors import EvaluationError
-from della.evaluate.problems import Problem
+from della.evaluate.problems import Item
 from della.evaluate.templates import Prompt, check_template, cut, program_in, prompt_of
 
-MATH = Problem("3", "gsm8k", "Two and three?", "#### 5")
-CODE = Problem("11", "mbpp", "Write a function.", "", ("assert f(1) == 1", "assert f(2) ==    2"))
-CHAT = Problem("0", "alpaca_eval", "Say {hello}.", "")
+MATH = Item("3", "gsm8k", "Two and three?", "#### 5")
+CODE = Item("11", "mbpp", "Write a function.", "", ("assert f(1) == 1", "assert f(2) ==    2"))
+CHAT = Item("0", "alpaca_eval", "Say {hello}.", "")
 ALPACA = (
     "Below is an instruction that describes a task. "
     "Write a response that appropriately completes the request."
@@ -40,7 +40,7 @@ def test_mbpp_as_the_release_asks_it() -> None:
         "Test examples:\nassert f(1) == 1\nassert f(2) ==\t2\n\n### Response:"
     )
     assert prompt_of(CODE, "alpaca") == Prompt("11", asked)
-    long = Problem("493", "mbpp", "Polygons.", "", ("assert calculate_polygons(1) == [...]",) * 3)
+    long = Item("493", "mbpp", "Polygons.", "", ("assert calculate_polygons(1) == [...]",) * 3)
     assert "\nPolygons.\nTest examples:\ncalculate_polygons(startx, starty, endx, endy, radius)\n\n###" in (
         prompt_of(long, "alpaca").text
     )

@@ -473,10 +473,10 @@ def test_after_the_commit_nothing_untrue_is_told(
     monkeypatch.setattr(disk, "sync_folder", broken)
     with pytest.raises(OutputError) as refused:
         della.merge(made, tmp_path / "new", **{**OPTIONS, "fsync": True})
-    assert str(refused.value) == (
-        f"{tmp_path}/new: complete, but {tmp_path}/new: the disk reports an error; check it, and write to "
-        "another one"
-    )
+    (problem,) = refused.value.problems
+    assert (problem.subject, problem.fix) == (f"{tmp_path}/new", "check it, and write to another one")
+    assert "the disk reports an error" in problem.said
+    assert f"{tmp_path}/new is complete" in problem.said
     assert sorted(os.listdir(tmp_path)) == ["new", "out"]
     assert files(tmp_path / "new") == files(tmp_path / "out")
 

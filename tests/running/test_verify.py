@@ -236,10 +236,10 @@ def test_a_file_that_shrinks_while_it_is_read(single: Path) -> None:
     pieces = hashing.of_file(single, begin, end - begin)
     os.truncate(single, begin + 10)
     assert len(next(pieces)) == 10
-    with pytest.raises(CheckpointError, match=r"^the file ends too early; is something writing to it\?$"):
+    with pytest.raises(CheckpointError, match=r"ends too early; is something writing to it\?$"):
         next(pieces)
     single.unlink()
-    with pytest.raises(CheckpointError, match=r"^the file cannot be read \(No such file or directory\)$"):
+    with pytest.raises(CheckpointError, match=r"cannot be read \(No such file or directory\)$"):
         next(hashing.of_file(single, begin, 1))
     assert name
 

@@ -73,9 +73,11 @@ def test_an_input_that_is_damaged_now(whole: Path) -> None:
     raw = bytearray(path.read_bytes())
     raw[begin : begin + 2] = b"\xff\xff"
     path.write_bytes(raw)
-    (bad,) = verify(whole / FOLDER, sources=1, base_dir=whole).bad
-    assert bad.startswith(f"{whole}/out: tensor 'model.norm.weight' cannot be checked: {path}: tensor")
-    assert "1 value that is NaN" in bad
+    (bad,) = verify(whole / FOLDER, sources=1, base_dir=whole).problems
+    assert (bad.subject, bad.tensor) == (str(path), "model.norm.weight")
+    assert "1 value that is NaN" in bad.said
+    assert f"tensor 'model.norm.weight' of {whole}/out cannot be checked" in bad.said
+    assert "nonfinite" in (bad.fix or "")
     path.unlink()
     said = refused(CheckpointError, whole / FOLDER, sources=1, base_dir=whole)
     assert said.startswith(f"{whole}/math: no model here")
