@@ -46,18 +46,18 @@ class Outcome:
 
 
 class Stage:
-    """A scene, the calls that each scenario makes in it, and workers that each have a place of their own."""
+    """A scene, the calls that each scenario makes in it, and workers that each have a folder of their own."""
 
     def __init__(self, folder: Path, workers: int) -> None:
         self.scene = Scene(folder).build()
         self.folder, self.workers = folder, workers
         self.calls: dict[str, list[Call]] = {}
         self.lock = threading.Lock()
-        place = folder / "place0"
+        site = folder / "site0"
         for scenario in SCENARIOS:
-            self.scene.set_up(place, scenario)
+            self.scene.set_up(site, scenario)
             self.calls[scenario.name] = record(
-                self.scene.command(place, scenario), folder / "strace.log", scenario.swaps
+                self.scene.command(site, scenario), folder / "strace.log", scenario.swaps
             )
 
     def cases(self, *, near: bool, scenarios: Sequence[Scenario] = SCENARIOS) -> list[Case]:
@@ -68,18 +68,18 @@ class Stage:
             (scenario, call)
             for scenario in scenarios
             for call in self.calls[scenario.name]
-            if ("/place0" in call.text) == near
+            if ("/site0" in call.text) == near
         ]
 
     def spread(self, outcome: Outcome, work: Callable[[Path, Case], str], cases: Sequence[Case]) -> Outcome:
         """``work`` on every case, in several workers; what it returns is a failure."""
 
         def mine(number: int) -> None:
-            place = self.folder / f"place{number}"
+            site = self.folder / f"site{number}"
             for scenario, call in cases[number :: self.workers]:
-                self.scene.set_up(place, scenario)
-                wrong = work(place, (scenario, call))
-                told, resumed = self.scene.again(place, scenario)
+                self.scene.set_up(site, scenario)
+                wrong = work(site, (scenario, call))
+                told, resumed = self.scene.again(site, scenario)
                 with self.lock:
                     outcome.tried += 1
                     outcome.count("tensors found done", resumed)
@@ -99,11 +99,11 @@ def kills(stage: Stage, most: int | None, rng: random.Random) -> Outcome:
     cases = stage.cases(near=True) + rng.sample(others, min(len(others), 200))
     cases = cases if most is None else rng.sample(cases, most)
 
-    def work(place: Path, case: Case) -> str:
+    def work(site: Path, case: Case) -> str:
         scenario, call = case
-        command = sabotaged(stage.scene.command(place, scenario), call, "signal=SIGKILL", scenario.swaps)
+        command = sabotaged(stage.scene.command(site, scenario), call, "signal=SIGKILL", scenario.swaps)
         done = run(command)
-        state = stage.scene.state(place, scenario)
+        state = stage.scene.state(site, scenario)
         with stage.lock:
             outcome.count(f"then {state}" if state in ("absent", "old", "new", "new file") else "then wrong")
         if state not in (scenario.start, scenario.end):
@@ -123,12 +123,12 @@ def errors(stage: Stage, code: str, most: int | None, rng: random.Random) -> Out
     cases = cases if most is None else rng.sample(cases, most)
     committed = {scenario.name: _commit(stage.calls[scenario.name]) for scenario in scenarios}
 
-    def work(place: Path, case: Case) -> str:
+    def work(site: Path, case: Case) -> str:
         scenario, call = case
-        done = run(sabotaged(stage.scene.command(place, scenario), call, f"error={code}"))
+        done = run(sabotaged(stage.scene.command(site, scenario), call, f"error={code}"))
         is_after = stage.calls[scenario.name].index(call) > committed[scenario.name]
         lines = done.stderr.splitlines()
-        state = stage.scene.state(place, scenario)
+        state = stage.scene.state(site, scenario)
         with stage.lock:
             outcome.count("after the commit" if is_after else "before the commit")
         if done.returncode == 0:
@@ -150,7 +150,7 @@ def durable(stage: Stage) -> Outcome:
     outcome = Outcome("fsync of every file and folder before success")
     for scenario in SCENARIOS:
         outcome.tried += 1
-        written, missing = not_synced(stage.calls[scenario.name], stage.folder / "place0")
+        written, missing = not_synced(stage.calls[scenario.name], stage.folder / "site0")
         outcome.count("files", written)
         if missing or written < (1 if scenario.single else 3):
             outcome.failures.append(f"{scenario.name}: {written} files, not synced: {missing}")
@@ -209,18 +209,18 @@ def moments(folder: Path, most: int, rng: random.Random) -> Outcome:
     outcome = Outcome("two threads, killed at any moment")
     scene = Scene(folder, layers=8, width=800, shard=6_000_000, threads=2).build()
     scenarios = [scenario for scenario in SCENARIOS if scenario.name in ("absent", "old", "one file")]
-    place = folder / "place"
-    span = {scenario.name: _killed(scene, place, scenario, 120.0)[1] for scenario in scenarios}
+    site = folder / "site"
+    span = {scenario.name: _killed(scene, site, scenario, 120.0)[1] for scenario in scenarios}
     for number in range(most):
         scenario = scenarios[number % len(scenarios)]
         for _ in range(10):
             moment = rng.uniform(0, span[scenario.name])
-            is_killed, _ = _killed(scene, place, scenario, moment)
-            state = scene.state(place, scenario)
+            is_killed, _ = _killed(scene, site, scenario, moment)
+            state = scene.state(site, scenario)
             if is_killed or state != scenario.end:
                 break
             outcome.count("ended before the kill, drawn again")
-        told, resumed = scene.again(place, scenario)
+        told, resumed = scene.again(site, scenario)
         wrong = "" if is_killed else "was never killed"
         wrong = wrong or (state if state not in (scenario.start, scenario.end) else told)
         outcome.tried += 1
@@ -232,14 +232,12 @@ def moments(folder: Path, most: int, rng: random.Random) -> Outcome:
     return outcome
 
 
-def _killed(scene: Scene, place: Path, scenario: Scenario, moment: float) -> tuple[bool, float]:
+def _killed(scene: Scene, site: Path, scenario: Scenario, moment: float) -> tuple[bool, float]:
     """Start the scenario's command and kill it after ``moment`` seconds of merging; whether it came to that,
     and after how many seconds it ended.
     """
-    scene.set_up(place, scenario)
-    with subprocess.Popen(
-        _waiting(scene.arguments(place, scenario)), stdin=-1, stdout=-1, text=True
-    ) as merge:
+    scene.set_up(site, scenario)
+    with subprocess.Popen(_waiting(scene.arguments(site, scenario)), stdin=-1, stdout=-1, text=True) as merge:
         assert merge.stdin is not None
         assert merge.stdout is not None
         merge.stdout.readline()

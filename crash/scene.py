@@ -1,4 +1,4 @@
-"""The stage: models, two recipes, and a place for OUT; what may be found there afterwards."""
+"""The stage: models, two recipes, and a folder for OUT; what may be found there afterwards."""
 
 from __future__ import annotations
 
@@ -106,32 +106,32 @@ class Scene:
         della.merge(self.folder / f"{which}.yml", out, **self.options, **options)
         return out
 
-    def set_up(self, place: Path, scenario: Scenario) -> None:
-        """``place`` anew, with what there is before the scenario's command."""
-        shutil.rmtree(place, ignore_errors=True)
-        place.mkdir()
+    def set_up(self, site: Path, scenario: Scenario) -> None:
+        """``site`` anew, with what there is before the scenario's command."""
+        shutil.rmtree(site, ignore_errors=True)
+        site.mkdir()
         if scenario.old:
-            shutil.copytree(self.folder / "old/out", place / "out")
+            shutil.copytree(self.folder / "old/out", site / "out")
         if scenario.finish or scenario.part[1] > 1:
             done = (1, 2) if scenario.finish else (2,)
             for number in done:
-                self._merge("new", place / "out", part=(number, 2), overwrite=scenario.old)
+                self._merge("new", site / "out", part=(number, 2), overwrite=scenario.old)
 
-    def command(self, place: Path, scenario: Scenario) -> list[str]:
+    def command(self, site: Path, scenario: Scenario) -> list[str]:
         """The merge, as a user would start it."""
-        return [sys.executable, "-m", "della.cli.main", *self.arguments(place, scenario)]
+        return [sys.executable, "-m", "della.cli.main", *self.arguments(site, scenario)]
 
-    def arguments(self, place: Path, scenario: Scenario) -> list[str]:
+    def arguments(self, site: Path, scenario: Scenario) -> list[str]:
         """What the user says to the command."""
-        words = ["merge", str(self.folder / "new.yml"), str(place / scenario.out), "--quiet"]
+        words = ["merge", str(self.folder / "new.yml"), str(site / scenario.out), "--quiet"]
         words += ["--shard-size", f"{self.shard}B", "--threads", str(self.threads)]
         return words + scenario.arguments
 
-    def state(self, place: Path, scenario: Scenario) -> str:
+    def state(self, site: Path, scenario: Scenario) -> str:
         """Which of absent, old and new OUT is, to the byte and by `della verify`; else what is wrong."""
-        out = place / scenario.out
+        out = site / scenario.out
         found = tree(out)
-        if not found and not scenario.swaps and tree(place / ASIDE) == self.trees["old"]:
+        if not found and not scenario.swaps and tree(site / ASIDE) == self.trees["old"]:
             return "old"  # the next run puts it back
         known = [name for name, wanted in self.trees.items() if wanted == found]
         if not known:
@@ -140,9 +140,9 @@ class Scene:
             return f"verify finds fault with a whole model: {verdict.bad}"
         return known[0]
 
-    def again(self, place: Path, scenario: Scenario) -> tuple[str, int]:
+    def again(self, site: Path, scenario: Scenario) -> tuple[str, int]:
         """The same once more, to the end: what is then wrong, and the tensors that were found done."""
-        out = place / scenario.out
+        out = site / scenario.out
         options: dict[str, Any] = {**self.options, "overwrite": scenario.old or out.exists()}
         recipe = self.folder / "new.yml"
         if scenario.part[1] > 1:
@@ -153,10 +153,10 @@ class Scene:
             if not scenario.finish:
                 raise
             resumed = della.merge(recipe, out, **options).resumed  # the parts were used up already
-        state = self.state(place, scenario)
+        state = self.state(site, scenario)
         if state != ("new file" if scenario.single else "new"):
             return f"after a second run: {state}", resumed
-        left = sorted(set(os.listdir(place)) - {scenario.out})
+        left = sorted(set(os.listdir(site)) - {scenario.out})
         return (f"left beside OUT: {left}" if left else ""), resumed
 
 

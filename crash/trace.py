@@ -77,8 +77,8 @@ def _without_exchange(swaps: bool) -> list[str]:
     return [] if swaps else ["-e", "inject=renameat2:error=EINVAL"]
 
 
-def not_synced(calls: Sequence[Call], place: Path) -> tuple[int, list[str]]:
-    """How many files were written; and what was renamed into place (or, by a part, left) before it was safe
+def not_synced(calls: Sequence[Call], site: Path) -> tuple[int, list[str]]:
+    """How many files were written; and what was renamed to OUT (or, by a part, left) before it was safe
     on the disk: files and their folder, then the folder above.
     """
     renamed = next((i for i, call in enumerate(calls) if call.name.startswith("rename")), None)
@@ -88,11 +88,11 @@ def not_synced(calls: Sequence[Call], place: Path) -> tuple[int, list[str]]:
         match = re.match(r"\d+<([^>]*)>", call.text)
         if match and call.name == "fsync":
             synced.append((i, match[1]))
-        elif match and call.name in ("write", "pwrite64") and match[1].startswith(f"{place}/"):
+        elif match and call.name in ("write", "pwrite64") and match[1].startswith(f"{site}/"):
             written |= {match[1]} if "/model/" in match[1] else set()
     last = len(calls) if renamed is None else renamed
     before = {path for i, path in synced if i < last}
     missing = sorted((written | {str(Path(path).parent) for path in written}) - before)
-    if renamed is not None and str(place) not in {path for i, path in synced if i > renamed}:
-        missing.append(f"{place} (after the rename)")
+    if renamed is not None and str(site) not in {path for i, path in synced if i > renamed}:
+        missing.append(f"{site} (after the rename)")
     return len(written), missing

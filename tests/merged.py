@@ -21,17 +21,17 @@ FOLDER, FILE = FORMS = ("out", "one.safetensors")
 SIDES = {"tokenizer.json": {"a": 1}, "generation_config.json": {"b": 2}, "chat_template.jinja": b"{{ x }}"}
 
 
-def make(place: Path) -> Path:
+def make(folder: Path) -> Path:
     """Models, recipe.yml with relative paths, and a merge of them in four shards and one in a single file."""
-    save(place, trio())
-    put(place / "base", SIDES)
+    save(folder, trio())
+    put(folder / "base", SIDES)
     table = recipe(Path("."), "della", OWN, {}) | {"base_model": "./base"}
     for model, name in zip(table["models"], EXPERTS, strict=True):
         model["model"] = f"./{name}"
-    (place / "recipe.yml").write_text(json.dumps(table, indent=1))
-    della.merge(place / "recipe.yml", place / FOLDER, shard_bytes=12_000, fsync=False)
-    della.merge(place / "recipe.yml", place / FILE, fsync=False)
-    return place
+    (folder / "recipe.yml").write_text(json.dumps(table, indent=1))
+    della.merge(folder / "recipe.yml", folder / FOLDER, shard_bytes=12_000, fsync=False)
+    della.merge(folder / "recipe.yml", folder / FILE, fsync=False)
+    return folder
 
 
 def shards(out: Path) -> list[Path]:

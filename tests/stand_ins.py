@@ -49,10 +49,10 @@ pathlib.Path({told!r}).write_text(json.dumps([sys.argv[1], options, environment,
 {body}
 """
 RESULTS = """
-place = pathlib.Path(eval(options["output_path"])) / "alpaca_eval_gpt4"
-place.mkdir()
-place.joinpath("leaderboard.csv").write_text({table!r})
-place.joinpath("annotations.json").write_text(json.dumps({annotations!r}))
+site = pathlib.Path(eval(options["output_path"])) / "alpaca_eval_gpt4"
+site.mkdir()
+site.joinpath("leaderboard.csv").write_text({table!r})
+site.joinpath("annotations.json").write_text(json.dumps({annotations!r}))
 """
 ANNOTATIONS = [
     {"instruction": "a", "preference": 2.0}, {"instruction": "b", "preference": 1.0},

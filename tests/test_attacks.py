@@ -49,10 +49,10 @@ def payloads(folder: Path) -> list[Path]:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where an attack is made; also the working directory, in which relative payloads would make files."""
-    place = tmp_path / "attack"
-    place.mkdir()
-    monkeypatch.chdir(place)
-    return place
+    site = tmp_path / "attack"
+    site.mkdir()
+    monkeypatch.chdir(site)
+    return site
 
 
 def attacked(attack: Attack, folder: Path) -> Path:

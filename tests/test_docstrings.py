@@ -46,11 +46,11 @@ def _with_examples() -> list[str]:
     return found
 
 
-def _folder(place: Path) -> Path:
+def _folder(folder: Path) -> Path:
     """Where an example starts: two small models and recipe.yml."""
     weights = (("one", 1), ("two", 3))
     models = [{"model": f"./{name}", "parameters": {"weight": weight}} for name, weight in weights]
-    return put(place, {
+    return put(folder, {
         "one/model.safetensors": {"w": np.array([1, 2], np.float32)},
         "two/model.safetensors": {"w": np.array([3, 4], np.float32)},
         "recipe.yml": {"merge_method": "linear", "models": models},

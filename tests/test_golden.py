@@ -171,8 +171,8 @@ def test_golden_bytes(name: str, folder: Path) -> None:
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory() as place:
-        found = {name: hash_of(name, Path(place)) for name in CASES}
+    with tempfile.TemporaryDirectory() as site:
+        found = {name: hash_of(name, Path(site)) for name in CASES}
     HASHES.write_text(json.dumps(found, indent=1) + "\n")
 
 

@@ -62,7 +62,7 @@ def lines(
 ) -> Plot:  # fmt: skip
     """Values over a number: a line a series, intervals as bars, a small plot a panel.
 
-    even: the places on the axis are equally far apart, whatever their numbers.
+    even: the positions on the axis are equally far apart, whatever their numbers.
     """
     places = sorted({mark.x for mark in marks})
     at = {place: float(i) if even else place for i, place in enumerate(places)}

@@ -256,10 +256,10 @@ def test_a_hostile_file_runs_nothing(
     raw = pickle.dumps(content) if options is None else save(content, **options)
     path = put(tmp_path / "m", {"pytorch_model.bin": raw}) / "pytorch_model.bin"
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
-    for place in (path, path.parent):
+    for site in (path, path.parent):
         with pytest.raises(CheckpointError, match="a pickle, which can run any code when it is loaded"):
-            open_source(str(place))
-        message = refusal(place)
+            open_source(str(site))
+        message = refusal(site)
         if options is None:
             assert message.startswith(f"{path}: not a file of torch.save: it begins with b'\\x80\\x04")
         else:
@@ -342,8 +342,8 @@ def test_the_gate_is_that_of_safetensors(tmp_path: Path) -> None:
         path, save({"l.qweight": torch.ones(1)})
     )
     put(tmp_path, {"config.json": {"quantization_config": {"quant_method": "gptq"}}})
-    for place in (tmp_path, path):
-        assert "a model quantised by GPTQ (quantization_config in config.json)" in refusal(place)
+    for site in (tmp_path, path):
+        assert "a model quantised by GPTQ (quantization_config in config.json)" in refusal(site)
 
 
 def test_damaged_files(tmp_path: Path) -> None:

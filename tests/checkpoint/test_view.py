@@ -156,29 +156,29 @@ def model(seed: int) -> dict[str, Array]:
     return {name: rng.standard_normal(shape).astype(BF16) for name, shape in SHAPES.items()}
 
 
-def save(place: Path, expert: dict[str, Array], base: dict[str, Array] | None = None) -> Path:
+def save(site: Path, expert: dict[str, Array], base: dict[str, Array] | None = None) -> Path:
     """A base, an expert and another one."""
     models = {"base": base or model(0), "expert": expert, "other": model(2)}
-    return put(place, {f"{name}/model.safetensors": tensors for name, tensors in models.items()})
+    return put(site, {f"{name}/model.safetensors": tensors for name, tensors in models.items()})
 
 
-def seen(monkeypatch: pytest.MonkeyPatch, made: Callable[[TensorView], TensorView], place: Path) -> None:
-    """From now on a merge sees the tensors of the model at ``place`` through a view."""
+def seen(monkeypatch: pytest.MonkeyPatch, made: Callable[[TensorView], TensorView], site: Path) -> None:
+    """From now on a merge sees the tensors of the model at ``site`` through a view."""
 
     def opened(reference: str, **options: Any) -> Source:
         source = open_source(reference, **options)
-        if reference == str(place):
+        if reference == str(site):
             source.tensors = {name: made(view) for name, view in source.tensors.items()}
         return source
 
     monkeypatch.setattr(planner, "open_source", opened)
 
 
-def recipe(place: Path, method: str, **more: Any) -> dict[str, Any]:
+def recipe(site: Path, method: str, **more: Any) -> dict[str, Any]:
     own = {"weight": 0.8} | ({} if method in ("linear", "task_arithmetic") else {"density": 0.5})
-    models = [{"model": str(place / name), "parameters": own} for name in ("other", "expert")]
+    models = [{"model": str(site / name), "parameters": own} for name in ("other", "expert")]
     found = {"merge_method": method, "models": models, **more}
-    return found if method == "linear" else found | {"base_model": str(place / "base")}
+    return found if method == "linear" else found | {"base_model": str(site / "base")}
 
 
 @pytest.mark.parametrize(
@@ -228,9 +228,9 @@ def test_a_computed_view_that_is_copied_is_rounded_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, element: str
 ) -> None:
     extra = RNG.standard_normal((7, 3)).astype(BF16)
-    place = save(tmp_path, model(1) | {"extra": extra})
-    seen(monkeypatch, lambda inner: Scaled(inner, FACTOR, element), place / "expert")
-    made = recipe(place, "task_arithmetic", extra="copy")
+    site = save(tmp_path, model(1) | {"extra": extra})
+    seen(monkeypatch, lambda inner: Scaled(inner, FACTOR, element), site / "expert")
+    made = recipe(site, "task_arithmetic", extra="copy")
     found = della.merge(made, tmp_path / "o.safetensors", fsync=False)
     wanted = extra.astype(DTYPES[element].numpy) * DTYPES[element].numpy.type(FACTOR)
     assert load(tmp_path / "o.safetensors")["extra"] == ("BF16", (7, 3), wanted.astype(BF16).tobytes())
@@ -238,10 +238,10 @@ def test_a_computed_view_that_is_copied_is_rounded_once(
 
 
 def test_damage_is_told_of_the_file_behind_a_view(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    place = save(tmp_path, model(1))
-    seen(monkeypatch, lambda inner: Scaled(inner, np.inf), place / "expert")
+    site = save(tmp_path, model(1))
+    seen(monkeypatch, lambda inner: Scaled(inner, np.inf), site / "expert")
     with pytest.raises(CheckpointError) as caught:
-        della.merge(recipe(place, "ties"), tmp_path / "o.safetensors", threads=1, fsync=False)
+        della.merge(recipe(site, "ties"), tmp_path / "o.safetensors", threads=1, fsync=False)
     name, shape = max(SHAPES.items(), key=lambda item: np.prod(item[1]))
-    said = f"{place}/expert/model.safetensors: tensor {name} of {place}/expert holds {np.prod(shape)} values"
+    said = f"{site}/expert/model.safetensors: tensor {name} of {site}/expert holds {np.prod(shape)} values"
     assert said in str(caught.value)

@@ -39,7 +39,7 @@ def run(folder: Path, *arguments: str, **options: Any) -> subprocess.CompletedPr
 
 
 @pytest.fixture
-def place(models: Path, tmp_path: Path) -> Path:
+def site(models: Path, tmp_path: Path) -> Path:
     """A folder with r.yml, a recipe that works."""
     (tmp_path / "r.yml").write_text(json.dumps(recipe(models, "della", OWN, {}), indent=1))
     return tmp_path
@@ -63,8 +63,8 @@ def told(lines: list[str]) -> list[str]:
     return [line for line in lines if line != f"note: {COMPILING}"]
 
 
-def test_a_merge_tells_departures_progress_and_the_end_in_plain_lines(place: Path) -> None:
-    done = run(place, "merge", "r.yml", "out")
+def test_a_merge_tells_departures_progress_and_the_end_in_plain_lines(site: Path) -> None:
+    done = run(site, "merge", "r.yml", "out")
     assert (done.returncode, done.stdout) == (0, "")
     lines = told(done.stderr.splitlines())
     assert [line.rpartition("/")[2] for line in lines[:3]] == [
@@ -79,15 +79,15 @@ def test_a_merge_tells_departures_progress_and_the_end_in_plain_lines(place: Pat
     assert "\r" not in done.stderr
 
 
-def test_quiet_says_nothing_but_errors(command: Command, place: Path) -> None:
-    done = command(place, "merge", "r.yml", "out", "--quiet")
+def test_quiet_says_nothing_but_errors(command: Command, site: Path) -> None:
+    done = command(site, "merge", "r.yml", "out", "--quiet")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    again = command(place, "merge", "r.yml", "out", "-q")
+    again = command(site, "merge", "r.yml", "out", "-q")
     assert (again.returncode, again.stderr.count("\n")) == (4, 1)
 
 
-def test_json_lines(command: Command, place: Path) -> None:
-    done = command(place, "merge", "r.yml", "out", "--json", "--threads", "2")
+def test_json_lines(command: Command, site: Path) -> None:
+    done = command(site, "merge", "r.yml", "out", "--json", "--threads", "2")
     assert (done.returncode, done.stderr) == (0, "")
     events = [json.loads(line) for line in done.stdout.splitlines()]
     notes = [event["message"] for event in events if event["event"] == "note"]
@@ -110,26 +110,26 @@ def test_json_lines(command: Command, place: Path) -> None:
     }  # fmt: skip
 
 
-def test_a_plan_on_stdout(command: Command, place: Path, models: Path) -> None:
-    text = command(place, "plan", "r.yml", "--threads", "2")
-    machine = command(place, "plan", "r.yml", "--json")
+def test_a_plan_on_stdout(command: Command, site: Path, models: Path) -> None:
+    text = command(site, "plan", "r.yml", "--threads", "2")
+    machine = command(site, "plan", "r.yml", "--json")
     assert (text.returncode, text.stderr, machine.returncode, machine.stderr) == (0, "", 0, "")
     assert text.stdout.startswith("della, seed 42: 40 tensors\n")
     assert "with 2 threads\n" in text.stdout
     found = json.loads(machine.stdout)
     assert (found["bytes_read"], found["bytes_written"]) == (151155, 37833)
     assert found["departures"] == list(NOTES)
-    changed = json.loads(command(place, "plan", "r.yml", "--json", "--seed", "3", "--set", "weight=2").stdout)
+    changed = json.loads(command(site, "plan", "r.yml", "--json", "--seed", "3", "--set", "weight=2").stdout)
     assert changed["seed"] == 3
     tensor = next(tensor for tensor in changed["tensors"] if tensor["name"] == "lm_head.weight")
     own = {"weight": 2.0, "density": 0.5, "epsilon": 0.15}
     assert tensor["models"] == {str(models / name): own for name in EXPERTS}
 
 
-def test_a_closed_pipe_is_no_error_of_ours(place: Path) -> None:
+def test_a_closed_pipe_is_no_error_of_ours(site: Path) -> None:
     reading, writing = os.pipe()
     os.close(reading)
-    done = run(place, "plan", "r.yml", "--json", stdout=writing)
+    done = run(site, "plan", "r.yml", "--json", stdout=writing)
     os.close(writing)
     assert (done.returncode, done.stderr) == (1, "")
 
@@ -137,29 +137,29 @@ def test_a_closed_pipe_is_no_error_of_ours(place: Path) -> None:
 # ---- options ----------------------------------------------------------------------------------------------
 
 
-def test_options_reach_the_merge(command: Command, place: Path, models: Path) -> None:
+def test_options_reach_the_merge(command: Command, site: Path, models: Path) -> None:
     options = ["--seed", "7", "--set", "lambda=0.5", "--set", "models.0.parameters.weight=2", "--no-fsync"]
-    done = command(place, "merge", "r.yml", "out", *options, "--shard-size", "0.01MB", "--threads", "1")
+    done = command(site, "merge", "r.yml", "out", *options, "--shard-size", "0.01MB", "--threads", "1")
     assert done.returncode == 0, done.stderr
     own = [{**OWN[0], "weight": 2}, *OWN[1:]]
     wanted = della.merge(
-        recipe(models, "della", own, {"lambda": 0.5}), place / "same", seed=7, shard_bytes=10_000, fsync=False
+        recipe(models, "della", own, {"lambda": 0.5}), site / "same", seed=7, shard_bytes=10_000, fsync=False
     )
-    assert load(place / "out") == load(place / "same")
-    assert {path.name for path in (place / "out").iterdir()} == {p.name for p in (place / "same").iterdir()}
-    manifest = json.loads((place / "out/della.json").read_text())
+    assert load(site / "out") == load(site / "same")
+    assert {path.name for path in (site / "out").iterdir()} == {p.name for p in (site / "same").iterdir()}
+    manifest = json.loads((site / "out/della.json").read_text())
     assert (manifest["seed"], manifest["tensors"]) == (7, wanted.manifest["tensors"])
 
 
-def test_compat_and_overwrite(command: Command, place: Path) -> None:
-    assert command(place, "merge", "r.yml", "out", "-q").returncode == 0
-    ours = load(place / "out")
-    done = command(place, "merge", "r.yml", "out", "--overwrite", "--compat", "mergekit")
+def test_compat_and_overwrite(command: Command, site: Path) -> None:
+    assert command(site, "merge", "r.yml", "out", "-q").returncode == 0
+    ours = load(site / "out")
+    done = command(site, "merge", "r.yml", "out", "--overwrite", "--compat", "mergekit")
     note = "compat mergekit: mergekit's own rules, but with seeded draws instead of an unseeded generator"
     assert told(done.stderr.splitlines())[3] == f"note: {note}"
     assert done.returncode == 0
-    assert load(place / "out") != ours
-    assert sorted(os.listdir(place)) == ["out", "r.yml"]
+    assert load(site / "out") != ours
+    assert sorted(os.listdir(site)) == ["out", "r.yml"]
 
 
 @pytest.mark.parametrize(
@@ -200,26 +200,26 @@ SENTENCES: list[tuple[str, int, str]] = [
     ),
     ("merge r.yml out --shard-size big", 2, "--shard-size big: expected a size such as 5GB or 500MB"),
     ("merge r.yml out --shard-size 0", 2, "--shard-size 0: expected a size such as 5GB or 500MB"),
-    ("plan lost.yml", 3, "./zzz: not found; tried {place}/zzz"),
-    ("merge torn.yml out", 3, "{place}/torn.safetensors: truncated: expected at least 8 bytes, found 3; "
+    ("plan lost.yml", 3, "./zzz: not found; tried {site}/zzz"),
+    ("merge torn.yml out", 3, "{site}/torn.safetensors: truncated: expected at least 8 bytes, found 3; "
      "download the file again"),
-    ("merge nan.yml out", 3, "{place}/nan.safetensors: tensor w of nan.safetensors holds 1 value that is NaN "
+    ("merge nan.yml out", 3, "{site}/nan.safetensors: tensor w of nan.safetensors holds 1 value that is NaN "
      f"or infinite (the first is element 1: nan); such a model is damaged: get it again, or {CURE}"),
-    ("merge r.yml r.yml", 4, "{place}/r.yml: exists already; choose another place, or allow it to be "
+    ("merge r.yml r.yml", 4, "{site}/r.yml: exists already; choose another place, or allow it to be "
      "replaced: --overwrite"),
-    ("merge r.yml r.yml --overwrite", 4, "{place}/r.yml: a file, which is not replaced; "
+    ("merge r.yml r.yml --overwrite", 4, "{site}/r.yml: a file, which is not replaced; "
      "choose another place"),
-    ("merge one.yml one.safetensors --overwrite", 4, "{place}/one.safetensors: touches the input "
-     "{place}/one.safetensors; choose another place for the result"),
+    ("merge one.yml one.safetensors --overwrite", 4, "{site}/one.safetensors: touches the input "
+     "{site}/one.safetensors; choose another place for the result"),
     ("merge large.yml out", 4, "w: element 0 becomes inf when it is rounded to float16; "
      f"choose a wider out_dtype, or a smaller lambda; or {CURE}"),
 ]  # fmt: skip
 
 
-def prepare(place: Path) -> None:
+def prepare(site: Path) -> None:
     """One recipe for each sentence above."""
     one = np.array([70000.0, 2.0], np.float32)
-    put(place, {
+    put(site, {
         "one.safetensors": {"w": one}, "torn.safetensors": b"abc",
         "nan.safetensors": {"w": one * np.array([1, np.nan], np.float32)},
         "bad.yml": b"merge_method: linear\ndensty: 1\nmodels: [{model: one.safetensors}]\n",
@@ -232,24 +232,24 @@ def prepare(place: Path) -> None:
 
 @pytest.mark.parametrize(("line", "code", "sentence"), SENTENCES, ids=[line for line, _, _ in SENTENCES])
 def test_bad_input_gets_one_sentence_and_its_exit_code(
-    command: Command, place: Path, line: str, code: int, sentence: str
+    command: Command, site: Path, line: str, code: int, sentence: str
 ) -> None:
-    prepare(place)
-    before = tree(place)
-    done = command(place, *line.split(), "--json" if line.startswith("plan") else "--quiet")
-    wanted = sentence.format(place=place)
+    prepare(site)
+    before = tree(site)
+    done = command(site, *line.split(), "--json" if line.startswith("plan") else "--quiet")
+    wanted = sentence.format(site=site)
     assert (done.returncode, done.stderr) == (code, f"della: {wanted}\n")
     if line.startswith("plan"):
         event = json.loads(done.stdout)
         assert event.pop("problems")[0]["said"] in wanted
         assert event == {"event": "error", "exit_code": code, "message": wanted}
-    assert tree(place) == before
+    assert tree(site) == before
 
 
-def test_debug_shows_the_traceback_and_keeps_the_exit_code(command: Command, place: Path) -> None:
-    prepare(place)
+def test_debug_shows_the_traceback_and_keeps_the_exit_code(command: Command, site: Path) -> None:
+    prepare(site)
     for line, code in (("merge bad.yml out", 2), ("merge nan.yml out", 3), ("merge r.yml r.yml", 4)):
-        plain, debug = command(place, *line.split()), command(place, *line.split(), "--debug")
+        plain, debug = command(site, *line.split()), command(site, *line.split(), "--debug")
         assert (plain.returncode, debug.returncode) == (code, code)
         assert "Traceback" not in plain.stderr
         assert "Traceback (most recent call last):\n" in debug.stderr
@@ -267,8 +267,8 @@ def test_debug_shows_the_traceback_and_keeps_the_exit_code(command: Command, pla
         ("merg r.yml out", "No such command 'merg'."),
     ],
 )
-def test_a_wrong_command_line_exits_with_2(command: Command, place: Path, line: str, sentence: str) -> None:
-    done = command(place, *line.split())
+def test_a_wrong_command_line_exits_with_2(command: Command, site: Path, line: str, sentence: str) -> None:
+    done = command(site, *line.split())
     assert (done.returncode, done.stdout) == (2, "")
     assert f"Error: {sentence}" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
@@ -338,9 +338,9 @@ def terminal() -> Iterator[tuple[int, int]]:
     os.close(ours)
 
 
-def test_a_terminal_shows_a_bar(place: Path, terminal: tuple[int, int]) -> None:
+def test_a_terminal_shows_a_bar(site: Path, terminal: tuple[int, int]) -> None:
     ours, theirs = terminal
-    process = start(place, "merge", "r.yml", "out", stdout=subprocess.PIPE, stderr=theirs)
+    process = start(site, "merge", "r.yml", "out", stdout=subprocess.PIPE, stderr=theirs)
     os.close(theirs)
     shown = everything(ours).decode()
     assert process.communicate()[0] == b""
@@ -419,8 +419,8 @@ def test_help_loads_nothing_heavy(tmp_path: Path, arguments: list[str]) -> None:
     assert not {name for name in names if name.startswith(("rich.progress", "matplotlib", "plotly"))}
 
 
-def test_a_plan_needs_no_kernels(place: Path) -> None:
-    names = {name.partition(".")[0] for name in loaded(place, "plan", "r.yml")}
+def test_a_plan_needs_no_kernels(site: Path) -> None:
+    names = {name.partition(".")[0] for name in loaded(site, "plan", "r.yml")}
     assert not names & {"numba", "torch", "transformers", "huggingface_hub"}
     assert {"numpy", "yaml"} <= names
 

@@ -94,7 +94,7 @@ def test_length_control_is_the_package_s_and_only_where_asked_for(
 
 def test_an_annotator_of_one_s_own_is_a_path(files: tuple[Path, Path], tmp_path: Path) -> None:
     body = RESULTS.format(table=TABLE, annotations=ANNOTATIONS).replace(' / "alpaca_eval_gpt4"', "")
-    command = stand_in(tmp_path, body.replace("place.mkdir()", ""))
+    command = stand_in(tmp_path, body.replace("site.mkdir()", ""))
     win_rate(*files, tmp_path / "out", command=command, annotator=f"{tmp_path}/mine")
     _, options, *_ = json.loads((tmp_path / "told.json").read_text())
     assert options["annotators_config"] == repr(f"{tmp_path}/mine")

@@ -34,7 +34,7 @@ def run(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Path:
+def site(tmp_path: Path) -> Path:
     """A folder with ten sums and one instruction."""
     lines(tmp_path / "gsm8k.jsonl", *sums(10))
     lines(tmp_path / "alpaca.jsonl", HELLO)
@@ -47,10 +47,10 @@ def rule(request: Request) -> str:
     return f"The answer is: {n + 1 if n < {'a': 2, 'b': 3}[request.body['model']] else -1}."
 
 
-def test_the_table_and_the_differences(command: Command, place: Path) -> None:
+def test_the_table_and_the_differences(command: Command, site: Path) -> None:
     with StubServer(rule) as server:
         served = ("--backend", "openai", "--base-url", server.url, "--out", "out")
-        ended = command(place, "eval", "a", "b", "--tasks", "gsm8k", "--data", "gsm8k.jsonl", *served)
+        ended = command(site, "eval", "a", "b", "--tasks", "gsm8k", "--data", "gsm8k.jsonl", *served)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout == (
         "model  task   metric    score  95 % interval     items\n"
@@ -67,10 +67,10 @@ def test_the_table_and_the_differences(command: Command, place: Path) -> None:
     assert ends == ["a, gsm8k: 10 of 10 answers", "b, gsm8k: 10 of 10 answers"]
 
 
-def test_json_lines_and_several_tasks(command: Command, place: Path) -> None:
+def test_json_lines_and_several_tasks(command: Command, site: Path) -> None:
     with StubServer(lambda request: "The answer is: 1.") as server:
         ended = command(
-            place, "eval", "a", "--tasks", "alpaca_eval,gsm8k", "--data", "gsm8k=gsm8k.jsonl", "--data",
+            site, "eval", "a", "--tasks", "alpaca_eval,gsm8k", "--data", "gsm8k=gsm8k.jsonl", "--data",
             "alpaca_eval=alpaca.jsonl", "--template", "chat", "--template", "gsm8k=vicuna", "--limit", "4",
             "--backend", "openai", "--base-url", server.url, "--json",
         )  # fmt: skip
@@ -84,22 +84,22 @@ def test_json_lines_and_several_tasks(command: Command, place: Path) -> None:
         "alpaca_eval": "chat", "gsm8k": "vicuna",
     }  # fmt: skip
     assert [result["value"] for result in events[3]["results"]] == [0.25, 0.25]
-    assert (place / "eval-out/a/alpaca_eval.json").exists()
+    assert (site / "eval-out/a/alpaca_eval.json").exists()
 
 
-def test_what_is_wrong_is_one_sentence_and_exit_code_6(command: Command, place: Path) -> None:
+def test_what_is_wrong_is_one_sentence_and_exit_code_6(command: Command, site: Path) -> None:
     both = ("m", "--tasks", "gsm8k,alpaca_eval", "--backend", "numpy")
-    ended = command(place, "eval", *both, "--data", "gsm8k.jsonl")
+    ended = command(site, "eval", *both, "--data", "gsm8k.jsonl")
     assert (ended.returncode, ended.stderr) == (
         6, "della: --data gsm8k.jsonl: names no task; give --data TASK=FILE\n",
     )  # fmt: skip
-    ended = command(place, "eval", "owner/m", "--tasks", "gsm8k", "--data", "none", "--json")
+    ended = command(site, "eval", "owner/m", "--tasks", "gsm8k", "--data", "none", "--json")
     assert (ended.returncode, ended.stdout.count("\n")) == (6, 1)
     event = json.loads(ended.stdout)
     assert (event["event"], event["exit_code"], event["message"]) == ("error", 6, "none: no such file")
-    ended = command(place, "eval", "owner/m", "--tasks", "gsm8k", "--data", "gsm8k.jsonl", "--vllm-args", "'")
+    ended = command(site, "eval", "owner/m", "--tasks", "gsm8k", "--data", "gsm8k.jsonl", "--vllm-args", "'")
     assert (ended.returncode, ended.stderr) == (6, "della: --vllm-args ': No closing quotation\n")
-    assert [path.name for path in place.iterdir() if path.is_dir()] == []
+    assert [path.name for path in site.iterdir() if path.is_dir()] == []
 
 
 @pytest.mark.parametrize(
@@ -115,18 +115,18 @@ def test_what_is_wrong_is_one_sentence_and_exit_code_6(command: Command, place: 
     ],
 )
 def test_an_option_that_would_not_count_is_refused(
-    command: Command, place: Path, options: tuple[str, ...], message: str
+    command: Command, site: Path, options: tuple[str, ...], message: str
 ) -> None:
-    ended = command(place, "eval", "m", "--tasks", "gsm8k", "--backend", "numpy", *options)
+    ended = command(site, "eval", "m", "--tasks", "gsm8k", "--backend", "numpy", *options)
     assert (ended.returncode, ended.stderr) == (6, f"della: {message}\n")
 
 
-def test_ctrl_c_says_that_the_same_command_goes_on(place: Path) -> None:
+def test_ctrl_c_says_that_the_same_command_goes_on(site: Path) -> None:
     slow = [0.5]
     with StubServer(lambda request: Slow(slow[0], "The answer is: 1")) as server:
         served = ("--backend", "openai", "--base-url", server.url, "--out", "out", "--concurrency", "1")
         command = [*LISTENING, "eval", "m", "--tasks", "gsm8k", "--data", "gsm8k.jsonl", *served]
-        with subprocess.Popen(command, cwd=place, stderr=subprocess.PIPE, text=True) as first:
+        with subprocess.Popen(command, cwd=site, stderr=subprocess.PIPE, text=True) as first:
             while not server.requests:
                 assert first.poll() is None
                 time.sleep(0.001)
@@ -136,14 +136,14 @@ def test_ctrl_c_says_that_the_same_command_goes_on(place: Path) -> None:
         assert first.returncode == 130
         assert len(server.requests) < 10
         slow[0] = 0.0
-        assert subprocess.run(command, cwd=place, capture_output=True, check=False).returncode == 0
+        assert subprocess.run(command, cwd=site, capture_output=True, check=False).returncode == 0
         assert len(server.requests) == 10, "what was in flight was waited for and kept"
 
 
-def test_numpy_end_to_end(command: Command, place: Path) -> None:
+def test_numpy_end_to_end(command: Command, site: Path) -> None:
     model = f"math={TRIO / 'math'}"
     ended = command(
-        place, "eval", model, "--tasks", "gsm8k", "--data", "gsm8k.jsonl", "--backend", "numpy",
+        site, "eval", model, "--tasks", "gsm8k", "--data", "gsm8k.jsonl", "--backend", "numpy",
         "--limit", "2", "--max-tokens", "4", "--quiet", "--out", "out",
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
@@ -153,21 +153,21 @@ def test_numpy_end_to_end(command: Command, place: Path) -> None:
     )
 
 
-def test_vllm_end_to_end_with_a_stand_in(place: Path) -> None:
-    (place / "vllm.py").write_text(VLLM)
+def test_vllm_end_to_end_with_a_stand_in(site: Path) -> None:
+    (site / "vllm.py").write_text(VLLM)
     ended = run(
         f"five={TRIO / 'base'}", "--tasks", "gsm8k", "--data", "gsm8k.jsonl", "--backend", "vllm",
         "--vllm-command", shlex.join([sys.executable, "vllm.py"]), "--vllm-args", "--enforce-eager", "--out",
-        "out", "--limit", "5", cwd=place, env=os.environ | {"TOLD": "told.json"},
+        "out", "--limit", "5", cwd=site, env=os.environ | {"TOLD": "told.json"},
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
-    told = json.loads((place / "told.json").read_text())
+    told = json.loads((site / "told.json").read_text())
     assert told["arguments"][:2] == ["serve", str(TRIO / "base")]
     assert told["arguments"][-1] == "--enforce-eager"
-    stored = [json.loads(line) for line in (place / "out/five/gsm8k.jsonl").read_text().splitlines()]
+    stored = [json.loads(line) for line in (site / "out/five/gsm8k.jsonl").read_text().splitlines()]
     assert [record["answer"] for record in stored[1:]] == ["The answer is: five"] * 5
     assert stored[0]["settings"]["vllm_arguments"] == ["--enforce-eager"]
-    assert (place / "out/five/vllm.log").exists()
+    assert (site / "out/five/vllm.log").exists()
 
 
 PAGE = (Path(__file__).parents[2] / "docs/evaluation.md").read_text(encoding="utf-8")

@@ -232,7 +232,7 @@ def mergekit_python() -> str:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the models, every recipe as NUMBER.yml, mergekit's result of it as mergekit-NUMBER.
 
     Those in bf16 are bf16-NUMBER.yml and mergekit-bf16-NUMBER.
@@ -264,11 +264,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("compat", [False, True], ids=["own rules", "compat"])
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_tensor_agrees(place: Path, tmp_path: Path, name: str, compat: bool) -> None:
+def test_every_tensor_agrees(site: Path, tmp_path: Path, name: str, compat: bool) -> None:
     number = list(RECIPES).index(name)
-    della.merge(place / f"{number}.yml", tmp_path / "out", compat=compat, fsync=False, threads=1)
-    ours, theirs = load(tmp_path / "out"), load(place / f"mergekit-{number}")
-    inputs = [load(place / model) for model in ("base", *EXPERTS, HALF)]
+    della.merge(site / f"{number}.yml", tmp_path / "out", compat=compat, fsync=False, threads=1)
+    ours, theirs = load(tmp_path / "out"), load(site / f"mergekit-{number}")
+    inputs = [load(site / model) for model in ("base", *EXPERTS, HALF)]
     assert ours.keys() == theirs.keys()
     for tensor, expected in theirs.items():
         assert ours[tensor].dtype == expected.dtype == np.float32
@@ -279,10 +279,10 @@ def test_every_tensor_agrees(place: Path, tmp_path: Path, name: str, compat: boo
 
 
 @pytest.mark.parametrize("name", EXACT)
-def test_compat_repeats_bf16_to_the_bit(place: Path, tmp_path: Path, name: str) -> None:
+def test_compat_repeats_bf16_to_the_bit(site: Path, tmp_path: Path, name: str) -> None:
     number = EXACT.index(name)
-    della.merge(place / f"bf16-{number}.yml", tmp_path / "out", compat=True, fsync=False, threads=1)
-    ours, theirs = load(tmp_path / "out"), load(place / f"mergekit-bf16-{number}")
+    della.merge(site / f"bf16-{number}.yml", tmp_path / "out", compat=True, fsync=False, threads=1)
+    ours, theirs = load(tmp_path / "out"), load(site / f"mergekit-bf16-{number}")
     assert ours.keys() == theirs.keys()
     different = [tensor for tensor, expected in theirs.items() if not np.array_equal(ours[tensor], expected)]
     assert different == []
@@ -303,8 +303,8 @@ def factors(mean: NDArray[Any], groups: int) -> NDArray[np.float64]:
     return np.asarray(above / below, np.float64)
 
 
-def test_della_of_mergekit_is_biased(place: Path) -> None:
-    mean = np.load(place / "mean.npy")
+def test_della_of_mergekit_is_biased(site: Path) -> None:
+    mean = np.load(site / "mean.npy")
     assert np.all(np.diff(factors(mean, 10)) > 0)
     by_percent = factors(mean, 100)
     assert by_percent[0] == pytest.approx(0.62, abs=0.02)

@@ -167,8 +167,8 @@ def test_side_files(tmp_path: Path) -> None:
             )
         with pytest.raises(OutputError) as caught:
             output.add_file("tokenizer.json", b"")
-        place = tmp_path / ".out.della-staging/model/tokenizer.json"
-        assert str(caught.value) == f"{place}: exists already; choose another place"
+        folder = tmp_path / ".out.della-staging/model/tokenizer.json"
+        assert str(caught.value) == f"{folder}: exists already; choose another place"
         output.commit()
     assert {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {
         "tokenizer.json": 0o644,

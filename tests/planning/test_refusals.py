@@ -54,10 +54,10 @@ def test_nan_in_an_input(tmp_path: Path, row: Any, method: str, model: str) -> N
     if (method, model) == ("linear", "base"):  # of which it has no part
         della.merge(made, tmp_path / "out", fsync=False)
         return
-    place = tmp_path / "models" / model
+    site = tmp_path / "models" / model
     for tile in (60, 1 << 17):
         assert refused(CheckpointError, made, tmp_path / "out", tile=tile) == (
-            f"{place}/model.safetensors: tensor w of {place} holds 2 values that are NaN or infinite "
+            f"{site}/model.safetensors: tensor w of {site} holds 2 values that are NaN or infinite "
             f"(the first is element 117: nan); such a model is damaged: get it again, or {CURE}"
         )
 
@@ -333,7 +333,7 @@ def test_the_result_may_not_touch_an_input(tmp_path: Path) -> None:
 
 def test_an_old_result_is_kept_or_swapped_whole(tmp_path: Path) -> None:
     folder = save(tmp_path / "models", small())
-    made, out = recipe(folder, "ties", PLAIN, {}), tmp_path / "place/out"
+    made, out = recipe(folder, "ties", PLAIN, {}), tmp_path / "site/out"
     della.merge(made, out, fsync=False, shard_bytes=100)
     assert (out / "model.safetensors.index.json").exists()
     assert refused(OutputError, made, out) == (

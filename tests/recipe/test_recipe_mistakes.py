@@ -203,8 +203,8 @@ def _slips(word: str) -> dict[str, str]:
     return {slip: kind for slip, kind in slips.items() if slip != word}
 
 
-@pytest.mark.parametrize("place", ["top", "model", "parameters", "case", "method"])
-def test_the_nearest_name_is_right_for_every_slip_of_every_key(place: str) -> None:
+@pytest.mark.parametrize("location", ["top", "model", "parameters", "case", "method"])
+def test_the_nearest_name_is_right_for_every_slip_of_every_key(location: str) -> None:
     shared = [name for name, p in ALL_PARAMETERS.items() if p.scope == "shared"]
     keys: dict[str, list[str]] = {
         "top": [*_TOP_KEYS],
@@ -213,9 +213,9 @@ def test_the_nearest_name_is_right_for_every_slip_of_every_key(place: str) -> No
         "case": ["filter", "value"],
         "method": [*METHODS, *sorted(LATER_METHODS)],
     }
-    for key in keys[place]:
+    for key in keys[location]:
         for slip, kind in _slips(key).items():
-            if slip in keys[place] or not slip:
+            if slip in keys[location] or not slip:
                 continue
             sources: dict[str, dict[str, Any]] = {
                 "top": {**recipe_of(), slip: 1},
@@ -226,7 +226,7 @@ def test_the_nearest_name_is_right_for_every_slip_of_every_key(place: str) -> No
                 "case": recipe_of(parameters={"weight": {slip: 1}}),
                 "method": recipe_of(slip),
             }
-            message = told(sources[place])
+            message = told(sources[location])
             assert f"unknown key {slip!r}" in message or f"unknown merge_method {slip!r}" in message
             hint = message.partition("did you mean ")[2].partition("?")[0]
             assert repr(key) in hint.split(" or "), (kind, message)

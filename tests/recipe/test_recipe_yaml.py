@@ -1,4 +1,4 @@
-"""Hostile, broken and wild YAML: told in one sentence with its place, quickly, and nothing else is raised."""
+"""Hostile, broken and wild YAML: told in one sentence with its location, soon, and nothing else is raised."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_broken_and_hostile_text(text: str, message: str) -> None:
 @pytest.mark.usefixtures("either_parser")
 @pytest.mark.parametrize("more", ["", "x" * 900, "[" * 2_000])
 @pytest.mark.parametrize(
-    ("text", "place"),
+    ("text", "location"),
     [
         ("[" * 40, "1:33"),
         ("a:\n  b:\n    - " + "[" * 40, "3:36"),
@@ -120,9 +120,9 @@ def test_broken_and_hostile_text(text: str, message: str) -> None:
         ("[1, 2, [3], {a: 4}, " + '{"a":' * 40, "1:172"),
     ],
 )
-def test_nesting_is_refused_where_it_gets_too_deep(text: str, place: str, more: str) -> None:
+def test_nesting_is_refused_where_it_gets_too_deep(text: str, location: str, more: str) -> None:
     # libyaml gives up on its own behind a thousand levels, before it has told of the first one.
-    assert told(f"{text}{more}\n").startswith(f"recipe:{place}: nested more than 32 levels deep")
+    assert told(f"{text}{more}\n").startswith(f"recipe:{location}: nested more than 32 levels deep")
 
 
 @pytest.mark.parametrize(

@@ -65,8 +65,8 @@ def sparse(folder: Path, seed: int) -> Path:
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """A base and two experts."""
-    place = tmp_path_factory.mktemp("sparse")
-    return [sparse(place / name, seed) for seed, name in enumerate(("base", "math", "code"))]
+    site = tmp_path_factory.mktemp("sparse")
+    return [sparse(site / name, seed) for seed, name in enumerate(("base", "math", "code"))]
 
 
 @pytest.mark.slow

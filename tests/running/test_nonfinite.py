@@ -58,12 +58,12 @@ FLOATS = [row for row in DTYPES.values() if row.is_float and row.name not in ("F
 @pytest.mark.parametrize("method", ["della", "linear"])
 def test_the_number_of_bad_values_and_the_first_one_are_told(tmp_path: Path, method: str, row: Any) -> None:
     save(tmp_path / "models", spoilt(small(row.numpy), "code"))
-    place = tmp_path / "models/code"
+    site = tmp_path / "models/code"
     for tile in (7, 1 << 18):
         with pytest.raises(CheckpointError) as caught:
             della.merge(of(tmp_path, method), tmp_path / "out", tile=tile, fsync=False)
         assert str(caught.value) == (
-            f"{place}/model.safetensors: tensor w of {place} holds 4 values that are NaN or infinite "
+            f"{site}/model.safetensors: tensor w of {site} holds 4 values that are NaN or infinite "
             "(the first is element 3: nan); such a model is damaged: get it again, or "
             "write 'nonfinite: zero' to leave out such values, 'nonfinite: keep' to let them pass"
         )

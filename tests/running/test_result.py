@@ -384,13 +384,13 @@ def test_the_result_does_not_depend_on_its_place(folder: Path, tmp_path: Path) -
 
 def test_a_single_file_has_nothing_beside_it(folder: Path, tmp_path: Path) -> None:
     put(folder / "base", SIDE)
-    (tmp_path / "place").mkdir()
-    manifest = merge(recipe(folder, "della", OWN, {}), tmp_path / "place/out.safetensors")
-    assert [path.name for path in (tmp_path / "place").iterdir()] == ["out.safetensors"]
-    assert load(tmp_path / "place/out.safetensors") == as_stored(expected(plain_trio(), "della", OWN, {}))
-    with safetensors.safe_open(tmp_path / "place/out.safetensors", "np") as file:
+    (tmp_path / "site").mkdir()
+    manifest = merge(recipe(folder, "della", OWN, {}), tmp_path / "site/out.safetensors")
+    assert [path.name for path in (tmp_path / "site").iterdir()] == ["out.safetensors"]
+    assert load(tmp_path / "site/out.safetensors") == as_stored(expected(plain_trio(), "della", OWN, {}))
+    with safetensors.safe_open(tmp_path / "site/out.safetensors", "np") as file:
         metadata = file.metadata()
-    raw = (tmp_path / "place/out.safetensors").read_bytes()
+    raw = (tmp_path / "site/out.safetensors").read_bytes()
     assert is_sealed(raw[: 8 + int.from_bytes(raw[:8], "little")])
     assert metadata.keys() == {"format", "della"}
     told = json.loads(metadata["della"])
@@ -398,7 +398,7 @@ def test_a_single_file_has_nothing_beside_it(folder: Path, tmp_path: Path) -> No
     assert told["files"] == {}
     assert told["tensors"] == {
         name: xxhash.xxh3_128_hexdigest(raw)
-        for name, (_, _, raw) in load(tmp_path / "place/out.safetensors").items()
+        for name, (_, _, raw) in load(tmp_path / "site/out.safetensors").items()
     }
 
 

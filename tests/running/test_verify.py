@@ -122,10 +122,10 @@ def test_a_link_to_the_model(made: Path, tmp_path: Path) -> None:
 # ---- damage -----------------------------------------------------------------------------------------------
 
 
-def flips(place: Path, seed: int, count: int) -> Iterator[tuple[Path, int, int]]:
+def flips(site: Path, seed: int, count: int) -> Iterator[tuple[Path, int, int]]:
     """(file, byte, bit): every file first, then anywhere; half of them in the data, where most bytes are."""
     rng = Random(seed)
-    files = [place] if place.is_file() else sorted(place.iterdir())
+    files = [site] if site.is_file() else sorted(site.iterdir())
     sizes = [path.stat().st_size for path in files]
     for number in range(count):
         path = files[number] if number < len(files) else rng.choices(files, sizes)[0]
@@ -134,13 +134,13 @@ def flips(place: Path, seed: int, count: int) -> Iterator[tuple[Path, int, int]]
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_flipped_bit_is_found_and_the_tensor_named(out: Path, single: Path, form: str) -> None:
-    place = out if form == FOLDER else single
+    site = out if form == FOLDER else single
     homes = {path: spans(path) for path in (shards(out) if form == FOLDER else [single])}
     named = 0
-    for path, at, bit in flips(place, 5, 200):
+    for path, at, bit in flips(site, 5, 200):
         hit = [name for name, (begin, end) in homes.get(path, {}).items() if begin <= at < end]
         flip(path, at, bit)
-        found = verify(place, threads=1)
+        found = verify(site, threads=1)
         flip(path, at, bit)
         if hit:
             named += 1
@@ -149,7 +149,7 @@ def test_every_flipped_bit_is_found_and_the_tensor_named(out: Path, single: Path
             assert found.bad[0].startswith(f"{path}: "), (path, at, bit, found)
             assert len(found.bad) == 1 or path in homes
     assert named > 50
-    assert verify(place).is_well, "all were mended"
+    assert verify(site).is_well, "all were mended"
 
 
 def test_every_bad_tensor_is_named_in_the_order_of_the_files(out: Path) -> None:

@@ -138,21 +138,21 @@ WRONG: list[tuple[Path_, object, str]] = [
 ]
 
 
-def put_at(place: Path_, value: object) -> Callable[[dict[str, Any]], None]:
+def put_at(keys: Path_, value: object) -> Callable[[dict[str, Any]], None]:
     def change(manifest: Any) -> None:
-        for step in place[:-1]:
+        for step in keys[:-1]:
             manifest = manifest.setdefault(step, {}) if isinstance(manifest, dict) else manifest[step]
-        manifest[place[-1]] = value
+        manifest[keys[-1]] = value
 
     return change
 
 
-@pytest.mark.parametrize(("place", "value", "named"), WRONG)
-def test_wrong_types(merged: Path, place: Path_, value: object, named: str) -> None:
-    reseal(merged, put_at(place, value))
-    problem = f"'{named}' must hold texts only" if len(place) > 1 and named in ("tensors", "versions") else ""
+@pytest.mark.parametrize(("keys", "value", "named"), WRONG)
+def test_wrong_types(merged: Path, keys: Path_, value: object, named: str) -> None:
+    reseal(merged, put_at(keys, value))
+    problem = f"'{named}' must hold texts only" if len(keys) > 1 and named in ("tensors", "versions") else ""
     problem = problem or f"'{named}' is missing or of a wrong type"
-    if place == ("inputs", "base", "tensors"):
+    if keys == ("inputs", "base", "tensors"):
         problem = "'tensors' is missing or of a wrong type"
     said = [f"{where(merged)}: {FORM} ({problem}); merge again to have one"]
     assert verify(merged, sources=1, inputs=True).bad == said
@@ -276,11 +276,11 @@ def test_nested_deeply(out: Path) -> None:
     assert verify(out).bad == [f"{out}/della.json: JSON is nested too deeply; download the file again"]
 
 
-def nodes(value: object, place: Path_ = ()) -> list[Path_]:
+def nodes(value: object, keys: Path_ = ()) -> list[Path_]:
     items: Any = (
         value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     )
-    return [place, *(inner for key, each in items for inner in nodes(each, (*place, key)))]
+    return [keys, *(inner for key, each in items for inner in nodes(each, (*keys, key)))]
 
 
 ODD: list[object] = [None, True, -1, 0.5, 1e308, 10**50, "", "x", "../..", "\n", [], {}, [[]], {"a": 1}, "é"]
@@ -294,8 +294,8 @@ def test_any_manifest_is_survived(merged: Path, made: Path) -> None:
 
     def change(manifest: dict[str, Any]) -> None:
         top = rng.choice([key for key in manifest if key not in ("seal", "format")])
-        place = rng.choice(nodes(manifest[top], (top,)))
-        put_at(place, rng.choice(ODD))(manifest)
+        keys = rng.choice(nodes(manifest[top], (top,)))
+        put_at(keys, rng.choice(ODD))(manifest)
 
     for _ in range(60):
         where(merged).write_bytes(raw)

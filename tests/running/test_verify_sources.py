@@ -83,24 +83,24 @@ def test_an_input_that_is_damaged_now(whole: Path) -> None:
     assert said.startswith(f"{whole}/math: no model here")
 
 
-def pickled(place: Path) -> None:
+def pickled(site: Path) -> None:
     torch: Any = pytest.importorskip("torch", reason="needs torch")
     from safetensors.torch import load_file
 
-    torch.save(load_file(place / "math/model.safetensors"), place / "math/pytorch_model.bin")
-    (place / "math/model.safetensors").unlink()
+    torch.save(load_file(site / "math/model.safetensors"), site / "math/pytorch_model.bin")
+    (site / "math/model.safetensors").unlink()
 
 
-def widened(place: Path) -> None:
+def widened(site: Path) -> None:
     for name, tensors in trio().items():
         wide = {k: v if k in EXACT else v.astype(np.float64) for k, v in tensors.items()}
-        put(place / name, {"model.safetensors": wide})
+        put(site / name, {"model.safetensors": wide})
 
 
-def uneven(place: Path) -> None:
+def uneven(site: Path) -> None:
     tensors = trio()["math"]
     tensors["more"] = tensors.pop("one")
-    put(place / "math", {"model.safetensors": tensors})
+    put(site / "math", {"model.safetensors": tensors})
 
 
 TWICE = [{"model": "math", "parameters": {"weight": 0.3, "density": 0.5}}] * 2
@@ -136,8 +136,8 @@ def test_every_kind_of_merge_comes_out_again(whole: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_forged_tensor_does_not_come_out_of_its_sources(whole: Path, form: str) -> None:
-    name, place = "lm_head.weight", whole / form
-    path, begin, end = find(place, name)
+    name, site = "lm_head.weight", whole / form
+    path, begin, end = find(site, name)
     flip(path, begin + 1, 7)
     forged = xxhash.xxh3_128_hexdigest(path.read_bytes()[begin:end])
 
@@ -145,12 +145,12 @@ def test_a_forged_tensor_does_not_come_out_of_its_sources(whole: Path, form: str
         manifest["tensors"][name] = forged
         manifest["versions"]["numpy"] = "0.9"
 
-    reseal(place, change)
-    assert verify(place, inputs=True, base_dir=whole).is_well, "a manifest is no signature"
-    found = verify(place, sources=1, base_dir=whole)
-    assert found.bad == [f"{place}: tensor {name!r} is not what its sources give"]
+    reseal(site, change)
+    assert verify(site, inputs=True, base_dir=whole).is_well, "a manifest is no signature"
+    found = verify(site, sources=1, base_dir=whole)
+    assert found.bad == [f"{site}: tensor {name!r} is not what its sources give"]
     versions = f"merged with numpy 0.9 (here {np.__version__})"
-    assert found.notes == [f"{place}: {versions}, which may be why its sources give other bytes"]
+    assert found.notes == [f"{site}: {versions}, which may be why its sources give other bytes"]
 
 
 def test_other_tensors_than_its_sources_give(whole: Path) -> None:

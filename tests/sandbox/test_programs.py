@@ -210,10 +210,10 @@ def test_what_fails_in_a_batch_fails_alone(sandbox: Sandbox) -> None:
         "forks": "import os\nos.fork()\ndef f(x): return x",
         "kills": "import os\nos.kill(os.getppid(), 9)\ndef f(x): return x",
         "stops its alarm": "import signal\nsignal.signal(signal.SIGALRM, signal.SIG_IGN)\ndef f(x): return x",
-        "floods": "import os\nwhile True:\n  for place in range(64):\n    try: os.write(place, b'x' * 4096)\n    except OSError: pass",
+        "floods": "import os\nwhile True:\n  for number in range(64):\n    try: os.write(number, b'x' * 4096)\n    except OSError: pass",
         "too large": "def f(x): return [x] * 10**6",
         "an object": "def f(x): return f",
-        "garbage": "import os\nfor place in range(64):\n    try: os.write(place, b'garbage')\n    except OSError: pass\nos._exit(0)",
+        "garbage": "import os\nfor number in range(64):\n    try: os.write(number, b'garbage')\n    except OSError: pass\nos._exit(0)",
         "closes all": "import os\nos.closerange(0, 64)\ndef f(x): return x",
     }
     functions = [
