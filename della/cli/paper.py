@@ -52,11 +52,11 @@ def _run(options: ExperimentOptions, plan: bool, speech: Speech) -> None:
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before NumPy is loaded: the threads are our own
         from della.experiments.mini import run_mini
 
-        run_mini(options.mini(command), say)
+        run_mini(options, command, say)
     elif options.scale == "135m":
         from della.experiments.small import run_small
 
-        run_small(options.small(), say)
+        run_small(options, say)
     elif plan:
         _plan(options, command, speech.as_json)
         return

@@ -12,8 +12,7 @@ from della.options import Spec, build, declared, option
 
 if TYPE_CHECKING:
     from della.experiments.full import FullOptions
-    from della.experiments.mini import MiniOptions
-    from della.experiments.small import SmallOptions
+    from della.experiments.tables import Scale
     from della.recipe.tree import Node
 
 Number = TypeVar("Number", int, float)
@@ -102,28 +101,9 @@ class ExperimentOptions:
         """Where everything goes."""
         return self.out or Path(f"paper-{self.scale}")
 
-    def mini(self, command: str) -> MiniOptions:
-        """What the miniature is told; ``command`` is what makes the results again."""
-        from della.experiments.mini import MiniOptions
-
-        numbers = _stated(items=self.limit, seeds=self.seeds, seed=self.seed, threads=self.threads)
-        return MiniOptions(self.place, importance=self.importance, command=command, **numbers)
-
-    def small(self) -> SmallOptions:
-        """What the experiment on a real small model is told."""
-        from della.experiments.small import SmallOptions
-
-        models = pairs("--models", self.models, "ROLE=MODEL")
-        if len(self.data) != 1:
-            raise EvaluationError(
-                "--scale 135m needs --data FOLDER, a folder of TASK.SPLIT.jsonl (docs/paper.md)"
-            )
-        if models.keys() - {"base"}:
-            raise EvaluationError(
-                "--models of --scale 135m: expected base=FOLDER_OR_ID; experts: --experts FOLDER"
-            )
-        numbers = _stated(items=self.limit, seeds=self.seeds, threads=self.threads)
-        return SmallOptions(Path(self.data[0]), self.place, models.get("base"), self.experts, **numbers)
+    def of(self, scale: Scale) -> Scale:
+        """A scale with what was said in the place of what it has."""
+        return replace(scale, **_stated(seeds=self.seeds, seed=self.seed, items=self.limit))
 
     def full(self, command: str) -> FullOptions:
         """What the experiment at full size is told."""

@@ -13,7 +13,6 @@ import itertools
 import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import xxhash
@@ -21,18 +20,18 @@ import xxhash
 from della.api import merge
 from della.errors import EvaluationError
 from della.evaluate.generations import Store
-from della.experiments import tables
 from della.experiments.bench import Bench, Scored, Tell
 from della.experiments.cells import Cell, Kind, as_text
 from della.experiments.choice import Choice, ordered, tried
 from della.experiments.demo import EXPERTS as TASKS
+from della.experiments.options import ExperimentOptions, pairs
 from della.experiments.results import head, write
 from della.experiments.rows import SINGLES, Experiment, Found, Row, entry, numbers
 from della.experiments.small_data import SPLITS, Example, check_data, data_file, examples
 from della.experiments.small_model import item_losses, set_threads, tokenizer_of
 from della.experiments.small_report import report
 from della.experiments.small_train import train_experts
-from della.experiments.tables import SMALL, SMALL_VARIANTS, STEPS
+from della.experiments.tables import REAL, SMALL, SMALL_START, SMALL_VARIANTS, STEPS, Scale
 from della.output import disk
 
 LONGEST = 192  # tokens of prompt and response together, which bounds the time
@@ -43,77 +42,91 @@ MADE_OF = {"few": (("test", EXACT_ITEMS),)}
 WIDE = SMALL["della-wide"].label
 
 
-@dataclass(frozen=True, slots=True)
-class SmallOptions:
-    """What the command is told.
-
-    data: a folder of TASK.SPLIT.jsonl (tasks lm, math, code; splits train, validation, test).  model: where
-    the base comes from (`small_model.base_folder`), if the experts are to be trained.  experts: the folder of
-    base, lm, math and code; by default OUT/experts, where they are made.  items and validation_items: a task.
-    """
-
-    data: Path
-    out: Path
-    model: str | None = None
-    experts: Path | None = None
-    seeds: int = 5
-    items: int = 200
-    validation_items: int = 40
-    threads: int = 1
-
-
-def run_small(options: SmallOptions, tell: Tell) -> Path:
+def run_small(options: ExperimentOptions, tell: Tell, scale: Scale = REAL) -> Path:
     """Run the whole experiment, or what of it is missing; returns OUT/results.json, which has tables and
     plots beside it (`della.experiments.results`).
 
     Raises EvaluationError where data, models or the extras train and paper are missing.
     """
-    if options.seeds < 1 or options.items < 2 or options.validation_items < 2:
+    models, out, scale = pairs("--models", options.models, "ROLE=MODEL"), options.place, options.of(scale)
+    if len(options.data) != 1:
+        raise EvaluationError(
+            "--scale 135m needs --data FOLDER, a folder of TASK.SPLIT.jsonl (docs/paper.md)"
+        )
+    if models.keys() - {"base"}:
+        raise EvaluationError(
+            "--models of --scale 135m: expected base=FOLDER_OR_ID; experts: --experts FOLDER"
+        )
+    if scale.seeds < 1 or scale.items < 2 or scale.validation < 2:
         raise EvaluationError("seeds must be 1 or more, and items 2 or more a task")
-    check_data(options.data, ("validation", "test") if options.model is None else SPLITS)
-    set_threads(options.threads)
-    options.out.mkdir(parents=True, exist_ok=True)
-    experts = options.experts or options.out / "experts"
-    if options.model is not None:
-        train_experts(options.model, options.data, experts, tell)
+    data, experts = Path(options.data[0]), options.experts or out / "experts"
+    check_data(data, SPLITS if models else ("validation", "test"))
+    set_threads(options.threads or 1)
+    out.mkdir(parents=True, exist_ok=True)
+    if models:
+        train_experts(models["base"], data, experts, tell)
     missing = [name for name in SINGLES if not (experts / name / "model.safetensors").is_file()]
     if missing:
         raise EvaluationError(
             f"{experts}: no {', '.join(missing)}; give --models base=MODEL, so that they are trained, "
             "or --experts with a folder of base, lm, math and code"
         )
-    scorer = Merged(options, experts, _items(options, experts), tell)
+    scorer = Merged(out, experts, _items(data, experts, scale), options.threads or 1, tell)
     with (
-        Store(options.out / "scores.jsonl", {"scale": "135m"}, of="scores") as store,
+        Store(out / "scores.jsonl", {"scale": "135m"}, of="scores") as store,
         Bench(scorer, store, tell, tokens=scorer.tokens, made_of=MADE_OF) as bench,
     ):
-        found = _results(bench, scorer, options)
-    write(options.out, found, report(found))
-    return options.out / "results.json"
+        made, precision = _run(bench, scale)
+        told = {
+            "models": models and f"base={Path(models['base']).name}", "data": data.name,
+            "experts": options.experts and experts.name, "out": out.name, "seeds": scale.seeds,
+            "limit": scale.items,
+        }  # fmt: skip
+        # What makes the results again; folders by their names alone.
+        command = " ".join(["della paper --scale 135m", *(f"--{k} {v}" for k, v in told.items() if v)])
+        found = head("135m", command, scale.seed, bench.seconds, "torch", "transformers", "peft")
+        found |= {"seeds": scale.seeds, **_made_of(experts, scorer, found["time"])}
+        found |= numbers(bench, made, digits=8, by_task=True) | {"precision": precision}
+    write(out, found, report(found))
+    return out / "results.json"
 
 
-def _items(options: SmallOptions, experts: Path) -> dict[str, dict[str, list[Example]]]:
+def _items(data: Path, experts: Path, scale: Scale) -> dict[str, dict[str, list[Example]]]:
     """The held-out items by split and task."""
     tokenizer = tokenizer_of(experts / "base")
-    counts = {"validation": options.validation_items, "test": options.items}
     items = {
-        split: {
-            task: examples(tokenizer, data_file(options.data, task, split), LONGEST, most) for task in TASKS
-        }
-        for split, most in counts.items()
+        split: {task: examples(tokenizer, data_file(data, task, split), LONGEST, most) for task in TASKS}
+        for split, most in (("validation", scale.validation), ("test", scale.items))
     }
     return {**items, "exact": {task: found[:EXACT_ITEMS] for task, found in items["test"].items()}}
+
+
+def _made_of(experts: Path, scorer: Merged, time: Found) -> Found:
+    """What the experts and the items are; how long the training took goes to ``time``."""
+    record = experts / "training.json"
+    training = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    time |= {f"training_{task}": training[task].pop("seconds") for task in TASKS if task in training}
+    return {
+        "training": training,
+        "items": {
+            split: {
+                task: {"items": len(found), "response_tokens": sum(one.answered for one in found)}
+                for task, found in tasks.items()
+            }
+            for split, tasks in scorer.items.items()
+        },
+    }
 
 
 class Merged:
     """Merges cells one by one, scores and deletes them; their recipes stay in OUT/recipes."""
 
     def __init__(
-        self, options: SmallOptions, experts: Path, items: Mapping[str, Mapping[str, Sequence[Example]]],
+        self, out: Path, experts: Path, items: Mapping[str, Mapping[str, Sequence[Example]]], threads: int,
         tell: Tell,
     ) -> None:  # fmt: skip
         self.items, self._experts, self._tell = items, experts, tell
-        self._out, self._threads = options.out, options.threads
+        self._out, self._threads = out, threads
         self.tokens = {
             (split, task): [one.answered for one in found]
             for split, tasks in {**items, "few": items["exact"]}.items()
@@ -167,21 +180,21 @@ def recipe(cell: Cell, places: Mapping[str, str] | None = None) -> Found:
 # ---- what is run ------------------------------------------------------------------------------------------
 
 
-def _run(bench: Bench, seeds: int) -> tuple[Experiment, list[Found]]:
+def _run(bench: Bench, scale: Scale) -> tuple[Experiment, list[Found]]:
     """Rows at lambda 1 ("equal", by p) and each at its own choice ("tuned"), and their scores in float32."""
+    seeds, drops = scale.seeds, scale.grid.drops
     made, singles = Experiment(), [Cell((name,)) for name in SINGLES]
     _score(bench, singles, "test", "validation")
     equal = [
         Row("equal", "" if p is None else f"p={p:g}", SMALL[name].label, (SMALL[name].cell(TASKS, p),), seeds)
-        for name in STEPS for p in SMALL[name].places(tables.SMALL_DROPS)
+        for name in STEPS for p in SMALL[name].places(drops)
     ]  # fmt: skip
     _score(bench, _by_seed(equal), "test")
-    drops: tuple[float, ...] = tables.SMALL_DROPS
     tuned: list[Row] = []
     for kinds in (SMALL, SMALL_VARIANTS):
         chosen = []
         for kind in kinds.values():
-            choices = _tried(bench, kind, drops)
+            choices = _tried(bench, kind, drops, scale.grid.lambdas)
             made.chosen += [
                 {"table": "tuned", "group": "", "label": kind.label, "of": "tried", **choice.cell.stated(),
                  "kept": round(100 * choice.kept, 6)}
@@ -192,7 +205,7 @@ def _run(bench: Bench, seeds: int) -> tuple[Experiment, list[Found]]:
         tuned += chosen
         drops = tuple(row.cell.p for row in chosen if row.label == WIDE and row.cell.p is not None) or drops
     made.rows = [*equal, *tuned]
-    _claims(made)
+    _claims(made, scale.grid.drops)
     _score(bench, singles, "exact")
     once = {row.cell: row for row in made.rows}
     _score(bench, once, "exact")
@@ -203,23 +216,21 @@ def _run(bench: Bench, seeds: int) -> tuple[Experiment, list[Found]]:
     ]  # fmt: skip
 
 
-def _tried(bench: Bench, kind: Kind, drops: tuple[float, ...]) -> list[Choice]:
+def _tried(bench: Bench, kind: Kind, drops: tuple[float, ...], lambdas: tuple[float, ...]) -> list[Choice]:
     """What is tried of a method on validation, with one seed."""
     found = []
     for p in kind.places(drops):
-        ladder = [round(x, 3) for x in kind.ladder(tables.SMALL_LAMBDAS, p, len(TASKS))]
-        found += tried(
-            kind, TASKS, p, ladder, tables.SMALL_START, lambda cell: bench.kept(cell, "validation")
-        )
+        ladder = [round(x, 3) for x in kind.ladder(lambdas, p, len(TASKS))]
+        found += tried(kind, TASKS, p, ladder, SMALL_START, lambda cell: bench.kept(cell, "validation"))
     return found
 
 
-def _claims(made: Experiment) -> None:
+def _claims(made: Experiment, drops: tuple[float, ...]) -> None:
     """The first look's order, step by step, at lambda 1 and equal p, and each method at its own choice; and
     each against TA and against DELLA with a wide range.
     """
     plain = next(row for row in made.rows if row.table == "equal" and not row.group)
-    for p in tables.SMALL_DROPS:
+    for p in drops:
         rows = [row for row in made.rows if row.table == "equal" and row.group == f"p={p:g}"]
         for row in rows:
             made.claim("equal", row.group, row, plain)
@@ -243,43 +254,3 @@ def _score(bench: Bench, cells: Iterable[Cell], *splits: str) -> None:
     for split in splits:
         for cell in cells:
             bench.score(cell, split)
-
-
-# ---- results.json -----------------------------------------------------------------------------------------
-
-
-def _results(bench: Bench, scorer: Merged, options: SmallOptions) -> Found:
-    made, precision = _run(bench, options.seeds)
-    record = (options.experts or options.out / "experts") / "training.json"
-    training = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
-    found = head("135m", _command(options), 0, bench.seconds, "torch", "transformers", "peft")
-    found["time"] |= {f"training_{task}": training[task]["seconds"] for task in TASKS if task in training}
-    return found | {
-        "seeds": options.seeds,
-        "training": {
-            task: {key: value for key, value in row.items() if key != "seconds"}
-            for task, row in training.items()
-        },
-        "items": {
-            split: {
-                task: {"items": len(found), "response_tokens": sum(one.answered for one in found)}
-                for task, found in tasks.items()
-            }
-            for split, tasks in scorer.items.items()
-        },
-        **numbers(bench, made, digits=8, by_task=True),
-        "precision": precision,
-    }
-
-
-def _command(options: SmallOptions) -> str:
-    """What makes the results again; folders by their names alone."""
-    told: dict[str, object] = {
-        "models": options.model and f"base={Path(options.model).name}",
-        "data": options.data.name,
-        "experts": options.experts and options.experts.name,
-        "out": options.out.name,
-        "seeds": options.seeds,
-        "limit": options.items,
-    }
-    return " ".join(["della paper --scale 135m", *(f"--{k} {v}" for k, v in told.items() if v is not None)])

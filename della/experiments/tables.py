@@ -27,6 +27,34 @@ class Grid:
     merges: tuple[str, ...] = tuple(MERGES)
 
 
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """How much of everything an experiment has, unless it is told otherwise.
+
+    seed: the first of ``seeds``, with which each chosen merge is made.  Problems a task: ``items`` on test,
+    ``validation`` for the first choice, ``final`` for the last one, among the best.
+    """
+
+    seeds: int
+    seed: int
+    items: int
+    validation: int
+    final: int = 0
+    grid: Grid = Grid()
+
+    @property
+    def sweep(self) -> int:
+        """Seeds of each point of a curve, and where one expert is pruned."""
+        return max(1, self.seeds // 2)
+
+
+MINI = Scale(seeds=10, seed=42, items=120, validation=48, final=120)
+# Lambda is climbed to along these, times the kind's own factor, from the middle outwards.
+REAL = Scale(5, 0, items=200, validation=40, grid=Grid(
+    drops=(0.5, 0.8), lambdas=(0.3, 0.45, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0),
+))  # fmt: skip
+
+
 def _one(p: float, experts: int) -> float:
     return 1.0
 
@@ -95,10 +123,7 @@ FIGURE3 = (
 
 # ---- the real model ---------------------------------------------------------------------------------------
 
-SMALL_DROPS = (0.5, 0.8)
-# Lambda is climbed to along these, times the kind's own factor, from the middle outwards.
-SMALL_LAMBDAS = (0.3, 0.45, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0)
-SMALL_START = SMALL_LAMBDAS.index(1.25)
+SMALL_START = REAL.grid.lambdas.index(1.25)
 STEPS = ("ta", "dare", "della", "della-wide")  # in the order of a first look; these also run at lambda 1
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,12 @@ from della.experiments.bench import Bench
 from della.experiments.cells import Cell, Kind
 from della.experiments.demo import EXPERTS, tasks
 from della.experiments.measures import Measured
-from della.experiments.mini import MiniOptions, run_mini
+from della.experiments.mini import run_mini
 from della.experiments.mini_conditions import conditions
 from della.experiments.mini_report import report
 from della.experiments.mini_rows import Chooser
 from della.experiments.mini_trio import MADE_OF, Programs, Trio
+from della.experiments.options import ExperimentOptions
 from della.experiments.rows import Claim, Row, claim_json
 from della.experiments.tables import DELLA, Grid
 
@@ -45,9 +46,12 @@ KINDS = (
 )
 
 
-def options(out: Path, **changes: Any) -> MiniOptions:
-    given = MiniOptions(out, seeds=2, items=4, validation_items=4, final_items=5, threads=2, grid=TINY)
-    return replace(given, **changes)
+SCALE = replace(tables.MINI, validation=4, final=5, grid=TINY)
+
+
+def run(out: Path, tell: Callable[[str], None] = print, **changes: Any) -> dict[str, Any]:
+    said: dict[str, Any] = {"scale": "mini", "out": out, "seeds": 2, "limit": 4, "threads": 2} | changes
+    return run_mini(ExperimentOptions(**said), "della paper --scale mini", tell, SCALE)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +77,7 @@ def ran(small: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, di
     pytest.importorskip("tokenizers")
     pytest.importorskip("vl_convert")
     out, told = tmp_path_factory.mktemp("mini"), []  # type: ignore[var-annotated]
-    return out, run_mini(options(out), told.append), told
+    return out, run(out, told.append), told
 
 
 @pytest.fixture(scope="module")
@@ -440,7 +444,7 @@ def test_a_run_that_was_cut_short_is_resumed_and_ends_the_same(
     kept = len(lines) - 12
     (tmp_path / "scores.jsonl").write_bytes(b"".join(lines[:kept]) + lines[kept][:20])
     told: list[str] = []
-    again = run_mini(options(tmp_path, threads=1), told.append)
+    again = run(tmp_path, told.append, threads=1)
     assert told[0] == f"{kept - 1} scores of an earlier run are used"
     assert again.pop("time") != (time := found["time"])
     assert again == {key: value for key, value in found.items() if key != "time"}
@@ -457,14 +461,14 @@ def scores(out: Path) -> dict[str, Any]:
 @pytest.mark.slow
 def test_scores_of_other_problems_are_refused(ran: tuple[Path, dict[str, Any], list[str]]) -> None:
     with pytest.raises(EvaluationError, match=r"scores\.jsonl: its scores are of other settings"):
-        run_mini(options(ran[0], items=5), print)
+        run(ran[0], limit=5)
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_table_5_can_be_left_out(ran: tuple[Path, dict[str, Any], list[str]], tmp_path: Path) -> None:
     (tmp_path / "scores.jsonl").write_bytes((ran[0] / "scores.jsonl").read_bytes())
-    found = run_mini(options(tmp_path, importance="magnitude"), lambda line: None)
+    found = run(tmp_path, importance="magnitude")
     assert "5" not in {row["table"] for row in found["rows"]}
     assert "Table 5" not in (tmp_path / "tables.md").read_text()
 
@@ -486,8 +490,8 @@ def test_what_the_command_refuses(words: str, message: str) -> None:
 
 
 def test_numbers_below_one_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(EvaluationError, match=r"^seeds, items and threads must be 1 or more$"):
-        run_mini(options(tmp_path, seeds=0), print)
+    with pytest.raises(EvaluationError, match=r"^seeds and items must be 1 or more$"):
+        run(tmp_path, seeds=0)
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import re
 import shutil
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ from della.experiments import small_train
 from della.experiments.cells import as_text
 from della.experiments.demo import EXPERTS as TASKS
 from della.experiments.demo import TRIO
-from della.experiments.small import SmallOptions, recipe, run_small
+from della.experiments.options import ExperimentOptions
+from della.experiments.small import recipe, run_small
 from della.experiments.small_data import Example, example, examples
-from della.experiments.tables import SMALL, SMALL_VARIANTS
+from della.experiments.tables import REAL, SMALL, SMALL_VARIANTS
 
 torch = pytest.importorskip("torch", reason="the 135 M experiment needs the extra train")
 transformers = pytest.importorskip("transformers", reason="the 135 M experiment needs the extra train")
@@ -73,9 +75,11 @@ def both(one: Any, other: Any) -> Any:
     return zip(one.parameters(), other.parameters(), strict=True)
 
 
-def options(work: Path, out: Path, **changes: Any) -> SmallOptions:
-    settings = {"seeds": 2, "items": 8, "validation_items": 4} | changes
-    return SmallOptions(data=work / "data", out=out, experts=work / "experts", **settings)
+def run(work: Path, out: Path, tell: Callable[[str], None] = print) -> Path:
+    said = ExperimentOptions(
+        scale="135m", data=(str(work / "data"),), out=out, experts=work / "experts", seeds=2, limit=8
+    )
+    return run_small(said, tell, replace(REAL, validation=4))
 
 
 @pytest.fixture
@@ -184,7 +188,7 @@ def test_the_whole_experiment_and_its_resumption(
 ) -> None:
     told: list[str] = []
     out = tmp_path / "out"
-    path = run_small(options(work, out), told.append)
+    path = run(work, out, told.append)
     assert path == out / "results.json"
     found = json.loads(path.read_text())
     assert not (out / "merged").exists()
@@ -268,14 +272,14 @@ def test_the_whole_experiment_and_its_resumption(
 
     # A second run scores nothing again; a line that was cut off is scored anew.
     monkeypatch.setattr("della.experiments.small.item_losses", none_again := Never())
-    assert json.loads(run_small(options(work, out), told.append).read_text()) == found
+    assert json.loads(run(work, out, told.append).read_text()) == found
     assert none_again.asked == 0
     monkeypatch.undo()
     whole = (out / "scores.jsonl").read_bytes()
     (out / "scores.jsonl").write_bytes(whole[:-20])
     told.clear()
     leave_few(monkeypatch)
-    run_small(options(work, out), told.append)
+    run(work, out, told.append)
     made = [line.split(": ")[1] for line in told if line.startswith(("test: ", "validation: ", "exact: "))]
     assert made == [rows[-1]["id"].split()[1]]
     assert json.loads((out / "scores.jsonl").read_text().splitlines()[-1])["scores"] == rows[-1]["scores"]
@@ -330,7 +334,7 @@ def test_what_is_missing_is_told(
     shutil.copytree(work, copy)
     break_it(copy)
     with pytest.raises(EvaluationError, match=said):
-        run_small(options(copy, tmp_path / "out"), print)
+        run(copy, tmp_path / "out", print)
 
 
 def test_a_model_that_is_none(work: Path, tmp_path: Path) -> None:

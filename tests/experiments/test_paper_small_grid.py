@@ -18,10 +18,11 @@ from della.experiments.demo import EXPERTS
 from della.experiments.measures import Difference, difference, measure
 from della.experiments.small import recipe
 from della.experiments.small_data import read_pairs
-from della.experiments.tables import SMALL, SMALL_DROPS, SMALL_LAMBDAS, SMALL_START, SMALL_VARIANTS
+from della.experiments.tables import REAL, SMALL, SMALL_START, SMALL_VARIANTS
 from della.recipe.reader import read_recipe
 from della.report.intervals import Interval
 
+SMALL_DROPS, SMALL_LAMBDAS = REAL.grid.drops, REAL.grid.lambdas
 KINDS = {**SMALL, **SMALL_VARIANTS}
 
 
