@@ -22,7 +22,6 @@ from checkpoints import put
 from stub_server import Request, StubServer
 
 from della.experiments.demo import TRIO
-from della.experiments.full import FullOptions
 from della.experiments.full_data import GSM8K_VALIDATION
 from della.experiments.full_models import BASE_OF, MODELS
 from della.experiments.options import ExperimentOptions
@@ -146,7 +145,7 @@ def make_alpaca(folder: Path) -> str:
     return str(path)
 
 
-def make_options(place: Path, judge_url: str, **more: Any) -> FullOptions:
+def make_options(place: Path, judge_url: str, **more: Any) -> ExperimentOptions:
     """The options of a run in ``place``/out, and everything it needs beside it."""
     make_models(place / "models")
     data = tuple(f"{name}={path}" for name, path in make_data(place / "data").items())
@@ -157,7 +156,7 @@ def make_options(place: Path, judge_url: str, **more: Any) -> FullOptions:
         "alpaca_command": make_alpaca(place / "bin"), "models_dir": place / "models", "data": data,
         "threads": 1,
     }  # fmt: skip
-    return build(ExperimentOptions, said | more).full("della paper --scale 13b")
+    return build(ExperimentOptions, said | more)
 
 
 def command(place: Path, judge_url: str) -> list[str]:

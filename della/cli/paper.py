@@ -58,23 +58,23 @@ def _run(options: ExperimentOptions, plan: bool, speech: Speech) -> None:
 
         run_small(options, say)
     elif plan:
-        _plan(options, command, speech.as_json)
+        _plan(options, speech.as_json)
         return
     else:
         from della.experiments.full import run_full
 
-        run_full(options.full(command), say)
+        run_full(options, command, say)
     if speech.as_json:
         print_json(event="finished", scale=options.scale, results=str(options.place / "results.json"))
     else:
         say(f"{options.place}: index.html, tables.md, results.json")
 
 
-def _plan(options: ExperimentOptions, command: str, as_json: bool) -> None:
+def _plan(options: ExperimentOptions, as_json: bool) -> None:
     from della.experiments.full import plan_full
     from della.experiments.full_plan import plan_text
 
-    found = plan_full(options.full(command))
+    found = plan_full(options)
     if as_json:
         print_json(event="plan", **found)
     else:

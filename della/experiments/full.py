@@ -15,7 +15,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,60 +33,49 @@ from della.experiments.choice import Choice, ordered
 from della.experiments.full_models import BASE_OF, prepare, references
 from della.experiments.full_plan import Rates, plan_json
 from della.experiments.full_report import numbers, report, reported
-from della.experiments.full_rows import GRID, TABLES, rows, tasks_of
+from della.experiments.full_rows import rows_of, tasks_of
+from della.experiments.options import ExperimentOptions, pairs, stated
 from della.experiments.results import head, write
 from della.experiments.rows import Row
-from della.experiments.tables import Grid
-from della.options import default_threads
+from della.options import build, default_threads
 from della.output import disk
 
-
-@dataclass(frozen=True)
-class FullOptions:
-    """What is asked for.
-
-    models: references by role, of base, lm, math, code, coder and coder_base; the others are folders of
-    ``models_dir`` or ids on the Hub.  data: files by name (`full_data.FILES`).  scoring: how answers are made
-    and judged; its tasks, folder, data and whether to begin anew are ignored.  threads: of a merge.
-    command: what makes the results again, for the results.
-    """
-
-    out: Path
-    scoring: EvaluationOptions
-    tables: tuple[int, ...] = TABLES
-    grid: Grid = GRID
-    seeds: int = 3
-    models: Mapping[str, str] = field(default_factory=dict)
-    models_dir: Path | None = None
-    data: Mapping[str, Path] = field(default_factory=dict)
-    allow_pickle: bool = False
-    keep_merges: bool = False
-    threads: int | None = None
-    rates: Rates = field(default_factory=Rates)
-    command: str = "della paper --scale 13b"
+# What of the options is of `EvaluationOptions`, under the same names.
+SCORING = (
+    "limit", "backend", "prompt", "max_tokens", "batch", "dtype", "vllm_command", "judge", "annotator",
+    "alpaca_command", "judge_url", "judge_key_env",
+)  # fmt: skip
 
 
-def plan_full(options: FullOptions) -> dict[str, Any]:
+def scoring_of(options: ExperimentOptions) -> EvaluationOptions:
+    """How answers are made and judged; tasks, folder and data are those of each cell."""
+    asked = {name: getattr(options, name) for name in SCORING}
+    asked |= {"tasks": "", "out": options.place, "vllm_arguments": options.vllm_args}
+    return build(EvaluationOptions, asked)
+
+
+def plan_full(options: ExperimentOptions) -> dict[str, Any]:
     """What `run_full` would take, as JSON; nothing is downloaded or written.  Raises EvaluationError."""
-    wanted = rows(options.tables, options.grid, options.seeds)
-    found = references(options.models, options.models_dir, _roles(wanted))
-    rates = replace(options.rates, threads=options.threads or default_threads())
-    return plan_json(wanted, found, options.scoring.limit, rates)
+    scoring, wanted = scoring_of(options), rows_of(options)
+    given = stated(tokens_per_second=options.tokens_per_second, judge_price=options.judge_price or None)
+    rates = Rates(threads=options.threads or default_threads(), **given)
+    return plan_json(wanted, _references(options, wanted), scoring.limit, rates)
 
 
 def run_full(
-    options: FullOptions, tell: Callable[[str], None], progress: Callable[[Progress], None] | None = None
-) -> dict[str, Any]:
+    options: ExperimentOptions, command: str, tell: Callable[[str], None],
+    progress: Callable[[Progress], None] | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Run the experiment, or resume it, and write its report (`results.write`); returns its results.json.
 
-    tell: takes what is going on, a line at a time.  progress: takes how far a model's answers are.
-    Raises DellaError; the same call then resumes.
+    command: what makes the results again.  tell: takes what is going on, a line at a time.  progress: takes
+    how far a model's answers are.  Raises DellaError; the same call then resumes.
     """
-    began, wanted = time.monotonic(), rows(options.tables, options.grid, options.seeds)
+    began, wanted = time.monotonic(), rows_of(options)
     run = _Run(options, wanted, tell, progress)
     found = []
     with (
-        Store(options.out / "scores.jsonl", {"scale": "13b"}, of="scores") as store,
+        Store(options.place / "scores.jsonl", {"scale": "13b"}, of="scores") as store,
         Bench(run, store, tell) as bench,
     ):
         for number, row in enumerate(wanted, 1):
@@ -94,10 +83,14 @@ def run_full(
             tell(f"[{number}/{len(wanted)}] table {row.table}, {row.group}, {row.label}: {chosen.cell.name}")
             scores = [reported(bench.score(cell, "test")) for cell in chosen.cells]
             found.append((chosen, scores))
-    seed, seconds = options.scoring.seed, time.monotonic() - began
-    results = head("13b", options.command, seed, seconds) | numbers(found, seed)
-    write(options.out, results, report(results))
+    seed, seconds = run.scoring.seed, time.monotonic() - began
+    results = head("13b", command, seed, seconds) | numbers(found, seed)
+    write(options.place, results, report(results))
     return results
+
+
+def _references(options: ExperimentOptions, wanted: Sequence[Row]) -> dict[str, str]:
+    return references(pairs("--models", options.models, "ROLE=MODEL"), options.models_dir, _roles(wanted))
 
 
 def _roles(wanted: Sequence[Row]) -> list[str]:
@@ -126,22 +119,24 @@ class _Run:
     """One call of `run_full`: everything is looked at before the first merge."""
 
     def __init__(
-        self, options: FullOptions, wanted: Sequence[Row], tell: Callable[[str], None],
+        self, options: ExperimentOptions, wanted: Sequence[Row], tell: Callable[[str], None],
         progress: Callable[[Progress], None] | None,
     ) -> None:  # fmt: skip
         self._options, self._tell, self._progress = options, tell, progress
-        self._out = options.out
+        self._out, self.scoring = options.place, scoring_of(options)
+        files = pairs("--data", options.data, "NAME=FILE")
+        self._files = {name: Path(file) for name, file in files.items()}
         tasks = list(dict.fromkeys(task for row in wanted for task in tasks_of(row.cell)))
-        roles = _roles(wanted)
-        found = references(options.models, options.models_dir, roles)
-        _check_settings(self._out / "settings.json", options.scoring, found)
-        self._data = full_data.split(options.data, tasks, self._out / "data")
+        found = _references(options, wanted)
+        _check_settings(self._out / "settings.json", self.scoring, found)
+        self._data = full_data.split(self._files, tasks, self._out / "data")
         if "mbpp" in tasks:
             from della.sandbox.walls import open_sandbox
 
             open_sandbox()
         self._models = {
-            role: prepare(role, found, self._out / "inputs", options.allow_pickle, tell) for role in roles
+            role: prepare(role, found, self._out / "inputs", options.allow_pickle, tell)
+            for role in _roles(wanted)
         }
         normed = {role for row in wanted for c in row.candidates if c.uses_norms for role in c.experts}
         self._norms = {role: self._calibrated(role) for role in sorted(normed)}
@@ -159,7 +154,7 @@ class _Run:
 
     def _settings(self, cell: Cell, split: str) -> EvaluationOptions:
         """GSM8K is judged on test alone: choosing by exact match costs nothing."""
-        scoring = self._options.scoring
+        scoring = self.scoring
         return replace(
             scoring, tasks=tasks_of(cell), out=self._out / "answers" / split, data=self._data[split],
             judge=scoring.judge if split == "test" else None, fresh=False, score_only=False,
@@ -208,8 +203,8 @@ class _Run:
         path = self._out / "norms" / f"{Path(self._models[role]).name}.safetensors"
         if not path.is_file():
             self._tell(f"{self._models[role]}: collecting the norms of its inputs, for WANDA")
-            texts = full_data.calibration(self._options.data, role, self._out / "data")
-            backend = "numpy" if self._options.scoring.backend == "numpy" else "hf"
+            texts = full_data.calibration(self._files, role, self._out / "data")
+            backend = "numpy" if self.scoring.backend == "numpy" else "hf"
             path.parent.mkdir(parents=True, exist_ok=True)
             calibrate(self._models[role], texts, path, backend=backend)
         return str(path.absolute())

@@ -6,11 +6,13 @@ The same cell may stand in several rows: it is merged and scored once.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 from della.errors import EvaluationError
 from della.experiments import tables
 from della.experiments.cells import NARROW, Cell, Kind
 from della.experiments.full_models import TASK_OF
+from della.experiments.options import ExperimentOptions, stated
 from della.experiments.published import MERGES
 from della.experiments.rows import Row
 from della.experiments.tables import Grid
@@ -24,6 +26,17 @@ FIRST_SEED = 42
 def tasks_of(cell: Cell) -> tuple[str, ...]:
     """What a cell is scored on."""
     return tuple(TASK_OF[role] for role in cell.experts) if cell.method else ALONE[cell.experts[0]]
+
+
+def rows_of(options: ExperimentOptions) -> list[Row]:
+    """The rows that are asked for; the paper's, where nothing is said."""
+    every = TABLES if options.importance == "wanda" else tuple(table for table in TABLES if table != 5)
+    more = {"pruned": options.pruned, "pruned_more": ()} if options.pruned else {}
+    given = stated(drops=options.drop_rates or None, lambdas=options.lambdas or None, **more)
+    epsilons = GRID.epsilons if options.window is None else (options.window / 2,)
+    return rows(
+        options.tables or every, replace(GRID, epsilons=epsilons, **given), **stated(seeds=options.seeds)
+    )
 
 
 def rows(numbers: Sequence[int] = TABLES, grid: Grid = GRID, seeds: int = 3) -> list[Row]:

@@ -11,18 +11,12 @@ from della.errors import Collector, EvaluationError, suggest, unknown
 from della.options import Spec, build, declared, option
 
 if TYPE_CHECKING:
-    from della.experiments.full import FullOptions
     from della.experiments.tables import Scale
     from della.recipe.tree import Node
 
 Number = TypeVar("Number", int, float)
 SCALES = ("mini", "135m", "13b")
 IMPORTANCES = ("wanda", "magnitude")
-# What of the options is of `EvaluationOptions`, under the same names.
-_SCORING = (
-    "limit", "backend", "prompt", "max_tokens", "batch", "dtype", "vllm_command", "judge", "annotator",
-    "alpaca_command", "judge_url", "judge_key_env",
-)  # fmt: skip
 
 
 def _numbers(flag: str, kind: Callable[[str], Number]) -> Callable[[str], tuple[Number, ...]]:
@@ -103,42 +97,7 @@ class ExperimentOptions:
 
     def of(self, scale: Scale) -> Scale:
         """A scale with what was said in the place of what it has."""
-        return replace(scale, **_stated(seeds=self.seeds, seed=self.seed, items=self.limit))
-
-    def full(self, command: str) -> FullOptions:
-        """What the experiment at full size is told."""
-        from della.evaluate.options import EvaluationOptions
-        from della.experiments.full import FullOptions
-        from della.experiments.full_plan import Rates
-        from della.experiments.full_rows import GRID, TABLES
-
-        tables = TABLES if self.importance == "wanda" else tuple(t for t in TABLES if t != 5)
-        more = {"pruned": self.pruned, "pruned_more": ()} if self.pruned else {}
-        grid = replace(
-            GRID, **_stated(drops=self.drop_rates or None, lambdas=self.lambdas or None, **more),
-            epsilons=GRID.epsilons if self.window is None else (self.window / 2,),
-        )  # fmt: skip
-        if self.tokens_per_second is not None and self.tokens_per_second <= 0:
-            raise EvaluationError(
-                f"--tokens-per-second {self.tokens_per_second:g}: expected a number above 0"
-            )
-        price = self.judge_price
-        if price and len(price) != 2:
-            told = ",".join(f"{one:g}" for one in price)
-            raise EvaluationError(f"--judge-price {told}: expected READ,WRITTEN, such as 30,60")
-        rates = _stated(
-            tokens_per_second=self.tokens_per_second, judge_price=(price[0], price[1]) if price else None
-        )
-        asked = {name: getattr(self, name) for name in _SCORING}
-        asked |= {"tasks": "", "out": self.place, "vllm_arguments": self.vllm_args}
-        files = pairs("--data", self.data, "NAME=FILE")
-        return FullOptions(
-            out=self.place, scoring=build(EvaluationOptions, asked), tables=self.tables or tables, grid=grid,
-            models=pairs("--models", self.models, "ROLE=MODEL"), models_dir=self.models_dir,
-            data={name: Path(file) for name, file in files.items()}, allow_pickle=self.allow_pickle,
-            keep_merges=self.keep_merges, threads=self.threads, rates=Rates(**rates), command=command,
-            **_stated(seeds=self.seeds),
-        )  # fmt: skip
+        return replace(scale, **stated(seeds=self.seeds, seed=self.seed, items=self.limit))
 
 
 # What a scale takes beside what all of them do; 13b takes all others.
@@ -154,7 +113,7 @@ def check(options: ExperimentOptions, given: Mapping[str, str]) -> None:
         given: The fields that were said, each as it was written.
 
     Raises:
-        EvaluationError: no scale, or an option of another one.
+        EvaluationError: no scale, an option of another one, or a value that none can be.
     """
     scale = options.scale
     if scale is None:
@@ -165,6 +124,14 @@ def check(options: ExperimentOptions, given: Mapping[str, str]) -> None:
     for name, written in given.items():
         if name not in known:
             raise EvaluationError(f"{written} is not an option of --scale {scale}")
+    if scale == "13b":
+        pairs("--data", options.data, "NAME=FILE")
+    speed, price = options.tokens_per_second, options.judge_price
+    if speed is not None and speed <= 0:
+        raise EvaluationError(f"--tokens-per-second {speed:g}: expected a number above 0")
+    if price and len(price) != 2:
+        told = ",".join(f"{one:g}" for one in price)
+        raise EvaluationError(f"--judge-price {told}: expected READ,WRITTEN, such as 30,60")
     if options.importance not in IMPORTANCES:
         raise EvaluationError(unknown("--importance", options.importance, IMPORTANCES))
 
@@ -257,5 +224,6 @@ def pairs(flag: str, texts: Iterable[str], form: str) -> dict[str, str]:
     return found
 
 
-def _stated(**values: Any) -> dict[str, Any]:
+def stated(**values: Any) -> dict[str, Any]:
+    """The values that are not None."""
     return {name: value for name, value in values.items() if value is not None}

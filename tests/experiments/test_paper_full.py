@@ -21,9 +21,9 @@ from stub_server import Reply, Request, Status, StubServer
 from della import api
 from della.errors import EvaluationError
 from della.experiments import full_data
-from della.experiments.full import FullOptions, plan_full, run_full
-from della.experiments.full_rows import GRID
-from della.experiments.options import ExperimentOptions
+from della.experiments.full import plan_full, run_full, scoring_of
+from della.experiments.full_rows import GRID, rows, rows_of
+from della.experiments.options import ExperimentOptions, check, pairs
 from della.experiments.published import MERGES, published
 from della.options import build
 
@@ -53,9 +53,9 @@ def server() -> Iterator[StubServer]:
         yield server
 
 
-def run(options: FullOptions) -> tuple[dict[str, Any], list[str]]:
+def run(options: ExperimentOptions) -> tuple[dict[str, Any], list[str]]:
     told: list[str] = []
-    return run_full(options, told.append), told
+    return run_full(options, "della paper --scale 13b", told.append), told
 
 
 def files(folder: Path) -> list[str]:
@@ -81,7 +81,7 @@ def test_what_is_chosen_on_validation_is_reported_on_test(
 ) -> None:
     options = make_options(tmp_path, server.url, **TWO)
     results, told = run(options)
-    out = options.out
+    out = options.place
     assert [row["label"] for row in results["rows"]] == ["without rescale", "with rescale"]
     known = scores(out)
     for row in results["rows"]:
@@ -138,8 +138,8 @@ def test_answers_outlive_a_judge_that_fails(
     with pytest.raises(EvaluationError, match="HTTP 400: no credit"):
         run(options)
     dare, row = "math-dare-l1-p0.5-s42", "math-della-l1-p0.5-w0.14-s42"
-    assert len((options.out / f"answers/test/{dare}/gsm8k.jsonl").read_text().splitlines()) == 1 + COUNT
-    assert f"test {dare}" not in scores(options.out)
+    assert len((options.place / f"answers/test/{dare}/gsm8k.jsonl").read_text().splitlines()) == 1 + COUNT
+    assert f"test {dare}" not in scores(options.place)
     rule.rule, made, merge = judge, [], api.merge
 
     def noted(recipe: Path, *rest: Any, **more: Any) -> Any:
@@ -150,7 +150,7 @@ def test_answers_outlive_a_judge_that_fails(
     results, _ = run(options)
     assert made[0] == row, "the first merge, and its answers, were there"
     assert [row["label"] for row in results["rows"]] == ["DARE", "row", "layer", "random row", "random layer"]
-    assert sorted(path.name for path in (options.out / "merges").iterdir()) == sorted([dare, *made])
+    assert sorted(path.name for path in (options.place / "merges").iterdir()) == sorted([dare, *made])
 
 
 @pytest.mark.slow
@@ -158,7 +158,7 @@ def test_a_run_that_is_killed_is_resumed_where_it_was(tmp_path: Path, server: St
     program = (
         "import os, sys; from pathlib import Path; sys.path[:0] = sys.argv[1].split(os.pathsep);"
         "import test_paper_full as t;"
-        "t.run_full(t.make_options(Path(sys.argv[2]), sys.argv[3], **t.TWO), lambda line: None)"
+        "t.run(t.make_options(Path(sys.argv[2]), sys.argv[3], **t.TWO))"
     )
     homes = os.pathsep.join(map(str, Path(__file__).parents[:2]))
     command = [sys.executable, "-c", program, homes, str(tmp_path / "a"), server.url]
@@ -188,7 +188,7 @@ def test_the_other_expert_of_table_3_has_a_base_of_its_own(tmp_path: Path, serve
     labels = [f"{name} {how} rescale" for name in ("DARE", "DELLA") for how in ("without", "with")]
     assert [row["label"] for row in results["rows"]] == labels
     assert [row["paper"]["mbpp"] for row in results["rows"]] == [0, 46.4, 0.3, 49.1]
-    recipe = (options.out / "recipes/coder-della-l1-p0.9-w0.14-s42.yml").read_text()
+    recipe = (options.place / "recipes/coder-della-l1-p0.9-w0.14-s42.yml").read_text()
     assert "codellama/CodeLlama-13b-Python-hf" in recipe
 
 
@@ -199,7 +199,7 @@ def test_wanda_ranks_by_norms_of_calibration_texts(tmp_path: Path, server: StubS
     )
     results, _ = run(options)
     assert len(results["rows"]) == 3 + 4 * 3
-    out = options.out
+    out = options.place
     assert sorted(path.name for path in (out / "norms").iterdir()) == [
         "WizardLM-13B-V1.2.safetensors", "WizardMath-13B-V1.0.safetensors",
         "llama-2-13b-code-alpaca.safetensors",
@@ -215,26 +215,26 @@ def test_wanda_ranks_by_norms_of_calibration_texts(tmp_path: Path, server: StubS
 
 def test_what_is_missing_is_told_before_the_first_merge(tmp_path: Path, server: StubServer) -> None:
     options = make_options(tmp_path, server.url, **TWO)
-    lacking = replace(options, data={"mbpp": options.data["mbpp"]})
+    lacking = replace(options, data=tuple(one for one in options.data if one.startswith("mbpp=")))
     with pytest.raises(EvaluationError) as raised:
         run(lacking)
     assert str(raised.value) == (
         "no data for gsm8k: give --data gsm8k=FILE; it is published at "
         "https://github.com/openai/grade-school-math (grade_school_math/data/test.jsonl)"
     )
-    assert not (options.out / "merges").exists()
+    assert not (options.place / "merges").exists()
 
 
 def test_answers_of_other_settings_are_not_mixed(tmp_path: Path, server: StubServer) -> None:
     options = make_options(tmp_path, server.url, **SIX)
     run(options)
-    other = replace(options, scoring=replace(options.scoring, prompt="published"))
+    other = replace(options, prompt="published")
     with pytest.raises(EvaluationError) as raised:
         run(other)
     assert str(raised.value) == (
-        f"{options.out}: begun with other settings: prompt fixed, now published; choose another --out"
+        f"{options.place}: begun with other settings: prompt fixed, now published; choose another --out"
     )
-    results, _ = run(replace(options, grid=replace(GRID, pruned=(0.5, 0.7), pruned_more=())))
+    results, _ = run(replace(options, pruned=(0.5, 0.7)))
     assert len(results["rows"]) == 10, "more of the grid is no other setting"
 
 
@@ -304,15 +304,22 @@ def test_the_papers_averages_are_those_of_its_columns_but_one() -> None:
         ({"data": ["mbpp="]}, "--data mbpp=: expected NAME=FILE"),
     ],
 )
-def test_options_that_cannot_be_are_told(wrong: dict[str, Any], message: str) -> None:
+def test_options_that_cannot_be_are_told(wrong: dict[str, Any], message: str, tmp_path: Path) -> None:
+    def asked() -> None:
+        options = build(ExperimentOptions, {"scale": "13b", "out": tmp_path} | wrong)
+        check(options, {})
+        run(options)
+
     with pytest.raises(EvaluationError) as raised:
-        build(ExperimentOptions, wrong).full("")
+        asked()
     assert str(raised.value) == message
 
 
 def test_options_are_the_papers_where_nothing_is_said(tmp_path: Path) -> None:
-    said = {"out": tmp_path, "tables": "1,3,1", "lambdas": "1", "window": 0.2, "models": ["lm=a=b"]}
-    options = build(ExperimentOptions, said | {"judge_price": "30,60"}).full("")
-    assert (options.tables, options.grid) == ((1, 3), replace(GRID, lambdas=(1.0,), epsilons=(0.1,)))
-    assert (options.out, options.models, options.rates.judge_price) == (tmp_path, {"lm": "a=b"}, (30.0, 60.0))
-    assert (options.scoring.backend, options.scoring.max_tokens, options.seeds) == ("vllm", 512, 3)
+    said = {"out": tmp_path, "tables": "1,3,1", "lambdas": "1", "window": 0.2, "judge_price": "30,60"}
+    options = build(ExperimentOptions, said)
+    assert rows_of(options) == rows((1, 3), replace(GRID, lambdas=(1.0,), epsilons=(0.1,)), 3)
+    assert rows_of(ExperimentOptions()) == rows()
+    assert (options.judge_price, pairs("--models", ["lm=a=b"], "")) == ((30.0, 60.0), {"lm": "a=b"})
+    scoring = scoring_of(options)
+    assert (scoring.backend, scoring.max_tokens, scoring.out) == ("vllm", 512, tmp_path)
