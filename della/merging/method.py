@@ -286,9 +286,11 @@ class Method(ABC):
         return ""
 
     def memory(self, experts: int, tile: int, elements: int) -> int:
-        """Bytes that one thread needs for a tensor of ``elements``: base, result, what was read, and values
-        of every expert, a ``tile`` of float32 each."""
-        return 4 * (elements if self.grain is Grain.TENSOR else tile) * (experts + 5)
+        """Bytes that one thread needs for a tensor of ``elements``: the values of every expert, the result
+        and what was read, with a base also its values and what a drop takes; a ``tile`` of float32 each.
+        """
+        held = experts + (7 if self.needs_base else 2)
+        return 4 * (elements if self.grain is Grain.TENSOR else tile) * held
 
     def beyond_mergekit(self) -> dict[str, Any]:
         """The settings that mergekit 0.1.5 lacks."""

@@ -21,7 +21,7 @@ from della.options import TILE
 from della.recipe.reader import ModelEntry, Recipe
 
 # Rough costs for the estimate, measured on a 2-core server.
-_BYTES_PER_SECOND, _START_SECONDS, _START_MEMORY = 2.0e9, 0.8, 150 << 20
+_BYTES_PER_SECOND, _START_SECONDS, _START_MEMORY = 2.0e9, 0.8, 167_000_000
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+import della
+
 CEILING = 250e6  # docs/design.md says near 200 MB; a quarter more is left for other builds of NumPy and Numba
 SIZE = 2_000_000_000
 HIDDEN, WIDE, VOCABULARY = 4096, 11008, 32000  # a Llama of 7 B parameters, with as many layers as make SIZE
@@ -97,3 +99,5 @@ def test_memory_stays_under_the_ceiling(models: list[Path], method: str, tmp_pat
     assert written > SIZE
     peak = int(told.stdout) * 1024
     assert 50e6 < peak < CEILING, f"{peak / 1e6:.0f} MB"
+    with della.plan(tmp_path / "recipe.yml") as plan:  # a tenth is left for other builds
+        assert peak / 1.1 < plan.memory(2) < peak * 1.15
