@@ -6,10 +6,6 @@ import hashlib
 import json
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
 
 from della.arrays import merge_state_dicts
 from della.checkpoint.source import open_source
@@ -21,7 +17,7 @@ from della.evaluate.tokenizer import load_tokenizer
 from della.experiments.bench import Scored
 from della.experiments.cells import Cell
 from della.experiments.demo import EXPERTS, TRIO, tasks
-from della.experiments.demo.score import MOST_NEW_TOKENS
+from della.experiments.demo.score import Problems, correct, problems_of, score_problems
 from della.sandbox.programs import calls
 from della.sandbox.walls import Limits, Sandbox, open_sandbox
 
@@ -31,18 +27,6 @@ MADE_OF = {"final": (("validation", None), ("more", None))}
 CALIBRATION = 64  # training texts a task whose inputs make the norms of WANDA
 # Time for a busy machine: a function that runs into it would count as wrong.
 _LIMITS = Limits(seconds=5.0, processes=64)
-_ROWS = {"lm": 12, "math": 40, "code": 40}  # of a batch: what was fastest
-
-
-@dataclass(frozen=True, slots=True)
-class Problems:
-    """The problems of one task and split, as tokens: pairs of prompt and answer."""
-
-    items: tuple[tasks.Item, ...]
-    pairs: tuple[tuple[list[int], list[int]], ...]
-
-    def followed_by(self, more: Problems) -> Problems:
-        return Problems(self.items + more.items, self.pairs + more.pairs)
 
 
 class Programs:
@@ -73,7 +57,7 @@ class Programs:
     def right(self, items: Sequence[tasks.Item], answers: Sequence[str]) -> list[float]:
         """Of each problem, whether its answer returns what is asked for on every input."""
         if self._sandbox is None:
-            return [float(tasks.correct(item, answer)) for item, answer in zip(items, answers, strict=True)]
+            return correct(items, answers)
         texts = [item.prompt + answer for item, answer in zip(items, answers, strict=True)]
         new = {text: item.group for item, text in zip(items, texts, strict=True) if text not in self._known}
         if new:
@@ -98,9 +82,6 @@ class Trio:
             self._tokenizer = load_tokenizer(TRIO / "base")
         except DellaError as error:
             raise EvaluationError("the miniature needs tokenizers; pip install 'della[paper]'") from error
-        end = self._tokenizer.token_to_id("</s>")
-        assert end is not None, "the trio's tokenizer ends answers with </s>"
-        self._end = end
         self.programs = programs
         self._config = json.loads((TRIO / "base" / "config.json").read_text(encoding="utf-8"))
         self._weights = {name: _weights(name) for name in ("base", *EXPERTS)}
@@ -108,16 +89,18 @@ class Trio:
         for task in EXPERTS:
             first = tasks.items(task, "validation", items["validation"])
             more = tasks.items(task, "validation", max(items["validation"], items["final"]))[len(first) :]
-            validation, others = self._problems(first), self._problems(more)
+            validation, others = (problems_of(self._tokenizer, found) for found in (first, more))
             self.problems["validation", task], self.problems["more", task] = validation, others
             self.problems["final", task] = validation.followed_by(others)
-            self.problems["test", task] = self._problems(tasks.items(task, "test", items["test"]))
+            self.problems["test", task] = problems_of(
+                self._tokenizer, tasks.items(task, "test", items["test"])
+            )
         self._norms: dict[str, dict[str, Array]] = {}
 
     @property
     def tokens(self) -> dict[tuple[str, str], list[int]]:
         """Answer tokens by problem, of each split and task."""
-        return {of: [len(answer) for _, answer in found.pairs] for of, found in self.problems.items()}
+        return {of: found.tokens for of, found in self.problems.items()}
 
     @property
     def digest(self) -> str:
@@ -154,40 +137,13 @@ class Trio:
         """Merge and score, on the tasks of the cell's experts, a model as it is on all: losses in nats by
         problem, and of Math and Code what is right.
         """
-        model = Llama(self._config, self.merge(cell))
-        found: Scored = {}
+        model, found = Llama(self._config, self.merge(cell)), {}
         for task in cell.experts if cell.method else EXPERTS:
-            problems = self.problems[split, task]
-            rows = _ROWS[task]
-            if task == "lm":
-                losses = model.losses(problems.pairs, rows)
-                found[task] = {"loss": _sums(losses)}
-                continue
-            losses, answers = model.answers(problems.pairs, MOST_NEW_TOKENS, self._end, rows)
-            texts = [self._tokenizer.decode(ids) for ids in answers]
-            found[task] = {"loss": _sums(losses), "right": self._right(task, problems.items, texts)}
+            right = self.programs.right if task == "code" else None
+            found[task] = score_problems(model, self._tokenizer, task, self.problems[split, task], right)
         return found
-
-    def _right(self, task: str, items: Sequence[tasks.Item], texts: Sequence[str]) -> list[float]:
-        if task == "code":
-            return self.programs.right(items, texts)
-        return [float(tasks.correct(item, text)) for item, text in zip(items, texts, strict=True)]
-
-    def _problems(self, items: Sequence[tasks.Item]) -> Problems:
-        paired = []
-        for item in items:
-            prompt = self._tokenizer.encode(item.prompt).ids
-            text = self._tokenizer.encode(item.prompt + item.answer).ids
-            paired.append((item, (prompt, text[len(prompt) :])))
-        paired.sort(key=lambda pair: len(pair[1][0]) + len(pair[1][1]))
-        return Problems(tuple(item for item, _ in paired), tuple(pair for _, pair in paired))
 
 
 def _weights(name: str) -> dict[str, Array]:
     with open_source(str(TRIO / name)) as source:
         return {tensor: view.read() for tensor, view in source.tensors.items()}
-
-
-def _sums(losses: Sequence[Any]) -> list[float]:
-    """Losses of whole answers; rounded, as the last digits depend on the machine."""
-    return [round(float(np.sum(one, dtype=np.float64)), 5) for one in losses]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -11,7 +13,9 @@ from della.evaluate.llama import Llama
 from della.evaluate.tokenizer import Tokenizer, load_tokenizer
 from della.experiments.demo import tasks
 
+Right = Callable[[Sequence[tasks.Item], Sequence[str]], list[float]]
 MOST_NEW_TOKENS = 48
+_ROWS = {"lm": 12, "math": 40, "code": 40}  # of a batch: what was fastest
 ITEMS = 120
 
 
@@ -28,11 +32,69 @@ def score_model(
     model: Llama, tokenizer: Tokenizer, split: str = "test", items: int = ITEMS
 ) -> dict[str, float]:
     """The same for a model in memory."""
-    return {
-        "lm_loss": story_loss(model, tokenizer, tasks.items("lm", split, items)),
-        "math": share_correct(model, tokenizer, tasks.items("math", split, items)),
-        "code": share_correct(model, tokenizer, tasks.items("code", split, items)),
-    }
+    found = {}
+    for task in ("lm", "math", "code"):
+        problems = problems_of(tokenizer, tasks.items(task, split, items))
+        scored = score_problems(model, tokenizer, task, problems)
+        if task == "lm":
+            found["lm_loss"] = sum(scored["loss"]) / sum(problems.tokens)
+        else:
+            found[task] = sum(scored["right"]) / len(scored["right"])
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Problems:
+    """The problems of one task and split, as tokens: pairs of prompt and answer."""
+
+    items: tuple[tasks.Item, ...]
+    pairs: tuple[tuple[list[int], list[int]], ...]
+
+    @property
+    def tokens(self) -> list[int]:
+        """Answer tokens by problem."""
+        return [len(answer) for _, answer in self.pairs]
+
+    def followed_by(self, more: Problems) -> Problems:
+        return Problems(self.items + more.items, self.pairs + more.pairs)
+
+
+def problems_of(tokenizer: Tokenizer, items: Sequence[tasks.Item]) -> Problems:
+    """The problems as tokens, the shortest first."""
+    paired = []
+    for item in items:
+        prompt = tokenizer.encode(item.prompt).ids
+        text = tokenizer.encode(item.prompt + item.answer).ids
+        paired.append((item, (prompt, text[len(prompt) :])))
+    paired.sort(key=lambda pair: len(pair[1][0]) + len(pair[1][1]))
+    return Problems(tuple(item for item, _ in paired), tuple(pair for _, pair in paired))
+
+
+def score_problems(
+    model: Llama, tokenizer: Tokenizer, task: str, problems: Problems, right: Right | None = None
+) -> dict[str, list[float]]:
+    """By problem the loss of the answer in nats, and of Math and Code whether the greedy answer is right.
+
+    right: tells it of the task's answers; by default `tasks.correct`, which executes nothing.
+    """
+    if task == "lm":
+        return {"loss": _sums(model.losses(problems.pairs, _ROWS[task]))}
+    end = tokenizer.token_to_id("</s>")
+    if end is None:
+        raise ValueError("the tokenizer has no </s>, which ends the demo's answers")
+    losses, answers = model.answers(problems.pairs, MOST_NEW_TOKENS, end, _ROWS[task])
+    texts = [tokenizer.decode(ids) for ids in answers]
+    return {"loss": _sums(losses), "right": (right or correct)(problems.items, texts)}
+
+
+def correct(items: Sequence[tasks.Item], texts: Sequence[str]) -> list[float]:
+    """Of each problem, whether its answer is right, read without executing anything."""
+    return [float(tasks.correct(item, text)) for item, text in zip(items, texts, strict=True)]
+
+
+def _sums(losses: Sequence[Any]) -> list[float]:
+    """Losses of whole answers; rounded, as the last digits depend on the machine."""
+    return [round(float(np.sum(one, dtype=np.float64)), 5) for one in losses]
 
 
 def kept_gains(
@@ -47,22 +109,3 @@ def kept_gains(
         whole = sign * (experts[task][key] - base[key])
         kept[task] = sign * (merged[key] - base[key]) / whole if whole > 0 else 0.0
     return kept
-
-
-def story_loss(model: Llama, tokenizer: Tokenizer, problems: Sequence[tasks.Item]) -> float:
-    """Mean loss in nats over all answer tokens of the problems."""
-    pairs = []
-    for item in problems:
-        prompt, text = tokenizer.encode(item.prompt).ids, tokenizer.encode(item.prompt + item.answer).ids
-        pairs.append((prompt, text[len(prompt) :]))
-    return float(np.concatenate(model.losses(pairs)).mean())
-
-
-def share_correct(model: Llama, tokenizer: Tokenizer, problems: Sequence[tasks.Item]) -> float:
-    """The share of Math or Code problems whose greedy answer is right."""
-    end = tokenizer.token_to_id("</s>")
-    if end is None:
-        raise ValueError("the tokenizer has no </s>, which ends the demo's answers")
-    answers = model.greedy([tokenizer.encode(item.prompt).ids for item in problems], MOST_NEW_TOKENS, end)
-    right = [tasks.correct(item, tokenizer.decode(ids)) for item, ids in zip(problems, answers, strict=True)]
-    return sum(right) / len(right)
