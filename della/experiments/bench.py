@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from della.errors import EvaluationError
+from della.errors import EvaluationError, Problem
 from della.evaluate.generations import Store
 from della.experiments.cells import Cell
 
@@ -115,10 +115,9 @@ class Bench:
             own, weight = self.values(scored, split, task)
             gain = float(((expert - base) * weight).sum())
             if gain <= 0:
-                raise EvaluationError(
-                    f"the {task} expert is no better than the base on {len(base)} {split} problems, so that "
-                    "there is nothing to keep; score more problems, or train it longer"
-                )
+                said = f"the {task} expert is no better than the base on {len(base)} {split} problems"
+                fix = "score more problems, or train it longer"
+                raise EvaluationError(Problem(f"{said}, so that there is nothing to keep", fix))
             values.append((own - base) / gain)
             weights.append(weight / len(tasks))
         return np.concatenate(values), np.concatenate(weights)

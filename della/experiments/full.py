@@ -19,7 +19,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from della.errors import EvaluationError
+from della.errors import EvaluationError, Problem
 from della.evaluate.backends import Model
 from della.evaluate.evaluation import Progress, Result, evaluate
 from della.evaluate.generations import Store
@@ -108,10 +108,8 @@ def _chosen(bench: Bench, row: Row) -> Cell:
 def _mean(bench: Bench, cell: Cell) -> float:
     values = [score.interval.value for score in reported(bench.score(cell, "validation")).values()]
     if not values:
-        raise EvaluationError(
-            f"nothing to choose by: {', '.join(tasks_of(cell))} has no score without a judge; give "
-            "--annotator"
-        )
+        said = f"nothing to choose by: {', '.join(tasks_of(cell))} has no score without a judge"
+        raise EvaluationError(Problem(said, "give --annotator", parameter="annotator"))
     return sum(values) / len(values)
 
 
@@ -221,7 +219,14 @@ def _check_settings(path: Path, scoring: EvaluationOptions, found: Mapping[str, 
     changed = [name for name in now if name in then and then[name] != now[name]]
     if changed:
         told = "; ".join(f"{name} {then[name]}, now {now[name]}" for name in changed)
-        raise EvaluationError(f"{path.parent}: begun with other settings: {told}; choose another --out")
+        raise EvaluationError(
+            Problem(
+                f"begun with other settings: {told}",
+                "choose another --out",
+                subject=str(path.parent),
+                parameter="out",
+            )
+        )
     disk.put(path, (json.dumps(then | now, indent=1) + "\n").encode())
 
 

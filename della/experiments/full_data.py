@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from della.errors import EvaluationError
+from della.errors import EvaluationError, Problem
 from della.evaluate.problems import FIX, MBPP_TEST, TASKS, parsed, read_limited
 
 FILES = ("gsm8k", "gsm8k_train", "mbpp", "alpaca_eval", "text")
@@ -52,14 +52,18 @@ def calibration(data: Mapping[str, Path], role: str, out: Path) -> Path:
         training = [r for r in _records(data[name]) if r.get("task_id") in MBPP_TRAIN]
         texts = [f"{r.get('text')}\n{r.get('code')}" for r in training]
     if not texts:
-        raise EvaluationError(f"{data[name]}: nothing in it to calibrate {role} with; {FIX}")
+        raise EvaluationError(
+            Problem(f"nothing in it to calibrate {role} with", FIX, subject=str(data[name]))
+        )
     return _write(out / f"calibration-{role}.jsonl", [{"text": text} for text in texts[:CALIBRATION]])
 
 
 def _check(data: Mapping[str, Path], tasks: Iterable[str]) -> None:
     unknown = sorted(set(data) - set(FILES))
     if unknown:
-        raise EvaluationError(f"--data {unknown[0]}=...: expected one of {', '.join(FILES)}")
+        raise EvaluationError(
+            Problem(f"--data {unknown[0]}=...: expected one of {', '.join(FILES)}", parameter="data")
+        )
     for task in tasks:
         _need(data, task)
         if task == "gsm8k":
@@ -71,7 +75,9 @@ def _need(data: Mapping[str, Path], name: str) -> None:
         task = TASKS.get(name.removesuffix("_train"))
         where = f"; it is published at {task.published}" if task else ""
         where = where.replace("test.jsonl", "train.jsonl") if name.endswith("_train") else where
-        raise EvaluationError(f"no data for {name}: give --data {name}=FILE{where}")
+        raise EvaluationError(
+            Problem(f"no data for {name}: give --data {name}=FILE{where}", parameter="data")
+        )
 
 
 def _parts(task: str, data: Mapping[str, Path]) -> dict[str, Records]:
@@ -100,13 +106,13 @@ def _records(path: Path) -> Records:
         lines = enumerate(raw.split(b"\n"), 1)
         values = [parsed(line, f"{path}:{n}") for n, line in lines if line.strip()]
     if not values or not all(isinstance(value, dict) for value in values):
-        raise EvaluationError(f"{path}: expected JSON objects; {FIX}")
+        raise EvaluationError(Problem("expected JSON objects", FIX, subject=str(path)))
     return values
 
 
 def _write(path: Path, records: Records) -> Path:
     if not records:
-        raise EvaluationError(f"{path}: its source has no problems of this split; {FIX}")
+        raise EvaluationError(Problem("its source has no problems of this split", FIX, subject=str(path)))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(_lines(records)), encoding="utf-8")
     return path

@@ -18,7 +18,7 @@ import numpy as np
 
 from della.checkpoint.source import Source, open_source
 from della.checkpoint.view import TensorView
-from della.errors import EvaluationError
+from della.errors import EvaluationError, Problem
 from della.output.writer import StagedOutput
 from della.planning.compatibility import EMBEDDINGS, HEAD
 
@@ -55,7 +55,9 @@ def references(given: Mapping[str, str], models_dir: Path | None, roles: Iterabl
     """
     unknown = sorted(set(given) - set(MODELS))
     if unknown:
-        raise EvaluationError(f"--models {unknown[0]}=...: expected one of {', '.join(MODELS)}")
+        raise EvaluationError(
+            Problem(f"--models {unknown[0]}=...: expected one of {', '.join(MODELS)}", parameter="models")
+        )
     found, missing = {}, []
     for role in roles:
         found[role] = given.get(role, MODELS[role].hub_id)
@@ -91,7 +93,9 @@ def prepare(
         mark = {"from": found[role], "files": {file.name: file.fingerprint for file in source.files}}
         if folder.exists():
             if _read_mark(folder) != mark:
-                raise EvaluationError(f"{folder}: not a copy of {found[role]}; move it away")
+                raise EvaluationError(
+                    Problem(f"not a copy of {found[role]}", "move it away", subject=str(folder))
+                )
             return str(folder)
         tell(f"{found[role]}: copied as safetensors, with the {rows:,} rows of its base, to {folder}")
         _copy(source, base, shapes, folder, mark)
@@ -102,7 +106,13 @@ def _rows(base: Source) -> int:
     """The rows of the base's embeddings."""
     shapes = [tensor.shape for name, tensor in base.tensors.items() if name.endswith(EMBEDDINGS)]
     if len(shapes) != 1:
-        raise EvaluationError(f"{base.reference}: expected one tensor {EMBEDDINGS}, found {len(shapes)}")
+        raise EvaluationError(
+            Problem(
+                f"expected one tensor {EMBEDDINGS}, found {len(shapes)}",
+                subject=base.reference,
+                tensor=EMBEDDINGS,
+            )
+        )
     return shapes[0][0]
 
 

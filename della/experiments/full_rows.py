@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
-from della.errors import EvaluationError
+from della.errors import EvaluationError, Problem
 from della.experiments import tables
 from della.experiments.cells import NARROW, Cell, Kind
 from della.experiments.full_models import TASK_OF
@@ -45,14 +45,20 @@ def rows(numbers: Sequence[int] = TABLES, grid: Grid = GRID, seeds: int = 3) -> 
     Raises EvaluationError for what no experiment can be.
     """
     if set(numbers) - set(TABLES) or not numbers:
-        raise EvaluationError(f"tables {tuple(numbers)}: expected some of 1 to 7")
+        raise EvaluationError(
+            Problem(f"tables {tuple(numbers)}: expected some of 1 to 7", parameter="tables")
+        )
     for p in (*grid.drops, *grid.pruned):
         if not 0 < p < 1:
-            raise EvaluationError(f"drop rate {p}: expected a number between 0 and 1")
+            raise EvaluationError(
+                Problem(f"drop rate {p}: expected a number between 0 and 1", parameter="drop_rates")
+            )
     if not grid.drops or not grid.lambdas or seeds < 1:
         raise EvaluationError("expected at least one drop rate, one lambda and one seed")
     if not 0 <= 2 * grid.epsilons[0] < 1:
-        raise EvaluationError(f"window {2 * grid.epsilons[0]:g}: expected a number from 0 up to 1")
+        raise EvaluationError(
+            Problem(f"window {2 * grid.epsilons[0]:g}: expected a number from 0 up to 1", parameter="window")
+        )
     found = []
     if {1, 4, 5} & set(numbers):
         found = [Row("1", role, "alone", (Cell((role,), seed=FIRST_SEED),)) for role in ALONE]

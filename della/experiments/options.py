@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_type_hints
 
-from della.errors import Collector, EvaluationError, suggest, unknown
+from della.errors import Collector, EvaluationError, Problem, suggest, unknown
 from della.options import Spec, build, declared, option
 
 if TYPE_CHECKING:
@@ -117,21 +117,27 @@ def check(options: ExperimentOptions, given: Mapping[str, str]) -> None:
     """
     scale = options.scale
     if scale is None:
-        raise EvaluationError("no scale: give --scale mini, 135m or 13b")
+        raise EvaluationError(Problem("no scale: give --scale mini, 135m or 13b", parameter="scale"))
     if scale not in SCALES:
         raise EvaluationError(unknown("--scale", scale, SCALES))
     known = _COMMON | _OWN.get(scale, set(declared(ExperimentOptions)) - {"experts", "seed"})
     for name, written in given.items():
         if name not in known:
-            raise EvaluationError(f"{written} is not an option of --scale {scale}")
+            raise EvaluationError(Problem(f"{written} is not an option of --scale {scale}", parameter=name))
     if scale == "13b":
         pairs("--data", options.data, "NAME=FILE")
     speed, price = options.tokens_per_second, options.judge_price
     if speed is not None and speed <= 0:
-        raise EvaluationError(f"--tokens-per-second {speed:g}: expected a number above 0")
+        raise EvaluationError(
+            Problem(
+                f"--tokens-per-second {speed:g}: expected a number above 0", parameter="tokens_per_second"
+            )
+        )
     if price and len(price) != 2:
         told = ",".join(f"{one:g}" for one in price)
-        raise EvaluationError(f"--judge-price {told}: expected READ,WRITTEN, such as 30,60")
+        raise EvaluationError(
+            Problem(f"--judge-price {told}: expected READ,WRITTEN, such as 30,60", parameter="judge_price")
+        )
     if options.importance not in IMPORTANCES:
         raise EvaluationError(unknown("--importance", options.importance, IMPORTANCES))
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import xxhash
 
 from della.api import merge
-from della.errors import EvaluationError
+from della.errors import EvaluationError, Problem
 from della.evaluate.generations import Store
 from della.experiments.bench import Bench, Scored, Tell
 from della.experiments.cells import Cell, Kind, as_text
@@ -50,13 +50,11 @@ def run_small(options: ExperimentOptions, tell: Tell, scale: Scale = REAL) -> Pa
     """
     models, out, scale = pairs("--models", options.models, "ROLE=MODEL"), options.place, options.of(scale)
     if len(options.data) != 1:
-        raise EvaluationError(
-            "--scale 135m needs --data FOLDER, a folder of TASK.SPLIT.jsonl (docs/paper.md)"
-        )
+        said = "--scale 135m needs --data FOLDER, a folder of TASK.SPLIT.jsonl (docs/paper.md)"
+        raise EvaluationError(Problem(said, parameter="data"))
     if models.keys() - {"base"}:
-        raise EvaluationError(
-            "--models of --scale 135m: expected base=FOLDER_OR_ID; experts: --experts FOLDER"
-        )
+        said = "--models of --scale 135m: expected base=FOLDER_OR_ID"
+        raise EvaluationError(Problem(said, "experts: --experts FOLDER", parameter="models"))
     if scale.seeds < 1 or scale.items < 2 or scale.validation < 2:
         raise EvaluationError("seeds must be 1 or more, and items 2 or more a task")
     data, experts = Path(options.data[0]), options.experts or out / "experts"
@@ -67,10 +65,9 @@ def run_small(options: ExperimentOptions, tell: Tell, scale: Scale = REAL) -> Pa
         train_experts(models["base"], data, experts, tell)
     missing = [name for name in SINGLES if not (experts / name / "model.safetensors").is_file()]
     if missing:
-        raise EvaluationError(
-            f"{experts}: no {', '.join(missing)}; give --models base=MODEL, so that they are trained, "
-            "or --experts with a folder of base, lm, math and code"
-        )
+        fix = "give --models base=MODEL, so that they are trained, or --experts with a folder of"
+        fix += f" {', '.join(SINGLES[:-1])} and {SINGLES[-1]}"
+        raise EvaluationError(Problem(f"no {', '.join(missing)}", fix, subject=str(experts)))
     scorer = Merged(out, experts, _items(data, experts, scale), options.threads or 1, tell)
     with (
         Store(out / "scores.jsonl", {"scale": "135m"}, of="scores") as store,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from della.checkpoint.strict import json_object
-from della.errors import CheckpointError, EvaluationError
+from della.errors import CheckpointError, EvaluationError, Problem
 from della.experiments.demo import EXPERTS as TASKS
 
 SPLITS = ("train", "validation", "test")
@@ -43,8 +43,12 @@ def check_data(folder: Path, splits: Sequence[str] = SPLITS) -> None:
     missing = [path.name for path in names if not path.is_file()]
     if missing:
         raise EvaluationError(
-            f"{folder}: {', '.join(missing)} not found; expected JSONL files TASK.SPLIT.jsonl of lines "
-            '{"prompt": ..., "response": ...}; training/data_135m.py makes them of GSM8K, MBPP and novels'
+            Problem(
+                f"{', '.join(missing)} not found",
+                'expected JSONL files TASK.SPLIT.jsonl of lines {"prompt": ..., "response": ...}; '
+                "training/data_135m.py makes them of GSM8K, MBPP and novels",
+                subject=str(folder),
+            )
         )
 
 
@@ -60,7 +64,8 @@ def read_pairs(path: Path) -> list[tuple[str, str]]:
             raise EvaluationError(*error.problems) from None
         prompt, response = row.get("prompt"), row.get("response")
         if not isinstance(prompt, str) or not isinstance(response, str):
-            raise EvaluationError(f'{path}, line {number}: expected "prompt" and "response" with text')
+            said = 'expected "prompt" and "response" with text'
+            raise EvaluationError(Problem(said, subject=f"{path}, line {number}"))
         pairs.append((prompt, response))
     return pairs
 
@@ -90,6 +95,8 @@ def examples(tokenizer: Any, path: Path, longest: int, most: int | None = None) 
             break
     if len(found) < (most or 1):
         raise EvaluationError(
-            f"{path}: {len(found)} pairs of at most {longest} tokens, {most or 1} are needed"
+            Problem(
+                f"{len(found)} pairs of at most {longest} tokens, {most or 1} are needed", subject=str(path)
+            )
         )
     return found

