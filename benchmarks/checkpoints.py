@@ -90,7 +90,7 @@ def generate(out: Path, size: Size, seed: int = 0) -> None:
     shard_bytes = sum(sizes) // SHARDS + max(sizes)  # so that no tensor's size can bring in one shard more
     with ExitStack() as stack:
         models = [
-            stack.enter_context(StagedOutput(out / name, tensors, shard_bytes, overwrite=True, fsync=False))
+            stack.enter_context(StagedOutput(out / name, tensors, shard_bytes, overwrite="any", fsync=False))
             for name in (BASE, *EXPERTS)
         ]
         for number, (name, _, shape) in enumerate(tensors):

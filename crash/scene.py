@@ -54,7 +54,7 @@ class Scenario:
 
     @property
     def arguments(self) -> list[str]:
-        words = ["--overwrite"] * self.old + ["--finish"] * self.finish
+        words = ["--overwrite=any"] * self.old + ["--finish"] * self.finish
         return words + (["--part", f"{self.part[0]}/{self.part[1]}"] if self.part[1] > 1 else [])
 
 

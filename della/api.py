@@ -25,7 +25,7 @@ Source = str | Path | Mapping[str, Any] | Recipe
 
 def merge(
     recipe: Source, out: str | Path, *,
-    seed: int | None = None, threads: int | None = None, overwrite: bool = False,
+    seed: int | None = None, threads: int | None = None, overwrite: bool | str = False,
     overrides: Sequence[str] | str = (), compat: bool = False, fsync: bool = True,
     shard_bytes: int = 5_000_000_000, tile: int = TILE, part: tuple[int, int] = (1, 1), finish: bool = False,
     allow_pickle: bool = False, keep_auto_map: bool = False, allow_idle: bool = False,
@@ -40,7 +40,7 @@ def merge(
         out: a folder, or a single file where the name ends in .safetensors.
         seed: instead of the recipe's (default 42).
         threads: by default as many as there are processors; the bytes do not depend on it.
-        overwrite: ``out`` may be replaced.
+        overwrite: ``out`` may be replaced where della has made it; "any": if it is a model.
         overrides: ``KEY=VALUE`` changes to the recipe, or one such change.
         compat: follow mergekit's rules where they differ.
         fsync: wait until ``out`` is safe on the disk.
@@ -115,6 +115,7 @@ def verify(
     *,
     sources: float | None = None,
     inputs: bool = False,
+    strict: bool = False,
     base_dir: str | Path | None = None,
     allow_pickle: bool = False,
     threads: int | None = None,
@@ -127,6 +128,7 @@ def verify(
         sources: also compute this share (0 to 1, at least one tensor) of the tensors again, chosen at random.
         inputs: also compare the inputs with what was read when they were merged.  Both open the models that
             the recipe in the manifest names.
+        strict: a model card that was edited is a fault, too, and not only told.
         base_dir: where its relative paths start, by default the working directory.
         allow_pickle: as for `merge`.
         threads: by default as many as there are processors.
@@ -148,7 +150,7 @@ def verify(
         >>> verdict.is_well, verdict.tensors, verdict.recomputed, verdict.inputs
         (True, 1, 1, 2)
     """
-    checks = Checks(sources, inputs, None if base_dir is None else Path(base_dir))
+    checks = Checks(sources, inputs, strict, None if base_dir is None else Path(base_dir))
     permissions = Permissions(pickle=allow_pickle)
     return run_verify(Path(out), checks, permissions, Execution(threads), progress=progress)
 

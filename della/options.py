@@ -40,7 +40,7 @@ class Spec:
         is_argument: It is given by position.
 
     >>> declared(Target)["overwrite"].help
-    'Replace OUT, in one step, when all is done.'
+    'Replace OUT, in one step, when all is done: what della has made, or any model.'
     """
 
     help: str
@@ -175,6 +175,13 @@ def percent_of(text: str) -> float:
     return float(match[1]) / 100
 
 
+def overwriting(text: str) -> bool | str:
+    """What may be replaced: "any" model, or (True) what della has made.  Raises RecipeError."""
+    if text not in ("any", "della"):
+        raise RecipeError(f"--overwrite={text}: write --overwrite, or --overwrite=any")
+    return text if text == "any" else True
+
+
 def is_mergekit(text: str) -> bool:
     """Whether other rules than ours are asked for.  Raises RecipeError for rules that are not known."""
     if text != "mergekit":
@@ -251,7 +258,10 @@ class Target:
     """
 
     out: Path = argument("Where to: a folder, or a .safetensors file.", metavar="OUT")
-    overwrite: bool = option("Replace OUT, in one step, when all is done.", False)
+    overwrite: bool | str = option(
+        "Replace OUT, in one step, when all is done: what della has made, or any model.", False,
+        metavar="[any]", read=overwriting, bare="della",
+    )  # fmt: skip
 
     @property
     def is_single(self) -> bool:
@@ -322,7 +332,7 @@ class Checks:
         RecipeError: it cannot be checked so.
 
     >>> Checks(inputs=True)
-    Checks(sources=None, inputs=True, base_dir=None)
+    Checks(sources=None, inputs=True, strict=False, base_dir=None)
     """
 
     sources: float | None = option(
@@ -330,6 +340,7 @@ class Checks:
         metavar="[K%]", read=percent_of, bare="5%",
     )  # fmt: skip
     inputs: bool = option("Check that the inputs are still what was merged.", False)
+    strict: bool = option("A model card that was edited is a fault too.", False)
     base_dir: Path | None = option(
         "Where relative paths of the recipe start. [default: the working directory]", None, "--from",
         metavar="FOLDER",

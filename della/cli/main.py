@@ -167,11 +167,16 @@ _register("paper", derived(cli_paper.paper))
 
 
 def _with_values(arguments: list[str]) -> list[str]:
-    """typer knows no option whose value may be left out: `--sources` alone gets the value it stands for."""
-    bare = {f"--{name}": spec.bare for name, spec in declared(Checks).items() if spec.bare}
+    """typer knows no option whose value may be left out: `--sources` alone gets the value it stands for.
+
+    That of --overwrite stands behind a "=", as the next word may be OUT."""
+    options = declared(Checks) | declared(Target)
+    bare = {f"--{name}": spec.bare for name, spec in options.items() if spec.bare}
     following = [*arguments, ""][1:]
     return [
-        f"{word}={bare[word]}" if word in bare and not NUMBER.fullmatch(after) else word
+        f"{word}={bare[word]}"
+        if word in bare and not ("%" in bare[word] and NUMBER.fullmatch(after))
+        else word
         for word, after in zip(arguments, following, strict=True)
     ]
 

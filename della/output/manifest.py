@@ -23,7 +23,7 @@ from della.checkpoint.strict import json_object
 from della.checkpoint.view import Stored
 from della.errors import CheckpointError, OutputError, Problem
 from della.output.disk import can_be_called
-from della.output.place import MANIFEST
+from della.output.place import KEY, MANIFEST
 from della.version import __version__
 
 __all__ = [
@@ -32,7 +32,6 @@ __all__ = [
 ]  # fmt: skip
 
 FORMAT = 2
-KEY = "della"
 MOST_BYTES = 100_000_000
 UNKNOWN = "0" * 32
 # The first in the file is the manifest's own: it is its first key, and in a header metadata comes first.

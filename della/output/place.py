@@ -10,19 +10,28 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from della.errors import OutputError, Problem
+from della.checkpoint.header import read_header
+from della.errors import CheckpointError, OutputError, Problem
 from della.output.disk import can_be_called, explained, user
 
 MANIFEST = "della.json"
+KEY = "della"  # under which the header of a single file has the same
 MOST_NAME_BYTES = 255 - len("..della-staging")  # what stands beside it has a longer name
 MARGIN_BYTES = 1 << 26  # for tokenizers and other side files, whose sizes are not known beforehand
+# Ends of names that stand for a file of weights, and such files are not written.
+NOT_WRITTEN = (
+    ".gguf", ".ggml", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".npz", ".npy", ".onnx", ".h5", ".msgpack",
+    ".tflite", ".zip", ".tar", ".gz",
+)  # fmt: skip
+Overwrite = bool | str
+"""Whether OUT may be replaced: False, True where della made it, "any" model."""
 # What a folder without della.json may hold and still be taken for a model that --overwrite may replace.
 MODEL_FILES = (
     ".safetensors", ".json", ".jinja", ".md", ".model", ".txt", ".tiktoken", ".gitattributes", "LICENSE",
 )  # fmt: skip
 
 
-def check_place(out: Path, overwrite: bool, single_file: bool, inputs: Iterable[Path] = ()) -> None:
+def check_place(out: Path, overwrite: Overwrite, single_file: bool, inputs: Iterable[Path] = ()) -> None:
     """Refuses an OUT that is taken, cannot be written or replaced, or touches an input (OutputError)."""
     with explained(out):
         problems = list(_complaints(out, overwrite, single_file, inputs))
@@ -30,7 +39,9 @@ def check_place(out: Path, overwrite: bool, single_file: bool, inputs: Iterable[
         raise OutputError(*problems)
 
 
-def _complaints(out: Path, overwrite: bool, single_file: bool, inputs: Iterable[Path]) -> Iterator[Problem]:
+def _complaints(
+    out: Path, overwrite: Overwrite, single_file: bool, inputs: Iterable[Path]
+) -> Iterator[Problem]:
     if not is_name(out):
         said = f"cannot be the name of a model, which has 1 to {MOST_NAME_BYTES} bytes and no NUL"
         yield Problem(f"{str(out)[:1000]!r} {said}")
@@ -40,7 +51,11 @@ def _complaints(out: Path, overwrite: bool, single_file: bool, inputs: Iterable[
         return
     if single_file and out.suffix != ".safetensors":
         yield Problem("one file was asked for", "its name must end in .safetensors", str(out))
-    if not single_file and out.suffix == ".safetensors":
+    if not single_file and out.suffix.lower() in NOT_WRITTEN:
+        fix = "name a folder, or a file that ends in .safetensors"
+        yield Problem(f"{out.suffix} files are not written", fix, str(out))
+        return
+    if not single_file and out.suffix.lower() == ".safetensors":
         yield Problem("a folder was asked for", "its name must not end in .safetensors", str(out))
     touched = next((place for place in inputs if _inside(out, place) or _inside(place, out)), None)
     if touched:
@@ -62,8 +77,23 @@ def is_name(out: Path) -> bool:
     return 0 < len(os.fsencode(out.name)) <= MOST_NAME_BYTES and "\0" not in str(out)
 
 
-def _taken(out: Path, overwrite: bool, single_file: bool) -> Iterator[Problem]:
-    if not overwrite:
+def is_empty(out: Path) -> bool:
+    """Whether a folder stands there in which there is nothing."""
+    return out.is_dir() and not os.path.ismount(out) and not os.listdir(out)
+
+
+def is_made_by_della(out: Path) -> bool:
+    """Whether a folder or file says that della has merged it."""
+    if out.is_dir():
+        return os.path.lexists(out / MANIFEST) or is_empty(out)
+    try:
+        return KEY in read_header(out)[0].metadata
+    except CheckpointError:
+        return False
+
+
+def _taken(out: Path, overwrite: Overwrite, single_file: bool) -> Iterator[Problem]:
+    if not overwrite and (single_file or not is_empty(out)):
         yield Problem(
             "exists already", "choose another place, or allow it to be replaced: --overwrite", str(out)
         )
@@ -78,6 +108,9 @@ def _taken(out: Path, overwrite: bool, single_file: bool) -> Iterator[Problem]:
         yield Problem("belongs to another user, so it cannot be replaced", "choose another place", str(out))
     elif not single_file and (problem := refusal_to_replace(out, out)):
         yield problem
+    elif overwrite != "any" and not is_made_by_della(out):
+        said = "not replaced: della has not made it, so it may be wanted elsewhere"
+        yield Problem(said, "choose another place, or allow it all the same: --overwrite=any", str(out))
 
 
 def _is_ours_to_move(out: Path) -> bool:

@@ -20,7 +20,7 @@ from della.errors import DellaError, OutputError, Problem
 from della.output import disk
 from della.output.disk import explained
 from della.output.journal import Done, Facts
-from della.output.place import check_place, check_space, refusal_to_replace
+from della.output.place import Overwrite, check_place, check_space, refusal_to_replace
 from della.output.shards import INDEX, Shard, TensorPlan, index_json, lay_out, share
 from della.output.staging import Staging
 
@@ -35,8 +35,9 @@ class StagedOutput:
 
     ``tensors`` are (name, dtype, shape) in the order in which they shall lie; ``shard_bytes`` is the most
     data in one file.  ``inputs`` are the folders and files of the models that are read: OUT may not touch
-    them.  With ``single_file`` OUT is one .safetensors file.  ``overwrite`` lets OUT be replaced, if it is a
-    model.  ``stem`` begins the names of the files: "diffusion_pytorch_model" for what diffusers shall load.
+    them.  With ``single_file`` OUT is one .safetensors file.  ``overwrite`` lets OUT be replaced, if della
+    made it ("any": if it is a model).  ``stem`` begins the names of the files: "diffusion_pytorch_model" for
+    what diffusers shall load.
     ``fsync=False`` is for tests and scratch models: a power cut may then lose what commit has reported.
 
     ``key`` stands for everything that the bytes depend on, but the layout.  With one, what is finished when
@@ -50,7 +51,7 @@ class StagedOutput:
         out: Path,
         tensors: TensorPlan,
         shard_bytes: int = 5_000_000_000,
-        overwrite: bool = False,
+        overwrite: Overwrite = False,
         single_file: bool = False,
         fsync: bool = True,
         metadata: Mapping[str, str] | None = None,
@@ -211,7 +212,7 @@ class StagedOutput:
         if index := self.index():
             self._add(*index)
         self._sync_files()
-        model, replaces = self._staging.model, self._overwrite and os.path.lexists(self.out)
+        model, replaces = self._staging.model, os.path.lexists(self.out)
         with explained(self.out):
             if self._fsync:
                 disk.sync_folder(model)

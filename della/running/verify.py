@@ -35,6 +35,8 @@ from della.version import __version__
 
 # What programs load from a model's folder unasked: a stranger of such a name changes the model.
 _LOADED = (".safetensors", INDEX, ".bin.index.json", ".tiktoken", *PICKLES)
+CARD = "README.md"
+_CHANGED = ("has changed", "has ")  # of its content or size
 _LOADED_NAMES = {*SIDE_FILES, "config.json", "adapter_config.json"}
 
 
@@ -102,6 +104,8 @@ def verify(
         if plan and wanted.inputs:
             checks += _input_checks(plan, manifest, verdict)
         verdict.problems += hashing.faults(checks)
+        if not wanted.strict:
+            _pass_over_card(verdict)
         if plan and wanted.sources is not None:
             _recompute(plan, manifest, wanted.sources, verdict, hashing)
     verdict.problems = list(dict.fromkeys(verdict.problems))
@@ -118,6 +122,15 @@ def _problems(error: OSError | CheckpointError, named: Path) -> Sequence[Problem
     if isinstance(error, CheckpointError):
         return error.problems
     return [Problem(f"cannot be read ({error.strerror})", subject=str(named))]
+
+
+def _pass_over_card(verdict: Verdict) -> None:
+    """A model card is there to be edited."""
+    card = verdict.out / CARD
+    edited = [p for p in verdict.problems if p.subject == str(card) and p.said.startswith(_CHANGED)]
+    if edited:
+        verdict.problems = [problem for problem in verdict.problems if problem not in edited]
+        verdict.notes.append(f"{card}: edited since the merge, as a model card may be")
 
 
 # ---- the model itself -------------------------------------------------------------------------------------

@@ -209,7 +209,7 @@ SENTENCES: list[tuple[str, int, str]] = [
      "replaced: --overwrite"),
     ("merge r.yml r.yml --overwrite", 4, "{site}/r.yml: a file, which is not replaced; "
      "choose another place"),
-    ("merge one.yml one.safetensors --overwrite", 4, "{site}/one.safetensors: touches the input "
+    ("merge one.yml one.safetensors --overwrite=any", 4, "{site}/one.safetensors: touches the input "
      "{site}/one.safetensors; choose another place for the result"),
     ("merge large.yml out", 4, "w: element 0 becomes inf when it is rounded to float16; "
      f"choose a wider out_dtype, or a smaller lambda; or {CURE}"),
@@ -378,7 +378,7 @@ def test_ctrl_c_leaves_the_disk_as_it_was(slow: Path, tmp_path: Path, existing: 
     before = tree(tmp_path)
     arguments = ["merge", "r.yml", str(tmp_path / "out"), "--threads", "1", "--json"]
     process = start(
-        slow, *arguments, *["--overwrite"] * existing, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        slow, *arguments, *["--overwrite=any"] * existing, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     assert process.stdout is not None
     events = []
@@ -386,6 +386,7 @@ def test_ctrl_c_leaves_the_disk_as_it_was(slow: Path, tmp_path: Path, existing: 
         events.append(json.loads(line))
         if events[-1]["event"] == "progress":
             break
+    assert events, process.communicate()
     assert 0 < events[-1]["bytes"] < events[-1]["total"]
     assert len(os.listdir(tmp_path)) == 1 + existing, "staged beside OUT"
     process.send_signal(signal.SIGINT)

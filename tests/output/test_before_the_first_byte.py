@@ -122,7 +122,7 @@ def test_a_mount_point_is_not_replaced(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "out").mkdir()
     monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "out")
     with pytest.raises(OutputError) as caught:
-        della.merge(recipe(models, "ties", [{}] * 3, {}), tmp_path / "out", overwrite=True, fsync=False)
+        della.merge(recipe(models, "ties", [{}] * 3, {}), tmp_path / "out", overwrite="any", fsync=False)
     assert str(caught.value) == (
         f"{tmp_path}/out: a mount point, which cannot be replaced in one step; choose a folder in it"
     )
@@ -137,7 +137,7 @@ def test_what_the_system_will_not_rename_is_refused_at_once(
     monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
     with pytest.raises(OutputError) as caught:
         della.merge(
-            recipe(models, "ties", [{}] * 3, {}), tmp_path / "shared/out", overwrite=True, fsync=False
+            recipe(models, "ties", [{}] * 3, {}), tmp_path / "shared/out", overwrite="any", fsync=False
         )
     assert str(caught.value) == (
         f"{tmp_path}/shared/out: belongs to another user, so it cannot be replaced; choose another place"

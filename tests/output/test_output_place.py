@@ -40,7 +40,7 @@ def test_one_single_file(tmp_path: Path) -> None:
     assert refusal(out, single_file=True) == (
         f"{out}: exists already; choose another place, or allow it to be replaced: --overwrite"
     )
-    save_model(out, 2.0, single_file=True, overwrite=True)
+    save_model(out, 2.0, single_file=True, overwrite="any")
     assert os.listdir(tmp_path) == [out.name]
     assert numbers(out) == [2.0, 2.0]
     assert refusal(tmp_path / "m", single_file=True) == (
@@ -50,7 +50,7 @@ def test_one_single_file(tmp_path: Path) -> None:
         f"{tmp_path}/n.safetensors: a folder was asked for; its name must not end in .safetensors"
     )
     (tmp_path / "d.safetensors").mkdir()
-    assert refusal(tmp_path / "d.safetensors", single_file=True, overwrite=True) == (
+    assert refusal(tmp_path / "d.safetensors", single_file=True, overwrite="any") == (
         f"{tmp_path}/d.safetensors: a folder, which is not replaced; choose another place"
     )
     with StagedOutput(tmp_path / "x.safetensors", PLAN, single_file=True) as output:
@@ -72,7 +72,7 @@ def test_overwrite_swaps(tmp_path: Path, exchange: bool, monkeypatch: pytest.Mon
         refusal(out)
         == f"{out}: exists already; choose another place, or allow it to be replaced: --overwrite"
     )
-    save_model(out, 2.0, overwrite=True)
+    save_model(out, 2.0, overwrite="any")
     assert os.listdir(tmp_path) == ["out"]
     assert os.listdir(out) == ["model.safetensors"]
     assert numbers(out) == [2.0, 2.0]
@@ -115,9 +115,9 @@ def test_a_swap_cut_short_is_undone_or_ended(tmp_path: Path, monkeypatch: pytest
         patch.setattr(StagedOutput, "_close", lambda self: self._staging.release())
         patch.setattr(disk, "remove", lambda path: None)
         patch.setattr(Staging, "remove", lambda self: None)
-        save_model(out, 2.0, overwrite=True)
+        save_model(out, 2.0, overwrite="any")
     assert numbers(aside) == [1.0, 1.0]
-    save_model(out, 3.0, overwrite=True)
+    save_model(out, 3.0, overwrite="any")
     assert (numbers(out), os.listdir(tmp_path)) == ([3.0, 3.0], ["out"])
 
 
@@ -136,18 +136,18 @@ def test_an_old_model_put_aside_is_never_removed_by_mistake(
 
     monkeypatch.setattr(os, "rename", once)
     with pytest.raises(OutputError):
-        save_model(out, 2.0, overwrite=True)
+        save_model(out, 2.0, overwrite="any")
     monkeypatch.setattr(os, "rename", real)
     assert (out.exists(), numbers(aside)) == (False, [1.0, 1.0])
     out.mkdir()
     with pytest.raises(OutputError) as caught:
-        save_model(out, 3.0, overwrite=True)
+        save_model(out, 3.0, overwrite="any")
     assert str(caught.value) == (
         f"{aside}: the old model, from a replacement that was cut short, while something else stands at "
         f"{out}; move one of them away"
     )
     out.rmdir()
-    save_model(tmp_path / "out", 3.0, overwrite=True)
+    save_model(tmp_path / "out", 3.0, overwrite="any")
     assert (numbers(out), os.listdir(tmp_path)) == ([3.0, 3.0], ["out"])
 
 
@@ -163,7 +163,7 @@ def test_a_failed_second_rename_is_taken_back(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(os, "rename", once)
     with pytest.raises(OutputError, match=r"out: the disk reports an error"):
-        save_model(out, 2.0, overwrite=True)
+        save_model(out, 2.0, overwrite="any")
     assert (numbers(out), os.listdir(tmp_path)) == ([1.0, 1.0], ["out"])
 
 
@@ -180,7 +180,7 @@ def test_only_models_are_replaced(tmp_path: Path, names: list[str], held: str) -
     out = tmp_path / "out"
     for name in names:
         (out / name).mkdir(parents=True) if name.endswith("/") else disk_write(out / name)
-    assert refusal(out, overwrite=True) == (
+    assert refusal(out, overwrite="any") == (
         f"{out}: not replaced: it is not a model, or more (it holds {held}); "
         "choose another place, or remove it yourself"
     )
@@ -193,11 +193,12 @@ def disk_write(path: Path) -> None:
 
 def test_an_empty_folder_and_a_foreign_model_may_be_replaced(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    assert "exists already" in refusal(tmp_path / "empty")
-    save_model(tmp_path / "empty", overwrite=True)
+    save_model(tmp_path / "empty")
+    assert os.listdir(tmp_path / "empty") == ["model.safetensors"]
     for name in ("config.json", "model-00001-of-00002.safetensors", "README.md", "tokenizer.model"):
         disk_write(tmp_path / "foreign" / name)
-    save_model(tmp_path / "foreign", overwrite=True)
+    assert "--overwrite=any" in refusal(tmp_path / "foreign", overwrite=True)
+    save_model(tmp_path / "foreign", overwrite="any")
     assert os.listdir(tmp_path / "foreign") == ["model.safetensors"]
 
 
@@ -213,11 +214,11 @@ def test_out_may_not_touch_an_input(tmp_path: Path) -> None:
         tmp_path / "alias/base/a/b",
         tmp_path / "models",
     ):
-        assert refusal(out, overwrite=True, inputs=[model]) == (
+        assert refusal(out, overwrite="any", inputs=[model]) == (
             f"{out}: touches the input {model}; choose another place for the result"
         )
     file = model / "model.safetensors"
-    assert "touches the input" in refusal(file, single_file=True, overwrite=True, inputs=[file])
+    assert "touches the input" in refusal(file, single_file=True, overwrite="any", inputs=[file])
     check_place(model / "beside.safetensors", False, True, [file])
     check_place(tmp_path / "models/other", False, False, [model])
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
@@ -258,7 +259,7 @@ from pathlib import Path
 from della.output.writer import StagedOutput
 from della.dtypes import DTYPES
 plan = [("w", DTYPES["F64"], (2,)), ("v", DTYPES["F64"], (2,))]
-with StagedOutput(Path(sys.argv[1]), plan, overwrite=True) as output:
+with StagedOutput(Path(sys.argv[1]), plan, overwrite="any") as output:
     output.write("w", 0, bytes(16))
     os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -276,7 +277,7 @@ def test_a_killed_run_leaves_out_as_it_was_and_is_taken_over(tmp_path: Path, exi
     assert run.returncode == -signal.SIGKILL
     assert (tmp_path / ".out.della-staging/model/model.safetensors").exists()
     assert tree(out) == before
-    save_model(out, 2.0, overwrite=True)
+    save_model(out, 2.0, overwrite="any")
     assert os.listdir(tmp_path) == ["out"]
     assert numbers(out) == [2.0, 2.0]
 

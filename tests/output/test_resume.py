@@ -217,17 +217,17 @@ def test_after_a_swap_the_old_model_is_not_taken_for_a_staged_one(
         os.link(path, tmp_path / f"mine-{path.name}")  # another name of the user's for the same file
     before = {path.name: path.read_bytes() for path in tmp_path.glob("mine-*")}
     monkeypatch.setattr(Staging, "remove", lambda self: None)
-    della.merge(made, out, overwrite=True, **OPTIONS)
+    della.merge(made, out, overwrite="any", **OPTIONS)
     monkeypatch.undo()
     assert (staging / "model/stale-00001-of-00002.safetensors").exists()
     wanted = files(out)
     with pytest.raises(OutputError) as caught:
-        della.merge(made, out, overwrite=True, finish=True, **OPTIONS)
+        della.merge(made, out, overwrite="any", finish=True, **OPTIONS)
     assert str(caught.value) == (
         f"{out}: an earlier run was cut short while it put the new model there; see what `della verify` says"
         ", and leave out --finish if it is not there"
     )
-    result = della.merge(made, out, overwrite=True, **OPTIONS)
+    result = della.merge(made, out, overwrite="any", **OPTIONS)
     assert (result.resumed, files(out)) == (0, wanted)
     assert not staging.exists()
     assert {path.name: path.read_bytes() for path in tmp_path.glob("mine-*")} == before
@@ -446,7 +446,7 @@ def test_what_a_user_puts_into_out_meanwhile_is_not_lost(
         else:
             monkeypatch.setattr(StagedOutput, "_sync_files", lambda self: put(out, {"precious.bin": b"x"}))
         with pytest.raises(OutputError, match=r"not a model, or more \(it holds precious.bin\)"):
-            della.merge(made, out, seed=7, overwrite=True, **OPTIONS)
+            della.merge(made, out, seed=7, overwrite="any", **OPTIONS)
         monkeypatch.undo()
         assert files(out) == before
         assert os.listdir(tmp_path) == ["out"]

@@ -170,8 +170,8 @@ def test_names_that_leave_the_folder(merged: Path, name: str) -> None:
 def test_a_name_too_long_and_sizes_that_cannot_be(out: Path) -> None:
     long = "x" * 5000
     reseal(out, put_at(("files", long), {"size": -1, "hash": ""}))
-    reseal(out, put_at(("files", "README.md", "size"), 10**99))
-    readme, size = out / "README.md", (out / "README.md").stat().st_size
+    reseal(out, put_at(("files", "config.json", "size"), 10**99))
+    readme, size = out / "config.json", (out / "config.json").stat().st_size
     found = verify(out).bad
     assert found[0] == f"{readme}: has {size:,} bytes, expected {10**99:,}"
     assert found[1:] in ([f"{out}/{long}: cannot be read (File name too long)"], [f"{out}/{long}: missing"])
