@@ -173,7 +173,7 @@ def a_name_in_other_case(folder: Path) -> None:
 def names_with_a_prefix(folder: Path) -> None:
     with changed(folder / "math") as named:
         for name in list(named):
-            named[f"_orig_mod.{name}"] = named.pop(name)
+            named[f"_orig_mod.{name}"] = named[f"module.{name}"] = named.pop(name)
 
 
 # ---- row 9: tied embeddings -------------------------------------------------------------------------------

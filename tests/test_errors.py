@@ -241,6 +241,7 @@ def test_values_that_are_not_finite_and_results_that_are_too_large(tmp_path: Pat
 def test_the_place_of_the_result(tmp_path: Path) -> None:
     made = models(tmp_path / "models")
     (tmp_path / "there").mkdir()
+    (tmp_path / "there/notes.txt").touch()
     for out, fix in ((tmp_path / "models/base/new", "another place"), (tmp_path / "there", "--overwrite")):
         problem = told(OutputError, lambda out=out: della.merge(made, out, fsync=False))  # type: ignore[misc]
         assert problem.subject == str(out)

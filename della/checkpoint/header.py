@@ -145,6 +145,8 @@ def _read_exactly(file: io.FileIO, count: int, where: str) -> bytes:
 
 
 def _metadata(value: object, where: str) -> dict[str, str]:
+    if value is None:  # mlx writes it, and the safetensors package takes it
+        return {}
     if not isinstance(value, dict):
         raise CheckpointError(
             Problem(f"{METADATA} must be an object of strings, found a {type(value).__name__}", AGAIN, where)

@@ -19,16 +19,17 @@ from della.checkpoint.files import readable
 from della.checkpoint.header import Header, parse_header, read_header
 from della.checkpoint.names import why_hostile
 from della.checkpoint.pickles import PICKLES, pickle_refusal, read_pickle
-from della.checkpoint.quantised import quantised_tensors, refuse_quantised_config
+from della.checkpoint.quantised import base_of_adapter, no_weights, refuse_quantised_config
 from della.checkpoint.strict import AGAIN, json_object
 from della.dtypes import Array, DType
-from della.errors import CheckpointError, Collector, Problem
+from della.errors import CheckpointError, Collector, Problem, some
 
 MOST_CONFIG_BYTES = 10_000_000
 MOST_INDEX_BYTES = 100_000_000
 STEMS = ("model", "diffusion_pytorch_model")
 PICKLE_STEMS = ("pytorch_model", "diffusion_pytorch_model")
 INDEX = ".safetensors.index.json"
+WEIGHTS = (".safetensors", *PICKLES, ".gguf", ".onnx", ".npz", ".msgpack", ".h5")
 SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)\.(safetensors|bin)")
 
 
@@ -72,13 +73,15 @@ class RawHeader:
 class Layout:
     """A folder, understood.  ``tensors`` run file by file, in the order of their data.
 
-    ``held`` has the bits of those tensors of pickles that cannot be read by offset (`pickles.copy_bytes`).
+    ``held`` has the bits of those tensors of pickles that cannot be read by offset (`pickles.copy_bytes`);
+    ``notes`` say what of the folder was not read.
     """
 
     tensors: dict[str, Tensor]
     files: list[File]
     config: dict[str, Any]
     held: dict[str, Array] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +120,10 @@ def read_folder(
     kind = PICKLE if allow_pickle and not plain else SAFETENSORS
     files, index = weight_files(folder, names, kind)
     config = read_config(folder)
-    return _assemble(folder, files, index, config, remote, kind)
+    found = _assemble(folder, files, index, config, remote, kind)
+    if left := [name for name in names if name not in files and name.endswith(WEIGHTS)]:
+        found.notes.append(f"{some(left)} beside {some(files)}: not read")
+    return found
 
 
 def read_single(path: Path, *, allow_pickle: bool = False) -> Layout:
@@ -224,7 +230,8 @@ def why_no_file(path: Path) -> tuple[str, str]:
 def _why_no_weights(folder: Path, names: Collection[str], kind: Kind, on_hub: bool) -> Problem:
     where = str(folder)
     if "adapter_config.json" in names:
-        fix = "merge it into its base model first (peft: merge_and_unload), and give the result"
+        base = base_of_adapter(folder)
+        fix = f"merge it into its base model{base} first (peft: merge_and_unload), and give the result"
         return Problem("a LoRA adapter, not a whole model", f"adapters come in a later version: {fix}", where)
     pickles = [name for name in names if name.endswith((*PICKLES, ".bin.index.json"))]
     if pickles and kind is PICKLE:
@@ -310,7 +317,8 @@ def _assemble(
             digest = xxhash.xxh3_128(size.to_bytes(8, "little") + raw).hexdigest()
             files.append(File(name, where, size, digest))
     homes = _homes(folder, headers, problems) if index is None else _against(folder, headers, index, problems)
-    problems.extend(quantised_tensors(folder, homes))
+    infos = [info for header in headers.values() for info in header.tensors.values()]
+    problems.extend(no_weights(folder, infos))
     problems.raise_any()
     tensors = {
         info.name: Tensor(
@@ -320,8 +328,14 @@ def _assemble(
         for info in header.tensors.values()
         if homes[info.name] == name
     }
+    twice = [
+        f"{info.name} stands in {homes[info.name]} and in {name}; the index says {homes[info.name]}"
+        for name, header in headers.items()
+        for info in header.tensors.values()
+        if homes[info.name] != name
+    ]
     bits = {t: array for name, arrays in held.items() for t, array in arrays.items() if homes[t] == name}
-    return Layout(tensors, files, config, bits)
+    return Layout(tensors, files, config, bits, twice)
 
 
 def _homes(folder: Path, headers: Mapping[str, Header], problems: Collector) -> dict[str, str]:

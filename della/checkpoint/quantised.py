@@ -1,11 +1,14 @@
-"""Quantised models, recognised by name: their tensors are codes, and no mean of codes has a meaning."""
+"""Models whose tensors are codes (quantised) or factors (adapters): no mean of these has a meaning."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from della.checkpoint.header import TensorInfo
+from della.checkpoint.strict import json_object
 from della.errors import CheckpointError, Problem
 
 # Suffixes that only quantised models give to their tensors; nested ones (quant_state) carry more behind.
@@ -24,6 +27,19 @@ QUANTISED = {
     "_proj_blocks": "MXFP4",
     ".W_q": "HQQ",
 }
+# Tensors beside codes that turn them into values, in the names of any scheme.
+SCALE = re.compile(
+    r"scale|zero|absmax|amax|quant|codebook|lut\b|step_size|\bSCB\b|qparams|norm_factor|dequant",
+    re.IGNORECASE,
+)
+MARKERS = ("scaled_fp8",)  # of whole files
+WEIGHT = re.compile(r"(^|[._])q?weight(_packed|_codes)?(\._data)?$|_proj$|codes$", re.IGNORECASE)
+# Factors of adapters (LoRA, DoRA, LoHa, LoKr, OFT, IA3, VeRA), as PEFT, kohya, diffusers, LyCORIS name them.
+FACTOR = re.compile(
+    r"(^|[._])(lora_(A|B|a|b|up|down|mid|embedding_A|embedding_B|magnitude_vector)|lora_linear_layer"
+    r"|hada_(w[12]|t[12])(_[ab])?|lokr_(w[12](_[ab])?|t2)|dora_scale|oft_(blocks|diag|R|r|s)|ia3_l"
+    r"|vera_lambda_[bd]|boft_(R|s)|trainable_tokens_delta)([._]|$)"
+)
 QUANTISERS = {"gptq": "GPTQ", "awq": "AWQ", "bitsandbytes": "bitsandbytes", "fp8": "FP8", "mxfp4": "MXFP4"}
 UNQUANTISED = "give the unquantised model that it was made from, and quantise the merge instead"
 
@@ -52,17 +68,66 @@ def _quantisation(config: object) -> object:
     return isinstance(config, dict) and (config.get("quantization_config") or config.get("quantization"))
 
 
-def quantised_tensors(folder: Path, tensors: Collection[str]) -> Iterator[Problem]:
-    """What is wrong with a model that has tensors which only a quantised one has; told once."""
-    for tensor in tensors:
+def no_weights(folder: Path, infos: Sequence[TensorInfo]) -> Iterator[Problem]:
+    """What is wrong with a model whose tensors are codes or factors; told once for each kind."""
+    names = [info.name for info in infos]
+    if factors := sorted(name for name in names if FACTOR.search(name)):
+        fix = f"merge it into its base model{base_of_adapter(folder)} first, and give the result"
+        said = f"holds the factors of an adapter (tensor {factors[0]!r}), whose mean is no mean of models"
+        yield Problem(said, fix, str(folder), factors[0])
+    for tensor in names:
         for suffix, method in QUANTISED.items():
             if tensor.endswith(suffix):
-                yield (
-                    Problem(
-                        f"a model quantised by {method} (tensor {tensor!r}) cannot be merged",
-                        UNQUANTISED,
-                        str(folder),
-                        tensor,
-                    )
-                )
+                said = f"a model quantised by {method} (tensor {tensor!r}) cannot be merged"
+                yield Problem(said, UNQUANTISED, str(folder), tensor)
                 return
+    modules: dict[str, list[str]] = {}
+    for info in infos:
+        head = info.name.rpartition(".")[0]
+        for module in {head, head.rpartition(".")[0], _module(info.name)} if info.dtype.is_float else ():
+            modules.setdefault(module, []).append(info.name)
+    for info in infos:
+        if problem := _codes(folder, info, modules):
+            yield problem
+            return
+
+
+def _codes(folder: Path, info: TensorInfo, modules: Mapping[str, Sequence[str]]) -> Problem | None:
+    """Why a tensor holds codes and no values, if it does: it has a scale beside it, or integers are called a
+    weight."""
+    if info.dtype.is_float and info.dtype.bits > 8:
+        return None
+    if not info.dtype.is_float and (len(info.shape) < 2 or info.dtype.name in ("BOOL", "I64", "U64")):
+        return None
+    beside = [
+        name
+        for prefix in dict.fromkeys((_module(info.name), info.name.rpartition(".")[0], info.name))
+        for name in modules.get(prefix, ())
+        if name != info.name and SCALE.search(name.removeprefix(prefix))
+    ]
+    beside += [name for name in modules.get("", ()) if name in MARKERS] if info.dtype.is_float else []
+    stored = f"{info.name!r} is stored in {info.dtype.torch_name}"
+    if beside:
+        said = f"a quantised model cannot be merged: tensor {stored}, with {beside[0]!r} beside it"
+    elif not info.dtype.is_float and WEIGHT.search(info.name):
+        said = f"a quantised model cannot be merged: tensor {stored}, though it is a weight"
+    else:
+        return None
+    return Problem(said, UNQUANTISED, str(folder), info.name)
+
+
+def _module(name: str) -> str:
+    """The module that owns a tensor; of X_blocks and X_scales the parameter X."""
+    head, dot, last = name.rpartition(".")
+    stem = re.sub(r"_(blocks|scales?|packed|codes|data)$", "", last)
+    return f"{head}.{stem}" if dot and stem != last and not last.startswith(("weight", "_")) else head
+
+
+def base_of_adapter(folder: Path) -> str:
+    """`` (NAME)``, the base that adapter_config.json names; "" where it names none."""
+    path = folder / "adapter_config.json"
+    try:
+        base = json_object(path.read_bytes(), str(path)).get("base_model_name_or_path")
+    except (OSError, CheckpointError):
+        return ""
+    return f" ({base[:200]})" if isinstance(base, str) and base else ""

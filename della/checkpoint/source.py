@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from copy import copy
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from della.checkpoint.header import LENGTH_BYTES, header_length
 from della.checkpoint.layout import (
@@ -28,10 +32,14 @@ from della.checkpoint.layout import (
     why_no_file,
 )
 from della.checkpoint.pickles import PICKLES
-from della.checkpoint.view import Stored, TensorView
+from della.checkpoint.view import Renamed, Stored, TensorView
 from della.checkpoint.weights import Weights
 from della.errors import CheckpointError, Problem, suggest
 
+HUB_PAGE = re.compile(
+    r"https?://(www\.)?(huggingface\.co|hf\.co)/(?P<repo>[\w.-]+/[\w.-]+?)(/(tree|blob)/(?P<revision>[\w.-]+))?/?",
+    re.ASCII,
+)
 HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>\w[\w./-]*))?", re.ASCII)
 WINDOWS_PATH = re.compile(r"[A-Za-z]:/|.*\\")
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -56,7 +64,8 @@ class Source:
     """An opened checkpoint; safe to read from several threads.  Close it, or use it in a with-block.
 
     It has ``tensors``, views by name, file by file in the order of their data; ``folder``, where it lies;
-    ``config``, {} where there is no config.json; and ``revision``, the commit of a Hub snapshot, else None.
+    ``config``, {} where there is no config.json; ``revision``, the commit of a Hub snapshot, else None; and
+    ``notes`` on what of the folder was not read.
 
     Args:
         reference: the model as its user names it.
@@ -75,12 +84,22 @@ class Source:
         self.folder = path if path.is_dir() else path.parent
         self.files = layout.files
         self.config = layout.config
+        self.notes = [f"{reference}: {note}" for note in layout.notes]
         self.revision = _commit_of(self.folder)
         self._weights = Weights(reference, layout.files)
         self.tensors: dict[str, TensorView] = {
             name: Stored(entry, self._weights, layout.held.get(name))
             for name, entry in layout.tensors.items()
         }
+
+    def renamed(self, names: Mapping[str, str]) -> Source:
+        """The same source, whose tensors that ``names`` has are called otherwise; it shares the files."""
+        made = copy(self)
+        made.tensors = {
+            names.get(name, name): Renamed(names[name], view) if name in names else view
+            for name, view in self.tensors.items()
+        }
+        return made
 
     @property
     def paths(self) -> list[Path]:
@@ -157,10 +176,11 @@ def open_source(
         ...     model.tensors["w"].read()
         array([1., 2.], dtype=float32)
     """
-    tried = _candidates(reference, base_dir)
+    tried = _candidates(_plain(reference), base_dir)
     for path in tried:
         try:
             if path.is_dir():
+                path = _snapshot(path)
                 return Source(reference, path, read_folder(path, allow_pickle=allow_pickle))
             if path.exists():
                 return Source(reference, path, _read_file(path, allow_pickle))
@@ -168,7 +188,7 @@ def open_source(
             raise CheckpointError(
                 Problem(f"cannot be opened ({error.strerror})", subject=str(path)[:1000])
             ) from error
-    match = HUB_ID.fullmatch(reference)
+    match = HUB_ID.fullmatch(_plain(reference))
     if not match:
         raise CheckpointError(_not_found(reference, tried))
     try:
@@ -177,6 +197,28 @@ def open_source(
         said = f"{error}. No such folder either: tried {_shown(tried)}"
         raise CheckpointError(Problem(said, _near(tried))) from error
     return Source(reference, folder, read_folder(folder, headers))
+
+
+def _plain(reference: str) -> str:
+    """A reference without the words of a browser: a page of the Hub is owner/name, file:// a path."""
+    if page := HUB_PAGE.fullmatch(reference):
+        return page["repo"] + (f"@{page['revision']}" if page["revision"] else "")
+    return url2pathname(urlsplit(reference).path) if reference.startswith("file://") else reference
+
+
+def _snapshot(folder: Path) -> Path:
+    """Of a model's folder in a hub cache (models--owner--name) the snapshot that its main branch names, or
+    the only one; any other folder itself.  Raises CheckpointError."""
+    if not folder.name.startswith("models--") or not (folder / "snapshots").is_dir():
+        return folder
+    found = sorted(path for path in (folder / "snapshots").iterdir() if path.is_dir())
+    main = folder / "refs/main"
+    commit = main.read_text().strip() if main.is_file() else ""
+    chosen = [path for path in found if path.name == commit] or (found if len(found) == 1 else [])
+    if not chosen:
+        said = f"a folder of a hub cache with {len(found)} snapshots, of which none is the main branch's"
+        raise CheckpointError(Problem(said, "name one of its snapshots", str(folder)))
+    return chosen[0]
 
 
 def open_file(reference: str, *, base_dir: Path | None = None) -> Source:
@@ -221,6 +263,9 @@ def _not_found(reference: str, tried: list[Path]) -> Problem:
     if os.name != "nt" and WINDOWS_PATH.match(reference):
         said = "a Windows path, and this is not Windows"
         return Problem(said, "write it with / (under WSL: /mnt/c/...)", reference)
+    if "+" in reference:
+        said = "names a LoRA adapter (base+adapter), which is not part of this version yet"
+        return Problem(said, "merge the adapter into its base first (or rename the folder)", reference)
     hub = None if "/" in reference else "a model of the Hub is written owner/name"
     return Problem(f"not found; tried {_shown(tried)}", _near(tried) or hub, reference)
 

@@ -33,7 +33,7 @@ def json_value(raw: bytes, where: str, *, only_integers: bool = False) -> Any:
     Raises CheckpointError.
     """
     try:
-        text = raw.decode("utf-8")
+        text = raw.decode("utf-8").removeprefix("\ufeff")  # a byte order mark, as editors on Windows write it
         value = json.loads(
             text,
             object_pairs_hook=_unique,

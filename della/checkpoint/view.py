@@ -197,6 +197,22 @@ class Stored(TensorView):
             yield piece
 
 
+class Renamed(TensorView):
+    """A tensor under another name, such as one without a prefix.
+
+    Args:
+        name: the new one.
+        view: the tensor.
+    """
+
+    def __init__(self, name: str, view: TensorView) -> None:
+        super().__init__(name, view.shape, view.dtype, view.parts, view.element)
+        self.view = view
+
+    def read_into(self, start: int, out: Array, hashes: Hashes | None = None) -> None:
+        self.view.read_into(start, out, hashes)
+
+
 class Hashes:
     """xxh3_128 of stored tensors, taken while they are read, when their bytes are in the cache.
 

@@ -120,7 +120,8 @@ def _misfits(base: Source, model: Source) -> Iterator[Problem]:
         if theirs.shape != ours.shape:
             rows_alone = len(ours.shape) == 2 and theirs.shape[1:] == ours.shape[1:]
             grown = rows_alone and ("embed" in name or "lm_head" in name)
-            fix = "if the vocabulary was extended, merge a version of it without the added rows"
+            whose = "this model's" if theirs.shape > ours.shape else "the base's"
+            fix = f"{whose} vocabulary is larger: merge a version of it without the added rows"
             said = f"{name} has shape {list(theirs.shape)}, expected {list(ours.shape)}"
             yield Problem(said, fix if grown else None, tensor=name)
         elif theirs.dtype.is_float != ours.dtype.is_float:

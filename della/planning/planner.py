@@ -24,6 +24,7 @@ from della.merging.tile import canonical
 from della.options import Permissions, Target
 from della.output.place import check_place, check_space, is_name
 from della.output.staging import staged_bytes
+from della.planning.alignment import aligned, differing_buffers, strangers
 from della.planning.compatibility import check_fit, extras, foreign_code, stand_in
 from della.planning.coverage import check_idle, covered
 from della.planning.differences import departures
@@ -53,13 +54,14 @@ def make_plan(
         norms = _open_norms(recipe, stack, check)
         with check:
             _check_target(target, [*opened.values(), *norms.values()])
+        base = opened.get(_template(recipe))
+        notes = [*recipe.notes, *(note for source in opened.values() for note in source.notes)]
+        notes += _align(base, opened)
         models = tuple(
             Model(m, opened[m.reference], norms.get(m.input_norms))
             for m in recipe.models
             if m.reference in opened
         )
-        base = opened.get(_template(recipe))
-        notes = list(recipe.notes)
         models, told = _without_base(recipe, base, models, check)
         recipe = replace(recipe, models=tuple(model.entry for model in models))
         notes += told
@@ -72,7 +74,7 @@ def make_plan(
         if base is not None:
             with check:
                 base.side_files()
-            notes += check_fit(recipe, base, [model.source for model in models], check)
+            notes += _check_models(recipe, base, [model.source for model in models], check)
             for each in norms.values():
                 check.extend(misfits(each, base))
             with check:
@@ -114,6 +116,41 @@ def _open_all(
                 open_source(reference, base_dir=folder, weights=weights, allow_pickle=permissions.pickle)
             )
     return opened
+
+
+def _align(base: Source | None, opened: dict[str, Source]) -> list[str]:
+    """Reads models whose names differ by a prefix under the base's; notes on it."""
+    notes = []
+    for reference, source in opened.items():
+        if base and source is not base:
+            opened[reference], note = aligned(base, source)
+            notes += [note] if note else []
+    return notes
+
+
+def _check_models(recipe: Recipe, base: Source, models: Sequence[Source], check: Collector) -> list[str]:
+    """Notes on how ``models`` fit the base; what does not is in ``check``."""
+    notes, fitting = [], []
+    for source in dict.fromkeys((base, *models)):
+        found = list(strangers(base, source, recipe.missing == "base"))
+        check.extend(found)
+        if not recipe.plain_fp8:
+            check.extend(_fp8(source))
+        if not found:
+            fitting.append(source)
+            notes += [note for note in [differing_buffers(base, source)] if note]
+    return notes + check_fit(recipe, base, fitting, check)
+
+
+def _fp8(source: Source) -> Iterator[Problem]:
+    """Float8 without a scale: codes of a scheme that is not known, or, rarely, the values themselves."""
+    found = [name for name, view in source.tensors.items() if view.dtype.is_float and view.dtype.bits == 8]
+    if found:
+        said = f"{some(found)} stored in float8, which nearly always is codes that need a scale"
+        fix = (
+            "give the model in BF16, F16 or F32; if these are the values themselves, write 'plain_fp8: true'"
+        )
+        yield Problem(said, fix, source.reference, found[0])
 
 
 def _without_base(

@@ -43,7 +43,8 @@ class Recipe:
 
     ``models`` are the experts (for ``linear``, all models); ``parameters`` are the recipe's own settings.
     Settings that the method does not use are in neither.  What to do about unfit inputs: ``nonfinite``
-    ("error", "keep", "zero"), ``missing`` ("error", "base"), ``extra`` ("error", "ignore", "copy").
+    ("error", "keep", "zero"), ``missing`` ("error", "base"), ``extra`` ("error", "ignore", "copy");
+    ``plain_fp8``: float8 tensors are values, no codes.
     """
 
     path: Path | None
@@ -61,6 +62,7 @@ class Recipe:
     nonfinite: str
     missing: str
     extra: str
+    plain_fp8: bool
     notes: tuple[str, ...]
     location: Location = field(compare=False, repr=False)
 

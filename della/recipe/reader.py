@@ -7,19 +7,20 @@ default.
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from della.dtypes import RECIPE_NAMES, DType
-from della.errors import Collector, Location, RecipeError, clip, distinct, suggest
+from della.errors import Collector, Location, RecipeError, clip, suggest
 from della.merging.random import DEFAULT_SEED
 from della.merging.registry import ALL_PARAMETERS, LATER_METHODS, METHODS, Method, Parameter
 from della.recipe.models import ModelEntry, Recipe
 from della.recipe.overrides import apply_overrides
-from della.recipe.references import named_model
+from della.recipe.references import identities, named_model, same
 from della.recipe.settings import Setting, read_setting, read_value
 from della.recipe.text import dump, load_text, parse
 from della.recipe.tree import Items, Leaf, Node, Table, from_objects, refusal, show
@@ -28,7 +29,7 @@ __all__ = ["DEFAULT_SEED", "ModelEntry", "Recipe", "read_recipe"]
 
 _TOP_KEYS = (
     "models", "base_model", "merge_method", "parameters", "dtype", "out_dtype", "tokenizer_source",
-    "name", "seed", "compat", "nonfinite", "missing", "extra", "slices", "modules", "tokenizer",
+    "name", "seed", "compat", "nonfinite", "plain_fp8", "missing", "extra", "slices", "modules", "tokenizer",
     "chat_template",
 )  # fmt: skip
 _MIXTURE = {"experts", "gate_mode", "experts_per_token", "shared_experts", "positive_prompts"}
@@ -41,6 +42,7 @@ _LATER_KEYS = {
 }
 _BESIDE = "names a file of one model, so it belongs beside 'model:' in an entry of 'models'"
 _SEED = Parameter("seed", "shared", int, DEFAULT_SEED, "", low=0, high=2**64 - 1)
+_PLAIN_FP8 = Parameter("plain_fp8", "shared", bool, False, "")
 _COMPAT = Parameter("compat", "shared", str, None, "", choices=("mergekit",))
 # What to do about inputs that are not as they should be; the first choice is the default.
 _POLICIES = {
@@ -51,8 +53,6 @@ _POLICIES = {
         ("extra", ("error", "ignore", "copy")),
     )
 }
-_WEIGHT_FILES = re.compile(r"\.(safetensors|bin|pt|pth|ckpt|gguf)$", re.IGNORECASE)
-_HUB_REVISION = re.compile(r"@refs/[\w./-]+$")
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
@@ -108,6 +108,7 @@ class _Reader:
             said = "a recipe of mergekit-moe, which joins models as the experts of one mixture"
             fix = "della merges models into one of their own size: list them under 'models'"
             raise refusal(root.location, said, fix)
+        self.folder = path.parent if path else Path()
         self._refuse_strange_keys(root, _TOP_KEYS, "at the top level", "")
         for key, instead in _LATER_KEYS.items():
             if self._entry(root, key):
@@ -149,6 +150,7 @@ class _Reader:
             out_dtype=dtypes[1],
             seed=DEFAULT_SEED if seed is None else int(seed),
             compat=compat is not None,
+            plain_fp8=bool(self._value(root, _PLAIN_FP8)),
             **policies,
             notes=tuple(self.notes),
             location=location,
@@ -265,10 +267,14 @@ class _Reader:
             said = f"{subject} holds a tab, line break or control character"
             fix = "in double quotes a backslash begins an escape, so write a path in single quotes or with /"
             self._tell(leaf.location, key, said, fix)
-        elif "+" in leaf.text:
+        elif "+" in leaf.text and not self._is_there(leaf.text):
             said = f"{subject} {clip(leaf.text)!r} names a LoRA adapter (base+adapter)"
             fix = "merge the adapter into its base first (or rename the folder)"
             self._tell(leaf.location, key, f"{said}, which is not part of this version yet", fix)
+
+    def _is_there(self, reference: str) -> bool:
+        """Whether a file or folder has this name: that goes before any syntax."""
+        return any(os.path.lexists(root / reference) for root in (self.folder, Path()))
 
     def _parameters(self, table: Table, number: int | None, *, counts: bool = True) -> dict[str, Setting]:
         node = self._entry(table, "parameters")
@@ -324,7 +330,7 @@ class _Reader:
         if self.bases == len(read):
             fix = "add at least one expert to merge into it"
             self._tell(node.location, "models", "'models' lists only the base model", fix)
-        names = _identities([entry.reference for entry in experts])
+        names = identities([entry.reference for entry in experts])
         self._tell_twice(experts)
         return tuple(replace(entry, identity=name) for entry, name in zip(experts, names, strict=True))
 
@@ -338,7 +344,7 @@ class _Reader:
             return None
         self._refuse_strange_keys(node, _MODEL_KEYS, f"in {owner}", owner)
         leaf = self._named(node, "model", f"'model' of {owner}")
-        is_base = base is not None and leaf is not None and _same(leaf.text, base)
+        is_base = base is not None and leaf is not None and same(leaf.text, base)
         is_base = is_base and self.method is not None and self.method.needs_base
         parameters = self._parameters(node, number, counts=not is_base)
         norms = self._text(node, "input_norms", f"'input_norms' of {owner}")
@@ -373,7 +379,7 @@ class _Reader:
         if (
             base is not None
             and not method.needs_base
-            and not any(_same(m.reference, base.text) for m in models)
+            and not any(same(m.reference, base.text) for m in models)
         ):
             said = f"base_model has no part in merge_method {method.name} unless 'models' lists it too"
             self.notes.append(f"{base.location}: {said}")
@@ -383,17 +389,3 @@ def _example(node: Node) -> str:
     if isinstance(node, Items) and all(isinstance(child, Leaf) for child in node.nodes):
         return clip("[" + ", ".join(child.text for child in node.nodes if isinstance(child, Leaf)) + "]")
     return clip(node.text) if isinstance(node, Leaf) and node.text else "..."
-
-
-def _same(a: str, b: str) -> bool:
-    return a.rstrip("/\\") == b.rstrip("/\\")
-
-
-def _identities(references: Iterable[str]) -> list[str]:
-    """Each reference's last component, without revision; equal ones are made distinct."""
-    names = []
-    for reference in references:
-        whole = _HUB_REVISION.sub("", reference).rstrip("/\\")
-        last = re.split(r"[/\\]", whole)[-1]
-        names.append(_WEIGHT_FILES.sub("", last.split("@")[0]) or reference)
-    return distinct(names)

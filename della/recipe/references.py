@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from della.errors import clip, suggest
+from della.errors import clip, distinct, suggest
 from della.recipe.tree import Leaf, Node, Table, show
 
+_WEIGHT_FILES = re.compile(r"\.(safetensors|bin|pt|pth|ckpt|gguf)$", re.IGNORECASE)
+_HUB_REVISION = re.compile(r"@refs/[\w./-]+$")
 _KEYS = ("model", "path", "revision", "lora", "override_architecture")
 Tell = Callable[[Node, str, str | None], None]
 
@@ -51,3 +54,18 @@ def named_model(node: Node, subject: str, tell: Tell) -> Leaf | None:
 
 def _is_null(node: Node) -> bool:
     return isinstance(node, Leaf) and node.value is None
+
+
+def same(a: str, b: str) -> bool:
+    """Whether two references are the same text but for a last slash."""
+    return a.rstrip("/\\") == b.rstrip("/\\")
+
+
+def identities(references: Iterable[str]) -> list[str]:
+    """Each reference's last component, without revision; equal ones are made distinct."""
+    names = []
+    for reference in references:
+        whole = _HUB_REVISION.sub("", reference).rstrip("/\\")
+        last = re.split(r"[/\\]", whole)[-1]
+        names.append(_WEIGHT_FILES.sub("", last.split("@")[0]) or reference)
+    return distinct(names)

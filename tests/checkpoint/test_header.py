@@ -152,7 +152,7 @@ REFUSED: list[tuple[bytes, str]] = [
     (blob({"": F32}, b"1234"), "tensor '': a tensor's name must not be empty or contain NUL"),
     (blob({"a\0b": F32}, b"1234"), "tensor 'a\\x00b': a tensor's name must not be empty or contain NUL"),
     (blob({"__metadata__": {"k": 1}}), "__metadata__ key 'k' must be a string, found a int"),
-    (blob({"__metadata__": None}), "__metadata__ must be an object of strings, found a NoneType"),
+    (blob({"__metadata__": [1]}), "__metadata__ must be an object of strings, found a list"),
     (
         blob(b'{"w":{"dtype":"F32","shape":[NaN],"data_offsets":[0,4]}}', b"1234"),
         "invalid JSON: NaN is not an integer",

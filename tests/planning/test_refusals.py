@@ -50,7 +50,7 @@ def test_nan_in_an_input(tmp_path: Path, row: Any, method: str, model: str) -> N
     tensors[model]["w"][2, 17] = np.nan
     tensors[model]["w"][3, 1] = np.nan
     save(tmp_path / "models", tensors)
-    made = recipe(tmp_path / "models", method, PLAIN, {})
+    made = recipe(tmp_path / "models", method, PLAIN, {}) | {"plain_fp8": row.bits == 8}
     if (method, model) == ("linear", "base"):  # of which it has no part
         della.merge(made, tmp_path / "out", fsync=False)
         return
@@ -97,7 +97,7 @@ def test_a_value_too_large_for_the_result(tmp_path: Path, dtype: str, storage: A
         made = recipe(tmp_path / "models", method, PLAIN, {}, out_dtype=dtype)
         if method == "task_arithmetic":
             made["parameters"] = {"normalize": True}
-        assert refused(OutputError, made, tmp_path / "out", overwrite=True, tile=60) == (
+        assert refused(OutputError, made, tmp_path / "out", overwrite="any", tile=60) == (
             f"w: element 157 becomes {becomes} when it is rounded to {dtype}; "
             f"choose a wider out_dtype, or a smaller lambda; or {CURE}"
         )
@@ -133,7 +133,7 @@ def test_tensors_that_are_missing_or_do_not_fit_are_all_told(tmp_path: Path) -> 
     folder = save(tmp_path / "models", tensors)
     lines = refused(CheckpointError, recipe(folder, "ties", PLAIN, {}), tmp_path / "out").splitlines()
     fit = "all models must be fine-tunes of one base; or 'missing: base' to take the base's"
-    rows = "has shape [52, 24], expected [50, 24]; if the vocabulary was extended, merge a version of it"
+    rows = "has shape [52, 24], expected [50, 24]; this model's vocabulary is larger: merge a version of it"
     assert lines[0] == "6 problems:"
     assert sorted(lines[1:]) == sorted(
         [
@@ -321,7 +321,7 @@ def test_the_result_may_not_touch_an_input(tmp_path: Path) -> None:
     ):
         before = tree(folder)
         with pytest.raises(OutputError) as caught:
-            della.merge(made, out, overwrite=True, fsync=False)
+            della.merge(made, out, overwrite="any", fsync=False)
         said = f"{out}: touches the input {folder}/{touched}; choose another place for the result"
         more = (
             f"{out}: not replaced: it is not a model, or more (it holds base/, code/, math/, story/); "
@@ -339,7 +339,7 @@ def test_an_old_result_is_kept_or_swapped_whole(tmp_path: Path) -> None:
     assert refused(OutputError, made, out) == (
         f"{out}: exists already; choose another place, or allow it to be replaced: --overwrite"
     )
-    della.merge(made, out, fsync=False, overwrite=True)
+    della.merge(made, out, fsync=False, overwrite="any")
     assert sorted(path.name for path in out.iterdir()) == [
         "README.md", "config.json", "della.json", "model.safetensors",
     ]  # fmt: skip
@@ -355,6 +355,6 @@ def test_place_and_models_are_told_at_once(tmp_path: Path) -> None:
     assert "not found" in said[1]
     assert "exists already" in said[2]
     assert "not a model, or more (it holds mine.txt)" in refused(
-        CheckpointError, made, tmp_path / "out", overwrite=True
+        CheckpointError, made, tmp_path / "out", overwrite="any"
     )
     assert "not found" in refused(CheckpointError, made, tmp_path / "elsewhere")

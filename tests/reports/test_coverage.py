@@ -168,10 +168,8 @@ def test_a_model_that_shares_no_tensor(tmp_path: Path) -> None:
     base = llama()
     models = {"base": base, "one": tuned(base, 1), "two": {"other": np.ones((3, 3), np.float32)}}
     recipe = made(tmp_path, models, missing="base", extra="ignore")
-    with pytest.raises(CheckpointError, match="two: takes no part in the merge"):
+    with pytest.raises(CheckpointError, match="two: against base: 0 of 4 names in common"):
         della.plan(recipe)
-    with della.plan(recipe, allow_idle=True) as plan:
-        assert (plan.coverage[1].merged, plan.coverage[1].of) == (0, 1)
 
 
 @pytest.mark.parametrize("method", ["task_arithmetic", "ties", "della", "dare_ties", "paper_della"])

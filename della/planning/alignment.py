@@ -1,0 +1,181 @@
+"""Names that differ: a model whose tensors are the base's under another prefix is read under the base's.
+
+What does not fit is said as what it is, and no cure is named that would leave the model out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+
+from della.checkpoint.source import Source
+from della.errors import CheckpointError, Problem, some
+
+WRAPPED = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+ONE_BY_ONE = re.compile(r"\.experts\.\d+\.")
+FUSED = re.compile(r"\.experts\.[a-z_]*(gate_up|down|w1|w2|w3|input|output)[a-z_]*")
+MOST_PAIRS = 40  # of names that are looked at for a rule
+MANY = 6  # such facts are told
+
+
+def aligned(base: Source, model: Source) -> tuple[Source, str]:
+    """``model`` under the names of ``base``, and a note; itself and "" where its names are the base's, or no
+    rule turns them into these one to one and with the same shapes."""
+    mapping, rules = _mapping(base, model)
+    if not mapping:
+        return model, ""
+    told = ", ".join(f"{a!r} here for {b!r} there" for a, b in rules)
+    said = f"{len(mapping)} of {len(model.tensors)} names differ from {base.reference}'s by a prefix ({told})"
+    return model.renamed(mapping), f"{model.reference}: {said}; they are read under the base's"
+
+
+def _mapping(base: Source, model: Source) -> tuple[dict[str, str], list[tuple[str, str]]]:
+    wanted = [name for name in base.tensors if name not in model.tensors]
+    left = [name for name in model.tensors if name not in base.tensors]
+    rules = [pair for pair, _ in _rules(left, wanted).most_common(MANY)] if wanted else []
+    mapping: dict[str, str] = {}
+    used: dict[tuple[str, str], None] = {}
+    for name in left:
+        plain = WRAPPED.sub("", name)
+        found = [((a, b), b + plain[len(a) :]) for a, b in rules if plain.startswith(a)]
+        found = [
+            (rule, new) for rule, new in found if new in wanted or (rule == ("", "") and plain in wanted)
+        ]
+        if not found:
+            continue
+        rule, new = found[0]
+        if len({new for _, new in found}) > 1 or base.tensors[new].shape != model.tensors[name].shape:
+            return {}, []
+        mapping[name] = new
+        used[("_orig_mod." if plain != name and rule == ("", "") else rule[0]), rule[1]] = None
+    is_one_to_one = len(set(mapping.values())) == len(mapping)
+    return (mapping, list(used)) if is_one_to_one else ({}, [])
+
+
+def _rules(left: Sequence[str], wanted: Sequence[str]) -> Counter[tuple[str, str]]:
+    """(prefix here, prefix there) that turn names of ``left`` into names of ``wanted``, with how often."""
+    by_end: dict[str, list[list[str]]] = {}
+    for name in wanted:
+        parts = name.split(".")
+        by_end.setdefault(parts[-1], []).append(parts)
+    found: Counter[tuple[str, str]] = Counter()
+    for name in _spread(left):
+        parts = WRAPPED.sub("", name).split(".")
+        best, longest = None, 0
+        for other in by_end.get(parts[-1], ()):
+            shared = _shared(parts, other)
+            if shared > longest:
+                best, longest = other, shared
+        if best is not None:
+            pair = parts[: len(parts) - longest], best[: len(best) - longest]
+            if not any(part.isdigit() for side in pair for part in side):
+                found[".".join([*pair[0], ""]), ".".join([*pair[1], ""])] += 1
+    return found
+
+
+def _spread(names: Sequence[str]) -> Sequence[str]:
+    """Some of the names, from the first to the last."""
+    step = max(1, len(names) // MOST_PAIRS)
+    return names[::step]
+
+
+def _shared(a: Sequence[str], b: Sequence[str]) -> int:
+    """How many parts at their ends are equal."""
+    count = 0
+    for x, y in zip(reversed(a), reversed(b), strict=False):
+        if x != y:
+            break
+        count += 1
+    return count
+
+
+def strangers(base: Source, model: Source, lacks: bool) -> Iterator[Problem]:
+    """The one thing to say of a model that is of another kind than the base; nothing where it is not.
+
+    ``lacks``: the recipe says that models may lack tensors (missing: base).
+    """
+    ours = {name for name, view in base.tensors.items() if view.dtype.is_float}
+    common = ours & model.tensors.keys()
+    if not model.tensors:
+        yield Problem("holds no tensor", "give a model with weights", model.reference)
+        return
+    unlike = [name for name in common if model.tensors[name].shape != base.tensors[name].shape]
+    is_near = 2 * len(common) > len(ours) or (lacks and common) or not ours
+    if is_near and 2 * len(unlike) <= len(common):
+        return
+    differs = _different(base, model)
+    said = f"against {base.reference}: {len(common)} of {len(ours)} names in common"
+    if unlike:
+        said += f", {len(unlike)} of them of another shape"
+    said += f" ({differs})" if differs else ""
+    here = next((name for name in model.tensors if name not in base.tensors), "")
+    there = next((name for name in base.tensors if name not in model.tensors), "")
+    if here and there:
+        said += f": {here} here, {there} there"
+    fix = "all models must be fine-tunes of one base"
+    if _is_fused(base, model):
+        said += "; experts are stored one by one in one of them, and fused in the other"
+        fix = "save both with the same version of transformers"
+    elif prefix := _prefix(here, there):
+        said += f"; they differ by the prefix {prefix!r}"
+    yield Problem(said, fix, model.reference, there or None)
+
+
+def _different(base: Source, model: Source) -> str:
+    """The sizes that the two configurations tell otherwise."""
+    keys = (
+        "model_type",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "vocab_size",
+        "n_embd",
+        "n_layer",
+    )
+    pairs = [(key, _size(model.config, key), _size(base.config, key)) for key in keys]
+    return ", ".join(
+        f"{key} {a} against {b}" for key, a, b in pairs if a is not None and b is not None and a != b
+    )
+
+
+def _size(config: Mapping[str, object], key: str) -> object:
+    part = config.get("text_config")
+    return config.get(key, part.get(key) if isinstance(part, dict) else None)
+
+
+def _is_fused(base: Source, model: Source) -> bool:
+    kinds = [
+        (
+            any(ONE_BY_ONE.search(name) for name in source.tensors),
+            any(FUSED.search(name) for name in source.tensors),
+        )
+        for source in (base, model)
+    ]
+    return {(True, False), (False, True)} == set(kinds)
+
+
+def _prefix(here: str, there: str) -> str:
+    a, b = here.split("."), there.split(".")
+    for longer, shorter in ((a, b), (b, a)):
+        for cut in range(1, len(longer)):
+            if longer[cut:][:1] == shorter[:1] and longer[cut:] and shorter:
+                return ".".join(longer[:cut]) + "."
+    return ""
+
+
+def differing_buffers(base: Source, model: Source, most: int = 1 << 20) -> str:
+    """A note on the tensors of integers that a model has otherwise than the base, whose are copied; "" where
+    there are none, or they are too large, or not here, to be compared before the merge."""
+    differ = []
+    for name, ours in base.tensors.items():
+        theirs = model.tensors.get(name)
+        if theirs is None or ours.dtype.is_float or theirs.dtype.is_float or ours.nbytes > most:
+            continue
+        same = theirs.shape == ours.shape and theirs.dtype is ours.dtype
+        with suppress(CheckpointError, OSError):  # what cannot be read is told when it is merged
+            same = same and bool((theirs.read() == ours.read()).all())
+        differ += [] if same else [name]
+    said = f"{some(differ)}: other values than in {base.reference}, whose are copied, as they are no weights"
+    return f"{model.reference}: {said}" if differ else ""
