@@ -251,7 +251,7 @@ def modules_of_well_known_names(folder: Path) -> None:
     )
 
 
-@survived(22, nothing_ran_nothing_copied)
+@refused(22, INPUT, "math", "model_type", "mismatch: ignore")
 def a_model_type_that_nobody_knows(folder: Path) -> None:
     for name in ("base", "math"):
         config = {"model_type": "x", "architectures": ["XForCausalLM"], "_class_name": ["modeling_x", "X"]}

@@ -33,6 +33,7 @@ from della.checkpoint.layout import (
 )
 from della.checkpoint.pickles import PICKLES
 from della.checkpoint.view import Renamed, Stored, TensorView
+from della.checkpoint.vocabulary import contradicting
 from della.checkpoint.weights import Weights
 from della.errors import CheckpointError, Problem, suggest
 
@@ -46,14 +47,28 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 FIRST_READ = 1 << 17  # holds the whole header of most files, so most need one request
 
 # Everything a tokenizer or a generation set-up may consist of; never code.
+TEXTS = ("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "USE_POLICY.md")  # for people
 SIDE_FILES = (
-    "added_tokens.json", "chat_template.jinja", "chat_template.json", "generation_config.json",
-    "image_processor_config.json", "merges.txt", "preprocessor_config.json", "processor_config.json",
-    "sentencepiece.bpe.model", "special_tokens_map.json", "spiece.model", "tekken.json", "tokenizer.json",
-    "tokenizer.model", "tokenizer.model.v3", "tokenizer_config.json", "video_preprocessor_config.json",
-    "vocab.json", "vocab.txt",
+    "added_tokens.json", "bpe.codes", "chat_template.jinja", "chat_template.json",
+    "config_sentence_transformers.json", "dict.txt", "emoji.txt", "encoder.json", "entity_vocab.json",
+    "feature_extractor_config.json", "generation_config.json", "image_processor_config.json",
+    "merges.txt", "modules.json", "normalizer.json",
+    "preprocessor_config.json", "processor_config.json", "prophetnet.tokenizer", "scheduler_config.json",
+    "sentence_bert_config.json", "sentencepiece.bpe.model", "sentencepiece.model", "source.spm",
+    "special_tokens_map.json", "spiece.model", "spm.model", "spm_char.model", "target.spm",
+    "target_vocab.json", "tekken.json", "tiktoken.model", "tokenizer.json", "tokenizer.model",
+    "tokenizer.model.v3", "tokenizer.model.v7", "tokenizer_config.json",
+    "video_preprocessor_config.json", "vocab-src.json", "vocab-tgt.json", "vocab.bpe", "vocab.json",
+    "vocab.txt",
 )  # fmt: skip
-HUB_FILES = (*SIDE_FILES, "*.tiktoken", "config.json", "adapter_config.json", "*.safetensors.index.json")
+HUB_FILES = (
+    *SIDE_FILES,
+    *TEXTS,
+    "*.tiktoken",
+    "config.json",
+    "adapter_config.json",
+    "*.safetensors.index.json",
+)
 
 
 class _Absent(CheckpointError):
@@ -94,11 +109,17 @@ class Source:
 
     def renamed(self, names: Mapping[str, str]) -> Source:
         """The same source, whose tensors that ``names`` has are called otherwise; it shares the files."""
+        return self.changed(
+            {
+                names.get(name, name): Renamed(names[name], view) if name in names else view
+                for name, view in self.tensors.items()
+            }
+        )
+
+    def changed(self, tensors: Mapping[str, TensorView]) -> Source:
+        """The same source with other tensors; it shares the files."""
         made = copy(self)
-        made.tensors = {
-            names.get(name, name): Renamed(names[name], view) if name in names else view
-            for name, view in self.tensors.items()
-        }
+        made.tensors = dict(tensors)
         return made
 
     @property
@@ -126,9 +147,16 @@ class Source:
     def side_files(self) -> list[Path]:
         """Files of the tokenizer, the chat template and the generation settings, sorted by name.
 
-        Raises CheckpointError for a link that leaves the folder, and for what is not a file.
+        Old files that contradict newer ones are not among them.  Raises CheckpointError for a link that
+        leaves the folder, and for what is not a file.
         """
-        names = [p.name for p in self.folder.iterdir() if p.name in SIDE_FILES or p.suffix == ".tiktoken"]
+        stale = contradicting(self.folder)
+        names = [
+            p.name
+            for p in self.folder.iterdir()
+            if p.name in (*SIDE_FILES, *TEXTS) or p.suffix == ".tiktoken"
+        ]
+        names = [name for name in names if name not in stale]
         for name in names:
             path = confined(self.folder, name)
             if set(name) & set("\\:") or not name.isprintable():

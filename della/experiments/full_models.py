@@ -20,7 +20,7 @@ from della.checkpoint.source import Source, open_source
 from della.checkpoint.view import TensorView
 from della.errors import EvaluationError, Problem
 from della.output.writer import StagedOutput
-from della.planning.compatibility import EMBEDDINGS, HEAD
+from della.planning.heads import EMBEDDINGS, HEAD
 
 MARK = "prepared.json"
 _PIECE = 1 << 26
@@ -104,13 +104,12 @@ def prepare(
 
 def _rows(base: Source) -> int:
     """The rows of the base's embeddings."""
-    shapes = [tensor.shape for name, tensor in base.tensors.items() if name.endswith(EMBEDDINGS)]
+    shapes = [tensor.shape for name, tensor in base.tensors.items() if EMBEDDINGS.search(name)]
     if len(shapes) != 1:
         raise EvaluationError(
             Problem(
-                f"expected one tensor {EMBEDDINGS}, found {len(shapes)}",
+                f"expected one tensor of embeddings, found {len(shapes)}",
                 subject=base.reference,
-                tensor=EMBEDDINGS,
             )
         )
     return shapes[0][0]
@@ -118,7 +117,7 @@ def _rows(base: Source) -> int:
 
 def _fitted(tensor: TensorView, rows: int) -> tuple[int, ...]:
     """The shape with no more rows of embeddings and head than the base has."""
-    if tensor.name == HEAD or tensor.name.endswith(EMBEDDINGS):
+    if HEAD.search(tensor.name) or EMBEDDINGS.search(tensor.name):
         return (min(tensor.shape[0], rows), *tensor.shape[1:])
     return tensor.shape
 

@@ -8,29 +8,23 @@ from dataclasses import replace
 from della.checkpoint.source import Source
 from della.checkpoint.view import TensorView
 from della.errors import Collector, Problem, some
+from della.planning.configs import depths
+from della.planning.heads import HEAD, is_tied
 from della.recipe.reader import Recipe
 
-HEAD, EMBEDDINGS = "lm_head.weight", "embed_tokens.weight"
 CODE = ("auto_map", "custom_pipelines")  # keys of config.json that name code outside the library
 
 
 def stand_in(recipe: Recipe, base: Source, model: Source, name: str) -> TensorView | None:
-    """The tensor that stands for ``name`` of ``model``: its own; the embeddings, for a head that is tied in
-    both models; the base's, if the recipe says so (missing: base).  None where there is none.
+    """The tensor that stands for ``name`` of ``model``: its own, or the base's, if the recipe says so
+    (missing: base).  None where there is none.
     """
-    if name in model.tensors:
-        return model.tensors[name]
-    if name == HEAD and _is_tied(base) and _is_tied(model):
-        embeddings = [n for n in model.tensors if n.endswith(EMBEDDINGS)]
-        if len(embeddings) == 1:
-            return model.tensors[embeddings[0]]
-    return base.tensors[name] if recipe.missing == "base" else None
+    return model.tensors.get(name) or (base.tensors[name] if recipe.missing == "base" else None)
 
 
 def extras(base: Source, model: Source) -> list[str]:
-    """The tensors of ``model`` that the base lacks; a copy of tied embeddings is none."""
-    found = [name for name in model.tensors if name not in base.tensors]
-    return [name for name in found if name != HEAD or not _is_tied(model)]
+    """The tensors of ``model`` that the base lacks."""
+    return [name for name in model.tensors if name not in base.tensors]
 
 
 def check_fit(recipe: Recipe, base: Source, models: Sequence[Source], problems: Collector) -> list[str]:
@@ -46,22 +40,23 @@ def check_fit(recipe: Recipe, base: Source, models: Sequence[Source], problems: 
             notes.append(
                 f"{model.reference}: lacks {some(buffers)}, which is no weight; {base.reference}'s is copied"
             )
-        problems.extend(_against(model, base, _lacking(recipe, missing)))
+        problems.extend(_against(model, base, _lacking(recipe, base, model, missing)))
         absent = [n for n in base.tensors if n not in model.tensors and n not in lacked]
         if absent:
-            notes.append(f"{model.reference}: lacks {some(absent)}; {_instead(recipe, base, model, absent)}")
+            said = "the base's stands in its place (missing: base)"
+            notes.append(f"{model.reference}: lacks {some(absent)}; {said}")
         problems.extend(_against(model, base, _misfits(base, model)))
         extra = extras(base, model)
-        if HEAD in model.tensors and HEAD not in base.tensors and HEAD not in extra:
-            said = f"{HEAD} is a copy of its tied embeddings, and left out of the result"
-            notes.append(f"{model.reference}: {said}")
-        if HEAD in extra and any(name.endswith(EMBEDDINGS) for name in base.tensors):
-            extra.remove(HEAD)
-            problems.extend(_against(model, base, [_HEAD_OF_ITS_OWN]))
+        depth = depths(base, model)
         if extra and recipe.extra == "error":
             fix = "write 'extra: ignore' to leave that out, or 'extra: copy' to take it over"
-            said = f"has {some(extra, 20)} beyond the base's"
+            said = f"has {some(extra, 20)} beyond the base's{f' ({depth})' * bool(depth)}"
+            if depth:
+                fix = "all models must be fine-tunes of one base; 'extra: ignore' leaves the layers out"
             problems.extend(_against(model, base, [Problem(said, fix, tensor=extra[0])]))
+        elif extra and depth and recipe.extra == "copy":
+            said = f"{depth}: 'extra: copy' would write layers that config.json does not count"
+            problems.extend(_against(model, base, [Problem(said, "write 'extra: ignore'", tensor=extra[0])]))
         elif extra:
             end = "left out of the result" if recipe.extra == "ignore" else "copied into the result"
             told = f"{some(extra, 20)} not in the base, and {end} (extra: {recipe.extra})"
@@ -71,33 +66,26 @@ def check_fit(recipe: Recipe, base: Source, models: Sequence[Source], problems: 
     return notes
 
 
-_HEAD_OF_ITS_OWN = Problem(
-    f"has a head of its own ({HEAD}) where the base ties it to the embeddings",
-    "untie the base (save it with tie_word_embeddings: false) or tie this model",
-    tensor=HEAD,
-)
-
-
 def _against(model: Source, base: Source, problems: Iterable[Problem]) -> Iterator[Problem]:
     """Problems of a model that the base shows."""
     for problem in problems:
         yield replace(problem, said=f"against {base.reference}: {problem.said}", subject=model.reference)
 
 
-def _lacking(recipe: Recipe, missing: Sequence[str]) -> Iterator[Problem]:
-    if list(missing) == [HEAD]:
-        said = f"ties its head to the embeddings where the base has a {HEAD} of its own"
-        yield Problem(said, "untie this model: save it with tie_word_embeddings: false", tensor=HEAD)
+def _lacking(recipe: Recipe, base: Source, model: Source, missing: Sequence[str]) -> Iterator[Problem]:
+    heads = [name for name in missing if HEAD.search(name)]
+    if heads and len(heads) == len(missing) and is_tied(model):
+        said = f"ties its head to the embeddings where the base has a {heads[0]} of its own"
+        fix = "untie this model: save it with tie_word_embeddings: false"
+        fix += ", or write 'missing: base' to keep the base's head" if recipe.method.needs_base else ""
+        yield Problem(said, fix, tensor=heads[0])
     elif missing:
+        depth, more = depths(base, model), extras(base, model)
+        said = f"lacks {some(missing, 20)}{f' ({depth})' * bool(depth)}"
+        said += f", and has {some(more)} instead: another kind of head" if heads and more else ""
         fix = "all models must be fine-tunes of one base"
         fix += "; or 'missing: base' to take the base's" if recipe.method.needs_base else ""
-        yield Problem(f"lacks {some(missing, 20)}", fix, tensor=missing[0])
-
-
-def _instead(recipe: Recipe, base: Source, model: Source, names: Sequence[str]) -> str:
-    if any(stand_in(recipe, base, model, name) is base.tensors[name] for name in names):
-        return "the base's stands in its place (missing: base)"
-    return "its head is tied to its embeddings"
+        yield Problem(said, fix, tensor=missing[0])
 
 
 def _claimed_twice(base: Source, models: Sequence[Source]) -> Iterator[Problem]:
@@ -127,12 +115,6 @@ def _misfits(base: Source, model: Source) -> Iterator[Problem]:
         elif theirs.dtype.is_float != ours.dtype.is_float:
             said = f"{name} is stored as {theirs.dtype.name}, expected {ours.dtype.name}"
             yield Problem(said, tensor=name)
-
-
-def _is_tied(source: Source) -> bool:
-    """Whether the configuration says so; what it does not say is not guessed."""
-    parts = (source.config, source.config.get("text_config"))
-    return any(isinstance(part, dict) and part.get("tie_word_embeddings") is True for part in parts)
 
 
 def foreign_code(base: Source, kept: bool) -> list[str]:

@@ -24,10 +24,12 @@ from della.merging.tile import canonical
 from della.options import Permissions, Target
 from della.output.place import check_place, check_space, is_name
 from della.output.staging import staged_bytes
+from della.planning import configs, tokenizers
 from della.planning.alignment import aligned, differing_buffers, strangers
 from della.planning.compatibility import check_fit, extras, foreign_code, stand_in
 from della.planning.coverage import check_idle, covered
 from della.planning.differences import departures
+from della.planning.heads import settled
 from della.planning.job import Job, Model, Operand, Plan
 from della.recipe.reader import ModelEntry, Recipe
 
@@ -55,8 +57,8 @@ def make_plan(
         with check:
             _check_target(target, [*opened.values(), *norms.values()])
         base = opened.get(_template(recipe))
-        notes = [*recipe.notes, *(note for source in opened.values() for note in source.notes)]
-        notes += _align(base, opened)
+        notes = [*recipe.notes, *_align(base, opened)]
+        base = opened.get(_template(recipe))
         models = tuple(
             Model(m, opened[m.reference], norms.get(m.input_norms))
             for m in recipe.models
@@ -87,14 +89,17 @@ def make_plan(
             check_idle(recipe, models, base, jobs, coverage)
         _check_whole_model(recipe, jobs)
         _check_compat(recipe, jobs)
-        notes += [
-            *_storage(jobs),
-            *_islands(jobs),
-            *_ranked(models, jobs),
-            *foreign_code(base, permissions.auto_map),
-        ]
+        notes += _about_jobs(base, models, jobs, permissions)
         made = tuple(departures(recipe, jobs))
         return Plan(recipe, base, models, jobs, tuple(notes), made, coverage, stack.pop_all())
+
+
+def _about_jobs(
+    base: Source, models: Sequence[Model], jobs: Sequence[Job], permissions: Permissions
+) -> list[str]:
+    """Notes on what is merged, and on what is beside it."""
+    notes = [*_storage(jobs), *_islands(jobs), *_ranked(models, jobs)]
+    return [*notes, *foreign_code(base, permissions.auto_map), *tokenizers.left_behind(base)]
 
 
 def _template(recipe: Recipe) -> str:
@@ -120,17 +125,22 @@ def _open_all(
 
 def _align(base: Source | None, opened: dict[str, Source]) -> list[str]:
     """Reads models whose names differ by a prefix under the base's; notes on it."""
-    notes = []
+    notes = [note for source in opened.values() for note in source.notes]
     for reference, source in opened.items():
         if base and source is not base:
             opened[reference], note = aligned(base, source)
             notes += [note] if note else []
+    if base:
+        made, told = settled(base, [source for source in opened.values() if source is not base])
+        opened |= {reference: made.get(source, source) for reference, source in opened.items()}
+        notes += told
     return notes
 
 
 def _check_models(recipe: Recipe, base: Source, models: Sequence[Source], check: Collector) -> list[str]:
     """Notes on how ``models`` fit the base; what does not is in ``check``."""
-    notes, fitting = [], []
+    notes: list[str] = []
+    fitting: list[Source] = []
     for source in dict.fromkeys((base, *models)):
         found = list(strangers(base, source, recipe.missing == "base"))
         check.extend(found)
@@ -138,8 +148,10 @@ def _check_models(recipe: Recipe, base: Source, models: Sequence[Source], check:
             check.extend(_fp8(source))
         if not found:
             fitting.append(source)
-            notes += [note for note in [differing_buffers(base, source)] if note]
-    return notes + check_fit(recipe, base, fitting, check)
+            notes += filter(None, (differing_buffers(base, source), configs.note(base, source)))
+        if recipe.mismatch == "error":
+            check.extend(configs.other_type(base, source))
+    return notes + check_fit(recipe, base, fitting, check) + tokenizers.compare(base, fitting, check)
 
 
 def _fp8(source: Source) -> Iterator[Problem]:

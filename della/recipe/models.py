@@ -43,7 +43,8 @@ class Recipe:
 
     ``models`` are the experts (for ``linear``, all models); ``parameters`` are the recipe's own settings.
     Settings that the method does not use are in neither.  What to do about unfit inputs: ``nonfinite``
-    ("error", "keep", "zero"), ``missing`` ("error", "base"), ``extra`` ("error", "ignore", "copy");
+    ("error", "keep", "zero"), ``missing`` ("error", "base"), ``extra`` ("error", "ignore", "copy"),
+    ``mismatch`` of model types ("error", "ignore");
     ``plain_fp8``: float8 tensors are values, no codes.
     """
 
@@ -62,6 +63,7 @@ class Recipe:
     nonfinite: str
     missing: str
     extra: str
+    mismatch: str
     plain_fp8: bool
     notes: tuple[str, ...]
     location: Location = field(compare=False, repr=False)

@@ -29,8 +29,8 @@ __all__ = ["DEFAULT_SEED", "ModelEntry", "Recipe", "read_recipe"]
 
 _TOP_KEYS = (
     "models", "base_model", "merge_method", "parameters", "dtype", "out_dtype", "tokenizer_source",
-    "name", "seed", "compat", "nonfinite", "plain_fp8", "missing", "extra", "slices", "modules", "tokenizer",
-    "chat_template",
+    "name", "seed", "compat", "nonfinite", "plain_fp8", "missing", "extra", "mismatch", "slices", "modules",
+    "tokenizer", "chat_template",
 )  # fmt: skip
 _MIXTURE = {"experts", "gate_mode", "experts_per_token", "shared_experts", "positive_prompts"}
 _MODEL_KEYS = ("model", "parameters", "input_norms")
@@ -51,6 +51,7 @@ _POLICIES = {
         ("nonfinite", ("error", "keep", "zero")),
         ("missing", ("error", "base")),
         ("extra", ("error", "ignore", "copy")),
+        ("mismatch", ("error", "ignore")),
     )
 }
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")

@@ -200,14 +200,16 @@ def test_every_combination_of_storage_dtypes(tmp_path: Path, ours: str, theirs: 
     }
     save(tmp_path, tensors)
     own = own_of("della")
+    plain = {"plain_fp8": True}
     for out_dtype in (None, *FLOATS):
         for key in ("dtype", "out_dtype") if out_dtype else ("dtype",):
-            made = recipe(tmp_path, "della", own, {}, **{key: out_dtype and DTYPES[out_dtype].torch_name})
+            dtype = {key: out_dtype and DTYPES[out_dtype].torch_name}
+            made = recipe(tmp_path, "della", own, {}, **dtype, **plain)
             out = tmp_path / f"{out_dtype} {key}"
             assert merged(made, out, tile=64) == as_stored(expected(tensors, "della", own, {}, out_dtype))
             config = json.loads((out / "config.json").read_text())
             assert config["torch_dtype"] == DTYPES[out_dtype or ours].torch_name
-    made = recipe(tmp_path, "linear", own_of("linear"), {}, out_dtype="bfloat16")
+    made = recipe(tmp_path, "linear", own_of("linear"), {}, out_dtype="bfloat16", **plain)
     assert merged(made, tmp_path / "l") == as_stored(
         expected(tensors, "linear", own_of("linear"), {}, "BF16")
     )

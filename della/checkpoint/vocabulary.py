@@ -1,0 +1,88 @@
+"""Vocabularies of tokenizers, as far as a merge must know them: which token an id is, and special tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from della.checkpoint.layout import read_small
+from della.checkpoint.strict import json_object
+from della.errors import CheckpointError
+
+MOST_BYTES = 200_000_000
+SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "cls_token", "sep_token", "mask_token")
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """``tokens`` by id, and ``special`` tokens by kind."""
+
+    tokens: dict[int, str] = field(default_factory=dict)
+    special: dict[str, str] = field(default_factory=dict)
+
+
+def read_vocabulary(folder: Path) -> Vocabulary:
+    """The vocabulary of a folder; an empty one where there is none, or none that can be read."""
+    tokens: dict[int, str] = {}
+    fast = _json(folder / "tokenizer.json")
+    model = fast.get("model")
+    words = model.get("vocab") if isinstance(model, dict) else None
+    if words is None:
+        words = _json(folder / "vocab.json") or _lines(folder / "vocab.txt")
+    if isinstance(words, dict):
+        tokens |= {number: word for word, number in words.items() if type(number) is int}
+    elif isinstance(words, list):  # Unigram: [token, score]
+        tokens |= {number: row[0] for number, row in enumerate(words) if isinstance(row, list) and row}
+    added = fast.get("added_tokens")
+    for row in added if isinstance(added, list) else ():
+        if isinstance(row, dict) and type(row.get("id")) is int:
+            tokens[row["id"]] = str(row.get("content"))
+    if not fast:
+        tokens |= {n: word for word, n in _json(folder / "added_tokens.json").items() if type(n) is int}
+    config = _json(folder / "tokenizer_config.json")
+    return Vocabulary(tokens, _special(config))
+
+
+def contradicting(folder: Path) -> list[str]:
+    """Old files that name other special tokens, or ids, than tokenizer_config.json and tokenizer.json do.
+
+    transformers 5 reads them, and they win: what it then loads is another tokenizer than the one beside it.
+    """
+    config = _json(folder / "tokenizer_config.json")
+    found = []
+    old, now = _special(_json(folder / "special_tokens_map.json")), _special(config)
+    if any(key in now and now[key] != text for key, text in old.items()):
+        found.append("special_tokens_map.json")
+    added = _json(folder / "added_tokens.json")
+    if added and (folder / "tokenizer.json").is_file():
+        tokens = read_vocabulary(folder).tokens
+        if any(tokens.get(number) != word for word, number in added.items() if type(number) is int):
+            found.append("added_tokens.json")
+    return found
+
+
+def _special(table: Mapping[str, Any]) -> dict[str, str]:
+    found = {}
+    for key in SPECIAL:
+        value = table.get(key)
+        text = value.get("content") if isinstance(value, dict) else value
+        if isinstance(text, str):
+            found[key] = text
+    return found
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return json_object(read_small(path, MOST_BYTES), str(path)) if path.is_file() else {}
+    except (CheckpointError, OSError):
+        return {}
+
+
+def _lines(path: Path) -> dict[str, int]:
+    try:
+        text = read_small(path, MOST_BYTES).decode() if path.is_file() else ""
+    except (CheckpointError, OSError, UnicodeError):
+        return {}
+    return {line: number for number, line in enumerate(text.split("\n")) if line}

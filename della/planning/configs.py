@@ -1,0 +1,86 @@
+"""Configurations held against the base's: what makes the same numbers mean something else."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from della.checkpoint.source import Source
+from della.errors import Problem, clip
+
+# Fields that say what weights mean; other fields (dtype, cache, names) do not.
+MEANING = re.compile(
+    r"^(rope_.*|rotary_.*|partial_rotary_factor|.*_heads|.*_kv_heads|num_key_value_heads|head_dim|n_head|n_embd|n_layer"
+    r"|hidden_act|activation.*|hidden_activation|.*norm_eps|.*norm_epsilon|.*_eps|.*_bias|bias|hidden_size"
+    r"|intermediate_size|num_hidden_layers|num_layers|layer_types|sliding_window.*|max_window_layers|num_local_experts"
+    r"|num_experts.*|norm_topk_prob|attn_logit_softcapping|final_logit_softcapping|query_pre_attn_scalar"
+    r"|embedding_multiplier|logits_scaling|residual_multiplier|attention_multiplier|scale_.*|logit_scale"
+    r"|tie_word_embeddings|qk_norm|use_qk_norm|parallel_attn|alibi|pos_emb.*|position_embedding_type|id2label"
+    r"|d_model|d_kv|d_ff|type_vocab_size)$"
+)
+DEPTH = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
+_MOST = 5
+
+
+def differences(base: Source, model: Source) -> list[str]:
+    """Fields that change what weights mean, as "rope_theta 1000000.0 against 10000.0"; nested ones too."""
+    return list(_differ(base.config, model.config, "")) if base.config and model.config else []
+
+
+def _differ(ours: Mapping[str, Any], theirs: Mapping[str, Any], path: str) -> Iterator[str]:
+    for key in dict.fromkeys((*ours, *theirs)):
+        a, b = theirs.get(key), ours.get(key)
+        if isinstance(a, dict) and isinstance(b, dict) and key.endswith("_config"):
+            yield from _differ(b, a, f"{path}{key}.")
+        elif MEANING.match(key) and a != b and not _are_empty(a, b):
+            yield f"{path}{key} {_shown(a)} against {_shown(b)}"
+
+
+def _are_empty(a: Any, b: Any) -> bool:
+    """Where one is silent, and the other says what says nothing."""
+    return (a is None and b in (None, False, {}, [])) or (b is None and a in (None, False, {}, []))
+
+
+def _shown(value: Any) -> str:
+    return "unset" if value is None else clip(str(value), 80)
+
+
+def note(base: Source, model: Source) -> str:
+    """One line on a model whose configuration gives weights another meaning; "" where it does not."""
+    found = [text for text in differences(base, model) if not text.startswith("tie_word_embeddings")]
+    if not found:
+        return ""
+    more = f" and {len(found) - _MOST} more" if len(found) > _MOST else ""
+    said = f"config.json differs: {', '.join(found[:_MOST])}{more}"
+    return f"{model.reference}: {said}; the result has {base.reference}'s"
+
+
+def other_type(base: Source, model: Source) -> Iterator[Problem]:
+    """Why a model of another type is none to merge."""
+    for path in ("", "text_config"):
+        a, b = (source.config.get(path, {}) if path else source.config for source in (model, base))
+        if not (isinstance(a, dict) and isinstance(b, dict)):
+            continue
+        theirs, ours = a.get("model_type"), b.get("model_type")
+        if theirs and ours and theirs != ours:
+            said = f"against {base.reference}: model_type {clip(str(theirs))}, expected {clip(str(ours))}"
+            fix = "all models must be fine-tunes of one base; if they are, write 'mismatch: ignore'"
+            yield Problem(said, fix, model.reference, parameter="mismatch")
+            return
+
+
+def depths(base: Source, model: Source) -> str:
+    """ "3 layers against 2" where the configurations, or else the tensors, tell of other depths; else ""."""
+    theirs, ours = _depth(model), _depth(base)
+    return f"{theirs} layers against {ours}" if theirs and ours and theirs != ours else ""
+
+
+def _depth(source: Source) -> int:
+    for part in (source.config, source.config.get("text_config")):
+        if isinstance(part, dict):
+            for key in DEPTH:
+                if isinstance(part.get(key), int):
+                    return int(part[key])
+    numbers = [int(match[1]) for name in source.tensors if (match := re.search(r"\blayers?\.(\d+)\.", name))]
+    return max(numbers, default=-1) + 1

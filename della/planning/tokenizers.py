@@ -1,0 +1,107 @@
+"""Tokenizers held against the base's, and what stands beside them: templates, generation settings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from della.checkpoint.layout import WEIGHTS
+from della.checkpoint.source import Source
+from della.checkpoint.vocabulary import Vocabulary, contradicting, read_vocabulary
+from della.errors import Collector, Problem, some
+from della.output.place import MANIFEST
+from della.planning.heads import EMBEDDINGS
+
+_OF_WEIGHTS = (*WEIGHTS, ".index.json")
+BESIDE = ("chat_template.jinja", "chat_template.json", "generation_config.json")
+FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "added_tokens.json", "tokenizer_config.json")
+
+
+def compare(base: Source, models: Sequence[Source], problems: Collector) -> list[str]:
+    """A line on each model whose tokenizer is another than the base's; ids without a row are ``problems``."""
+    notes = []
+    ours = read_vocabulary(base.folder)
+    problems.extend(_beyond_rows(base, ours))
+    for model in dict.fromkeys(models):
+        if model is base or model.folder == base.folder:
+            continue
+        same = all(_raw(model.folder / name) == _raw(base.folder / name) for name in FILES)
+        if not same:
+            theirs = read_vocabulary(model.folder)
+            problems.extend(_beyond_rows(model, theirs))
+            if said := "; ".join(_differences(ours, theirs)):
+                notes.append(
+                    f"{model.reference}: another tokenizer than {base.reference}'s, which is written: {said}"
+                )
+        if said := ", ".join(_lacking(base, model)):
+            notes.append(f"{model.reference}: has {said}; {base.reference} has none, and so has the result")
+        eos, base_eos = (source.config.get("eos_token_id") for source in (model, base))
+        if eos != base_eos and eos is not None:
+            notes.append(f"{model.reference}: eos_token_id {eos} against {base_eos}, which is written")
+    return notes
+
+
+def left_behind(base: Source) -> list[str]:
+    """A line on the files beside the base's weights that the result does not get; none where it is a file."""
+    if base.path != base.folder:
+        return []
+    stale = contradicting(base.folder)
+    kept = {path.name for path in base.side_files()} | {"config.json", "README.md", MANIFEST, *stale}
+    left = [
+        entry.name + "/" * entry.is_dir()
+        for entry in sorted(base.folder.iterdir())
+        if entry.name not in kept and not entry.name.startswith(".") and not entry.name.endswith(_OF_WEIGHTS)
+    ]
+    notes = [f"{base.reference}: {some(left)} left behind"] if left else []
+    if stale:
+        said = f"{', '.join(stale)} contradicts tokenizer_config.json or tokenizer.json, and is left out"
+        notes.append(f"{base.reference}: {said}; transformers 5 would believe it")
+    return notes
+
+
+def _raw(path: Path) -> bytes:
+    try:
+        return path.read_bytes() if path.is_file() else b""
+    except OSError:
+        return b""
+
+
+def _beyond_rows(source: Source, vocabulary: Vocabulary) -> Iterator[Problem]:
+    name = next((name for name in source.tensors if EMBEDDINGS.search(name)), None)
+    if name is None or not vocabulary.tokens:
+        return
+    rows = source.tensors[name].shape[0] if source.tensors[name].shape else 0
+    beyond = sorted(number for number in vocabulary.tokens if number >= rows)
+    if beyond:
+        token = vocabulary.tokens[beyond[0]]
+        said = f"its tokenizer has {len(beyond)} ids without a row of {name} ({rows} rows): "
+        said += f"{beyond[0]} is {token!r}"
+        yield Problem(
+            said, "resize its embeddings to the tokenizer, or give its own tokenizer", source.reference, name
+        )
+
+
+def _differences(ours: Vocabulary, theirs: Vocabulary) -> Iterator[str]:
+    if ours.tokens and theirs.tokens:
+        other = sorted(
+            n for n in ours.tokens.keys() & theirs.tokens.keys() if ours.tokens[n] != theirs.tokens[n]
+        )
+        if other:
+            a, b = theirs.tokens[other[0]], ours.tokens[other[0]]
+            yield f"{len(other)} ids are other tokens ({other[0]} is {a!r} against {b!r})"
+        for count, whose in (
+            (len(theirs.tokens.keys() - ours.tokens.keys()), "more"),
+            (len(ours.tokens.keys() - theirs.tokens.keys()), "fewer"),
+        ):
+            if count:
+                yield f"{count} tokens {whose}"
+    for key in dict.fromkeys((*ours.special, *theirs.special)):
+        mine, base = theirs.special.get(key), ours.special.get(key)
+        if mine and mine != base:
+            yield f"{key} {mine!r} against {base!r}"
+
+
+def _lacking(base: Source, model: Source) -> Iterator[str]:
+    for name in BESIDE:
+        if (model.folder / name).is_file() and not (base.folder / name).is_file():
+            yield name
