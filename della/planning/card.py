@@ -10,16 +10,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from della.checkpoint.source import HUB_ID, Source
 from della.checkpoint.strict import json_object
 from della.errors import OutputError, Problem
 from della.output.manifest import versions
 from della.planning.compatibility import CODE
 from della.planning.job import Job, Plan
+from della.planning.published import hub_name, shown_references, shown_text
 from della.version import __version__
 
 _DTYPES = ("dtype", "torch_dtype")
-_PLAIN_NAME = re.compile(r"\w[\w.-]*", re.ASCII)
 
 
 def config_json(config: Mapping[str, Any], jobs: Sequence[Job], auto_map: bool = False) -> bytes:
@@ -87,14 +86,15 @@ def model_card(plan: Plan) -> bytes:
     recipe stands in a fence longer than any in it.
     """
     recipe, made_with = plan.recipe, {"della": __version__, **versions()}
-    names = list(
-        dict.fromkeys(name for s in (plan.base, *(m.source for m in plan.models)) if (name := _model_name(s)))
-    )
+    sources = (plan.base, *(model.source for model in plan.models))
+    on_hub = list(dict.fromkeys(name for source in sources if (name := hub_name(source))))
+    names = shown_references(plan)
+    text = shown_text(recipe.text, names)
     library = "diffusers" if "_class_name" in plan.base.config else "transformers"
-    front: dict[str, Any] = {"base_model": names} if names else {}
+    front: dict[str, Any] = {"base_model": on_hub} if on_hub else {}
     front |= {"base_model_relation": "merge", "library_name": library}
-    front |= {"tags": ["merge", "della", recipe.merge_method]}
-    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", recipe.text)), default=0))
+    front |= {"tags": list(dict.fromkeys(("merge", "della", recipe.merge_method)))}
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
     lines = [
         "---",
         *(f"{key}: {json.dumps(value)}" for key, value in front.items()),
@@ -106,17 +106,14 @@ def model_card(plan: Plan) -> bytes:
         + ", ".join(f"{name} {version}" for name, version in made_with.items())
         + ".",
         "",
-        *_models(plan),
-        "",
-        *(f"- {_plain(str(each))}" for each in plan.coverage),
+        *_models(plan, names),
         "",
         "## Recipe",
         "",
         f"{fence}yaml",
-        recipe.text.rstrip("\n"),
+        text.rstrip("\n"),
         fence,
         "",
-        *_departures(plan.departures),
         "`della.json` holds the identity of every input and a hash of every tensor; "
         "the same recipe and seed give the same weights, byte for byte.",
         "",
@@ -124,30 +121,13 @@ def model_card(plan: Plan) -> bytes:
     return "\n".join(lines).encode(errors="replace")  # the name of a folder need not be text
 
 
-def _model_name(source: Source) -> str | None:
-    """owner/name of a model of the Hub; of a folder or file its last part, without the path to it, and None
-    where that cannot be a model's name (the Hub would refuse the card).
-    """
-    match = HUB_ID.fullmatch(source.reference)
-    if match and source.revision:
-        return match["repo"]
-    last = source.path.stem if source.path.is_file() else source.path.name
-    return last if _PLAIN_NAME.fullmatch(last) else None
-
-
-def _models(plan: Plan) -> Iterable[str]:
+def _models(plan: Plan, names: dict[str, str]) -> Iterable[str]:
+    """A line for each model, with how much of it takes part."""
     if plan.recipe.base_model:
-        yield f"- base: {_plain(plan.recipe.base_model)}"
-    for model in plan.recipe.models:
-        yield f"- {'expert' if plan.recipe.method.needs_base else 'model'}: {_plain(model.reference)}"
-
-
-def _departures(departures: Sequence[str]) -> Iterable[str]:
-    if departures:
-        yield "## What mergekit would have done otherwise"
-        yield ""
-        yield from (f"- {_plain(text)}" for text in departures)
-        yield ""
+        yield f"- base: {_plain(shown_text(plan.recipe.base_model, names))}"
+    kind = "expert" if plan.recipe.method.needs_base else "model"
+    for each in plan.coverage:
+        yield f"- {kind}: {_plain(shown_text(str(each), names))}"
 
 
 def _plain(text: str) -> str:

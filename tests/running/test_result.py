@@ -281,26 +281,20 @@ def test_the_card(folder: Path, tmp_path: Path) -> None:
     path.write_text(json.dumps(recipe(folder, "della", OWN, {}), indent=1))
     merge(str(path), tmp_path / "out", seed=None)  # type: ignore[arg-type]
     assert front_matter(tmp_path / "out") == {
-        "base_model": ["base", *EXPERTS],
         "base_model_relation": "merge",
         "library_name": "transformers",
-        "tags": ["merge", "della", "della"],
+        "tags": ["merge", "della"],
     }
     text = (tmp_path / "out/README.md").read_text()
-    assert f"```yaml\n{path.read_text()}\n```\n" in text
-    with della.plan(path) as plan:
-        assert len(plan.departures) == 5
-        for line in plan.departures:
-            assert text.count(f"\n- {line.replace('_', chr(92) + '_')}\n") == 1
+    assert f"```yaml\n{path.read_text().replace(f'{folder}/', '')}\n```\n" in text
+    assert "mergekit" not in text
     assert "\n# math + code + story\n" in text
     versions = f"della {della.__version__}, python {platform.python_version()}, numpy {np.__version__}"
     assert f"A merge: method `della`, seed 42, made with {versions}" in text
 
 
 def test_models_of_the_hub_stand_in_the_front_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Folders do by their last part, even where their reference has the form owner/name: paths mean nothing
-    to others.
-    """
+    """Folders do not, even where their reference has the form owner/name: paths mean nothing to others."""
     tensors = plain_trio()
     monkeypatch.chdir(tmp_path)
     save(tmp_path / "some", {name: tensors[name] for name in ("code",)})
@@ -319,10 +313,10 @@ def test_models_of_the_hub_stand_in_the_front_matter(tmp_path: Path, monkeypatch
     }
     told = merge(made, tmp_path / "out")
     assert front_matter(tmp_path / "out") == {
-        "base_model": ["owner/base", "owner/math", "code"],
+        "base_model": ["owner/base", "owner/math"],
         "base_model_relation": "merge",
         "library_name": "transformers",
-        "tags": ["merge", "della", "della"],
+        "tags": ["merge", "della"],
     }
     assert [entry["revision"] for entry in told["inputs"]["models"]] == [COMMIT, None, None]
 
@@ -351,7 +345,6 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
     out = tmp_path / f"{HOSTILE} out"
     merge(str(path), out)  # type: ignore[arg-type]
     assert front_matter(out) == {
-        "base_model": ["base"],
         "base_model_relation": "merge",
         "library_name": "transformers",
         "tags": ["merge", "della", "task_arithmetic"],
@@ -359,7 +352,9 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
     text = (out / "README.md").read_text()
     body = text.split("\n---\n", 1)[1]
     tokens = MarkdownIt().parse(body)
-    assert [token.content for token in tokens if token.type == "fence"] == [path.read_text()]
+    assert [token.content for token in tokens if token.type == "fence"] == [
+        path.read_text().replace(f"{tmp_path}/", "")
+    ]
     inline = [child for token in tokens for child in token.children or ()]
     assert {token.type for token in (*tokens, *inline)}.isdisjoint(
         {"html_block", "html_inline", "link_open", "image", "hr", "em_open", "strong_open"}
@@ -368,7 +363,7 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
         "".join(child.content for child in token.children or ()) for token in tokens if token.type == "inline"
     ]
     assert shown[0] == "text ```` </code></pre><script>alert(3)</script>"
-    assert f"expert: {tmp_path}/{HOSTILE}" in shown
+    assert [line for line in shown if line.startswith(f"expert: {HOSTILE}: ")]
     assert json.loads((out / "della.json").read_text())["recipe"] == path.read_text()
 
 
