@@ -322,9 +322,10 @@ def _assemble(
     problems.raise_any()
     tensors = {
         info.name: Tensor(
-            info.name, info.dtype, info.shape, folder / name, header.data_start + info.begin, info.nbytes
+            info.name, info.dtype, info.shape, path, header.data_start + info.begin, info.nbytes
         )
         for name, header in headers.items()
+        for path in [folder / name]
         for info in header.tensors.values()
         if homes[info.name] == name
     }

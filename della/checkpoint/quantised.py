@@ -75,7 +75,7 @@ def no_weights(folder: Path, infos: Sequence[TensorInfo]) -> Iterator[Problem]:
         fix = f"merge it into its base model{base_of_adapter(folder)} first, and give the result"
         said = f"holds the factors of an adapter (tensor {factors[0]!r}), whose mean is no mean of models"
         yield Problem(said, fix, str(folder), factors[0])
-    for tensor in names:
+    for tensor in (name for name in names if name.endswith(tuple(QUANTISED))):
         for suffix, method in QUANTISED.items():
             if tensor.endswith(suffix):
                 said = f"a model quantised by {method} (tensor {tensor!r}) cannot be merged"

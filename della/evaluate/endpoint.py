@@ -42,7 +42,10 @@ class Endpoint:
             import openai
         except ModuleNotFoundError as error:
             raise EvaluationError(
-                Problem("a model server is spoken to by the package openai", "pip install 'della[eval]'")
+                Problem(
+                    "a model server is spoken to by the package openai",
+                    "pip install '.[eval]' in della's checkout",
+                )
             ) from error
         parts = urlsplit(base_url)
         if parts.scheme not in ("http", "https") or not parts.hostname:

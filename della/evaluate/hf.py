@@ -21,7 +21,10 @@ def load(model: Model, dtype: str) -> tuple[Any, Any, str]:
         import transformers
     except ModuleNotFoundError as error:
         raise EvaluationError(
-            Problem("the hf backend needs the packages torch and transformers", "pip install 'della[hf]'")
+            Problem(
+                "the hf backend needs the packages torch and transformers",
+                "pip install '.[hf]' in della's checkout",
+            )
         ) from error
     found, revision = model.local_or_hub
     talk: Any = transformers.utils.logging

@@ -24,7 +24,9 @@ def load(folder: str) -> tuple[Tokenizer, Llama]:
         tokenizer = load_tokenizer(path)
     except DellaError as error:
         raise EvaluationError(
-            Problem("the numpy backend needs the package tokenizers", "pip install 'della[eval]'")
+            Problem(
+                "the numpy backend needs the package tokenizers", "pip install '.[eval]' in della's checkout"
+            )
         ) from error
     except Exception as error:  # the package raises plain ones
         raise EvaluationError(

@@ -136,7 +136,7 @@ def _hub(task: Task) -> Iterator[_Record]:
     except ModuleNotFoundError as error:
         said = (
             "no file was given, and the package datasets, which would fetch it from the Hub, is not "
-            "installed (pip install 'della[hub]')"
+            "installed (pip install '.[hub]' in della's checkout)"
         )
         raise EvaluationError(Problem(said, give, task.name)) from error
     try:

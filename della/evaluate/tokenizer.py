@@ -32,7 +32,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         import tokenizers
     except ModuleNotFoundError as error:
         raise DellaError(
-            Problem("the demo needs the package tokenizers", "pip install 'della[demo]'")
+            Problem("the demo needs the package tokenizers", "pip install '.[demo]' in della's checkout")
         ) from error
     loaded: Tokenizer = tokenizers.Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
     return loaded

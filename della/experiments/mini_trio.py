@@ -81,7 +81,9 @@ class Trio:
         try:
             self._tokenizer = load_tokenizer(TRIO / "base")
         except DellaError as error:
-            raise EvaluationError("the miniature needs tokenizers; pip install 'della[paper]'") from error
+            raise EvaluationError(
+                "the miniature needs tokenizers; pip install '.[paper]' in della's checkout"
+            ) from error
         self.programs = programs
         self._config = json.loads((TRIO / "base" / "config.json").read_text(encoding="utf-8"))
         self._weights = {name: _weights(name) for name in ("base", *EXPERTS)}

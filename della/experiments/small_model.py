@@ -24,7 +24,9 @@ def libraries() -> tuple[ModuleType, ModuleType]:
         import torch
         import transformers
     except ModuleNotFoundError as error:
-        raise EvaluationError(f"{error.name} is missing; pip install 'della[train]'") from error
+        raise EvaluationError(
+            f"{error.name} is missing; pip install '.[train]' in della's checkout"
+        ) from error
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     return torch, transformers
 

@@ -88,7 +88,7 @@ def _peft() -> Any:
     try:
         import peft
     except ModuleNotFoundError as error:
-        raise EvaluationError("peft is missing; pip install 'della[train]'") from error
+        raise EvaluationError("peft is missing; pip install '.[train]' in della's checkout") from error
     return peft
 
 

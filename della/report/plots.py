@@ -122,7 +122,7 @@ def dots(
 def check() -> None:
     """EvaluationError without the extra paper: to be told before hours of work, not behind them."""
     if importlib.util.find_spec("vl_convert") is None:
-        raise EvaluationError("vl-convert-python draws the plots; pip install 'della[paper]'")
+        raise EvaluationError("vl-convert-python draws the plots; pip install '.[paper]' in della's checkout")
 
 
 def draw(plot: Plot) -> tuple[str, bytes]:
