@@ -51,7 +51,7 @@ def shown_text(text: str, names: dict[str, str]) -> str:
     """A text with each reference of ``names`` as it is called elsewhere, also where YAML escapes it."""
     for reference in sorted(names, key=len, reverse=True):
         for written in dict.fromkeys((reference, json.dumps(reference)[1:-1], reference.replace("'", "''"))):
-            folded = r"\s+".join(map(re.escape, written.split(" ")))  # YAML may break a line at a space
+            folded = r"\s+".join(map(re.escape, written.split(" ")))  # YAML breaks lines at spaces
             text = re.sub(folded, lambda _, name=names[reference]: name, text)  # type: ignore[misc]
     return text
 
