@@ -86,7 +86,7 @@ def _tensor_at(path: Path, at: int) -> str:
 def _faults(whole: Path) -> list[str] | Exception:
     """What `della.verify` says: the faults that it found, or the error that it raised."""
     try:
-        return della.verify(whole, threads=1).bad
+        return della.verify(whole, threads=1, strict=True).bad
     except Exception as error:
         return error
 

@@ -157,7 +157,7 @@ def test_without_a_file_and_the_package_it_is_said_what_to_give(monkeypatch: pyt
         load("mbpp")
     assert str(error.value) == (
         "mbpp: no file was given, and the package datasets, which would fetch it from the Hub, is not "
-        "installed (pip install '.[hub]' in della's checkout); give a local file with --data mbpp=FILE; it is "
-        "published at "
+        "installed (pip install '.[hub]' in della's checkout); give a local file with --data mbpp=FILE; it "
+        "is published at "
         "https://github.com/google-research/google-research (mbpp/mbpp.jsonl)"
     )
