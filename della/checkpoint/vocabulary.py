@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from della.checkpoint.layout import read_small
-from della.checkpoint.strict import json_object
 from della.errors import CheckpointError
 
 MOST_BYTES = 200_000_000
@@ -74,10 +74,11 @@ def _special(table: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
-        return json_object(read_small(path, MOST_BYTES), str(path)) if path.is_file() else {}
-    except (CheckpointError, OSError):
+    try:  # it is only looked at, and large: not read as strictly as what is believed
+        found = json.loads(read_small(path, MOST_BYTES)) if path.is_file() else {}
+    except (CheckpointError, OSError, ValueError, RecursionError):
         return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _lines(path: Path) -> dict[str, int]:

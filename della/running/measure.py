@@ -21,7 +21,7 @@ from della.output.journal import Done
 from della.planning.coverage import CURE
 from della.planning.job import Coverage, Job, Plan
 
-WINDOWS, WIDTH = 64, 1024  # of each tensor: so many windows of so many elements, or all of a smaller one
+WINDOWS, WIDTH = 8, 4096  # of each tensor: so many windows of so many elements, or all of a smaller one
 LEAST_COSINE = 0.5
 LEAST_ELEMENTS = 256  # of a matrix whose cosine says something
 
@@ -52,13 +52,13 @@ class Probe:
 
     def operand(self, t: int, start: int, values: Array) -> None:
         """``values`` (flat) are the deltas, or the weights, of operand ``t``."""
-        found = self._take(self.samples[1 + t], start, values)
+        self._take(self.samples[1 + t], start, values)
         if not self.changed[t]:  # most tiles show it by their first elements
-            self.changed[t] = found or bool(values.any())
+            self.changed[t] = bool(values[:WIDTH].any()) or bool(values.any())
 
-    def _take(self, sample: Array, start: int, values: Array) -> bool:
-        """Whether any of what the sample takes of ``values`` is not zero."""
-        end, found = start + values.size, False
+    def _take(self, sample: Array, start: int, values: Array) -> None:
+        """What a sample has of ``values``."""
+        end = start + values.size
         k = max(bisect_right(self.starts, start) - 1, 0)
         while k < len(self.starts) and self.starts[k] < end:
             a, b = max(self.starts[k], start), min(self.starts[k] + self.width, end)
@@ -66,14 +66,11 @@ class Probe:
                 piece = values[a - start : b - start]
                 at = k * self.width + a - self.starts[k]
                 sample[at : at + piece.size] = piece
-                found = found or bool(piece.any())
             k += 1
-        return found
 
     def measured(self) -> tuple[Measured, ...]:
-        """Of each operand; nothing but the first number where the method reads no base."""
-        if not self.job.reads_base or self.job.method is None:
-            return tuple((float(changed),) for changed in self.changed)
+        """Of each operand; the first number alone where what is sampled is not finite."""
+        assert self.job.method is not None
         base, *deltas = self.samples.astype(np.float64)
         scale, found = self.job.elements / max(base.size, 1), []
         with np.errstate(all="ignore"):
@@ -94,19 +91,16 @@ def sampled(plan: Plan) -> tuple[Coverage, ...]:
     """
     found: dict[str, tuple[Measured, ...]] = {}
     for job in plan.jobs:
-        if job.method is None or not job.elements:
+        if job.method is None or not job.reads_base or not job.elements:
             continue
         probe = Probe(job)
-        values = np.empty(probe.width, np.float32)
+        base, values = np.empty((2, probe.width), np.float32)
         for start in probe.starts:
-            base = np.zeros(0, np.float32)
-            if job.reads_base:
-                base = np.empty(probe.width, np.float32)
-                job.base.read_floats(start, base)
-                probe.base(start, base)
+            job.base.read_floats(start, base)
+            probe.base(start, base)
             for t, each in enumerate(job.operands):
                 each.view.read_floats(start, values)
-                probe.operand(t, start, values - base if base.size and job.method.of_deltas else values)
+                probe.operand(t, start, values - base if job.method.of_deltas else values)
         found[job.name] = probe.measured()
     return told(plan, found, plan.coverage)
 

@@ -303,7 +303,8 @@ class _Run:
             self._advance(job, job.bytes_read + job.nbytes, finished=1)
 
     def _one(self, job: Job) -> None:
-        digest, inputs, probe = xxhash.xxh3_128(), Hashes(), measure.Probe(job)
+        digest, inputs = xxhash.xxh3_128(), Hashes()
+        probe = measure.Probe(job) if job.reads_base and job.method else None  # else there is no delta
         start = told = 0
         for stored in self.compute.pieces(job, self.facts.get(job.name), inputs, probe):
             raw = stored.reshape(-1).view(np.uint8).data
@@ -313,7 +314,7 @@ class _Run:
             now = (job.bytes_read + job.nbytes) * start // job.nbytes
             self._advance(job, now - told)
             told = now
-        done = Done(digest.hexdigest(), tuple(map(inputs.of, job.parts)), probe.measured())
+        done = Done(digest.hexdigest(), tuple(map(inputs.of, job.parts)), probe.measured() if probe else ())
         self.staged.finish(job.name, done)
         self._advance(job, 0, finished=1)
         with self.lock:

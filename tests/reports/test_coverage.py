@@ -292,7 +292,7 @@ def test_a_sample_has_the_same_elements_however_they_come(size: int, cuts: list[
         pieces.operand(0, start, values[start:end])
     assert np.array_equal(whole.samples, pieces.samples)
     assert whole.samples[1].all()
-    assert len(np.unique(whole.samples[1])) == whole.samples.shape[1] == min(size, 65_536)
+    assert len(np.unique(whole.samples[1])) == whole.samples.shape[1] == min(size, 32_768)
 
 
 def test_a_single_change_is_seen_wherever_it_is(tmp_path: Path) -> None:
