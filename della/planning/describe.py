@@ -112,7 +112,7 @@ _Rows = dict[tuple[tuple[tuple[str, str], Any], ...], list[str]]
 
 def _rows(plan: Plan) -> _Rows:
     rows: _Rows = {}
-    for job in plan.jobs:
+    for job in sorted(plan.jobs, key=lambda job: _natural(job.name)):
         if job.method is None:
             continue
         values = [(("", key), value) for key, value in _shared(job).items()]
@@ -120,6 +120,11 @@ def _rows(plan: Plan) -> _Rows:
             values += [((reference, key), value) for key, value in own.items()]
         rows.setdefault(tuple(values), []).append(job.name)
     return rows
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """By which layer 2 stands before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
 def _pairs(rows: _Rows, model: str) -> str:

@@ -5,8 +5,9 @@ A Plan can be printed, hashed and tested without weights; planning.py makes it, 
 
 from __future__ import annotations
 
+import html
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +18,7 @@ from della.dtypes import DType
 from della.errors import some
 from della.merging.method import Method
 from della.merging.tile import Expert, Subject, row_length
-from della.options import TILE
+from della.options import TILE, size_text
 from della.recipe.reader import ModelEntry, Recipe
 
 # Rough costs for the estimate, measured on a 2-core server.
@@ -222,7 +223,23 @@ class Plan:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the inputs."""
         self.opened.close()
+
+    def __repr__(self) -> str:
+        merged = f"{len(self.models)} models, {len(self.jobs)} tensors"
+        return f"<Plan: {self.recipe.merge_method}, {merged}, {size_text(self.bytes_written)}>"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: a row for each model."""
+        rows = [
+            (each.reference, f"{each.merged} of {each.of}", each.changed, each.why) for each in self.coverage
+        ]
+        heads = ("model", "tensors that take part", "of the result changed", "left out")
+        return f"<p>{html.escape(repr(self))}</p>{html_table(heads, rows)}"
 
     @property
     def sources(self) -> list[Source]:
@@ -252,6 +269,13 @@ class Plan:
             if job.method is not None
         ]
         return estimated_seconds(work, self.bytes_read + self.bytes_written, threads)
+
+
+def html_table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table in HTML, its cells as text."""
+    lines = [("th", heads), *(("td", row) for row in rows)]
+    cells = ("".join(f"<{tag}>{html.escape(str(x))}</{tag}>" for x in row) for tag, row in lines)
+    return f"<table>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>"
 
 
 def estimated_seconds(work: Iterable[tuple[float, int]], nbytes: int, threads: int) -> float:

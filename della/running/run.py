@@ -5,6 +5,7 @@ What an earlier run of the same merge has finished is used again; a part of n do
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import threading
@@ -27,7 +28,7 @@ from della.output.journal import Done
 from della.output.manifest import MANIFEST, UNKNOWN, build_manifest, dump, embed, recorded, sealed, versions
 from della.output.writer import StagedOutput
 from della.planning.card import config_json, model_card, side_file
-from della.planning.job import Job, Plan
+from della.planning.job import Job, Plan, html_table
 from della.running import measure
 from della.running.compute import Compute
 from della.running.workers import each
@@ -87,6 +88,17 @@ class Result:
     resumed: int
     bytes_read: int
     bytes_written: int
+
+    def __repr__(self) -> str:
+        tensors = f"{len(self.manifest.get('tensors', ()))} tensors"
+        return f"<Result: {self.out}, {tensors}, {self.seconds:.1f} s>"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: a row for each model."""
+        coverage = self.manifest.get("coverage", {})
+        rows = [(name, f"{own['merged']} of {own['of']}", own["changed"]) for name, own in coverage.items()]
+        heads = ("model", "tensors that take part", "of the result changed")
+        return f"<p>{html.escape(repr(self))}</p>{html_table(heads, rows)}"
 
 
 def run(

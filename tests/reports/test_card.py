@@ -58,3 +58,35 @@ def test_names_on_the_hub_where_they_are_known(tmp_path: Path) -> None:
     text = card(tmp_path, [str(tmp_path / "one"), str(tmp_path / "two")], base)
     assert front(text)["base_model"] == ["own/base", "own/one"]
     assert front(text)["base_model_relation"] == "merge"
+
+
+def test_in_a_notebook(tmp_path: Path) -> None:
+    put(tmp_path, {"base/model.safetensors": BASE, "<b>one/model.safetensors": {"w": BASE["w"] + 1}})
+    made = {"merge_method": "task_arithmetic", "base_model": str(tmp_path / "base")}
+    recipe = made | {"models": [{"model": str(tmp_path / "<b>one")}]}
+    plan = della.plan(recipe)
+    result = della.merge(recipe, tmp_path / "out", fsync=False)
+    for shown in (plan, result):
+        assert len(repr(shown)) < 200
+        page = shown._repr_html_()
+        assert "<td>1 of 1</td>" in page
+        assert "&lt;b&gt;one" in page
+        assert "<b>" not in page
+    assert repr(plan) == "<Plan: task_arithmetic, 1 models, 1 tensors, 48 bytes>"
+    plan.close()
+    plan.close()
+
+
+def test_a_plan_shows_layers_in_their_order(tmp_path: Path) -> None:
+    from della.planning.describe import plan_text
+
+    base = {f"layers.{k}.w": np.full((2, 2), k, np.float32) for k in range(12)}
+    put(
+        tmp_path,
+        {"base/model.safetensors": base, "one/model.safetensors": {k: v + 1 for k, v in base.items()}},
+    )
+    own = {"weight": [0.1, 1.2]}
+    made = {"merge_method": "task_arithmetic", "base_model": str(tmp_path / "base")}
+    with della.plan(made | {"models": [{"model": str(tmp_path / "one"), "parameters": own}]}) as plan:
+        lines = [line.strip() for line in plan_text(plan, 1).split("\n")]
+    assert [line for line in lines if line.startswith("layers.")] == [f"layers.{k}.*" for k in range(12)]
