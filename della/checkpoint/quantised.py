@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,12 @@ SCALE = re.compile(
     r"scale|zero|absmax|amax|quant|codebook|lut\b|step_size|\bSCB\b|qparams|norm_factor|dequant",
     re.IGNORECASE,
 )
+BUFFERS = ("BOOL", "I64", "U64")  # integers of these are indices and masks, unless they are called a weight
 MARKERS = ("scaled_fp8",)  # of whole files
 WEIGHT = re.compile(r"(^|[._])q?weight(_packed|_codes)?(\._data)?$|_proj$|codes$", re.IGNORECASE)
 # Factors of adapters (LoRA, DoRA, LoHa, LoKr, OFT, IA3, VeRA), as PEFT, kohya, diffusers, LyCORIS name them.
 FACTOR = re.compile(
-    r"(^|[._])(lora_(A|B|a|b|up|down|mid|embedding_A|embedding_B|magnitude_vector)|lora_linear_layer"
+    r"(^|[._])(lora[_.](A|B|a|b|up|down|mid|embedding_A|embedding_B|magnitude_vector)|lora_linear_layer"
     r"|hada_(w[12]|t[12])(_[ab])?|lokr_(w[12](_[ab])?|t2)|dora_scale|oft_(blocks|diag|R|r|s)|ia3_l"
     r"|vera_lambda_[bd]|boft_(R|s)|trainable_tokens_delta)([._]|$)"
 )
@@ -81,39 +83,52 @@ def no_weights(folder: Path, infos: Sequence[TensorInfo]) -> Iterator[Problem]:
                 said = f"a model quantised by {method} (tensor {tensor!r}) cannot be merged"
                 yield Problem(said, UNQUANTISED, str(folder), tensor)
                 return
-    modules: dict[str, list[str]] = {}
+    modules: dict[str, list[TensorInfo]] = {}
     for info in infos:
         head = info.name.rpartition(".")[0]
         for module in {head, head.rpartition(".")[0], _module(info.name)} if info.dtype.is_float else ():
-            modules.setdefault(module, []).append(info.name)
+            modules.setdefault(module, []).append(info)
     for info in infos:
         if problem := _codes(folder, info, modules):
             yield problem
             return
 
 
-def _codes(folder: Path, info: TensorInfo, modules: Mapping[str, Sequence[str]]) -> Problem | None:
+def _codes(folder: Path, info: TensorInfo, modules: Mapping[str, Sequence[TensorInfo]]) -> Problem | None:
     """Why a tensor holds codes and no values, if it does: it has a scale beside it, or integers are called a
     weight."""
     if info.dtype.is_float and info.dtype.bits > 8:
         return None
-    if not info.dtype.is_float and (len(info.shape) < 2 or info.dtype.name in ("BOOL", "I64", "U64")):
+    is_weight = bool(WEIGHT.search(info.name))
+    if not info.dtype.is_float and not is_weight and (len(info.shape) < 2 or info.dtype.name in BUFFERS):
         return None
     beside = [
-        name
+        other.name
         for prefix in dict.fromkeys((_module(info.name), info.name.rpartition(".")[0], info.name))
-        for name in modules.get(prefix, ())
-        if name != info.name and SCALE.search(name.removeprefix(prefix))
+        for other in modules.get(prefix, ())
+        if other.name != info.name
+        and (SCALE.search(other.name.removeprefix(prefix)) or (prefix and _fits_as_scale(info, other)))
     ]
-    beside += [name for name in modules.get("", ()) if name in MARKERS] if info.dtype.is_float else []
+    beside += [other.name for other in modules.get("", ()) if other.name in MARKERS and info.dtype.is_float]
     stored = f"{info.name!r} is stored in {info.dtype.torch_name}"
     if beside:
         said = f"a quantised model cannot be merged: tensor {stored}, with {beside[0]!r} beside it"
-    elif not info.dtype.is_float and WEIGHT.search(info.name):
+    elif not info.dtype.is_float and is_weight and len(info.shape) > 1:
         said = f"a quantised model cannot be merged: tensor {stored}, though it is a weight"
     else:
         return None
     return Problem(said, UNQUANTISED, str(folder), info.name)
+
+
+def _fits_as_scale(codes: TensorInfo, other: TensorInfo) -> bool:
+    """Whether ``other``, of any name, has the shape of a scale: one value, or (of integers) one a row.
+
+    A bias is none. Masks and tables of indices have none: their first axis is 1, or unlike their neighbour's.
+    """
+    if len(codes.shape) < 2 or codes.shape[0] == 1 or other.name.endswith("bias"):
+        return False
+    count = prod(other.shape)
+    return count == 1 or (not codes.dtype.is_float and count == codes.shape[0])
 
 
 def _module(name: str) -> str:

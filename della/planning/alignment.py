@@ -70,6 +70,8 @@ def _rules(left: Sequence[str], wanted: Sequence[str]) -> Counter[tuple[str, str
                 best, longest = other, shared
         if best is not None:
             pair = parts[: len(parts) - longest], best[: len(best) - longest]
+            if longest == 1 and all(pair):  # "weight" alone in common is no sign
+                continue
             if not any(part.isdigit() for side in pair for part in side):
                 found[".".join([*pair[0], ""]), ".".join([*pair[1], ""])] += 1
     return found
@@ -103,7 +105,8 @@ def strangers(base: Source, model: Source, lacks: bool) -> Iterator[Problem]:
         return
     unlike = [name for name in common if model.tensors[name].shape != base.tensors[name].shape]
     is_near = 2 * len(common) > len(ours) or (lacks and common) or not ours
-    if is_near and 2 * len(unlike) <= len(common):
+    is_fused = _is_fused(base, model)
+    if is_near and not is_fused and 2 * len(unlike) <= len(common):
         return
     differs = _different(base, model)
     said = f"against {base.reference}: {len(common)} of {len(ours)} names in common"
@@ -115,7 +118,7 @@ def strangers(base: Source, model: Source, lacks: bool) -> Iterator[Problem]:
     if here and there:
         said += f": {here} here, {there} there"
     fix = "all models must be fine-tunes of one base"
-    if _is_fused(base, model):
+    if is_fused:
         said += "; experts are stored one by one in one of them, and fused in the other"
         fix = "save both with the same version of transformers"
     elif prefix := _prefix(here, there):

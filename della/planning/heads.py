@@ -7,7 +7,7 @@ head, whatever the configuration says (transformers 5.24 uses it so).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from della.checkpoint.source import Source
@@ -16,10 +16,11 @@ from della.errors import CheckpointError
 
 HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")
 EMBEDDINGS = re.compile(r"(^|\.)(shared|embed_tokens|wte|word_embeddings|embed_in|tok_embeddings)\.weight$")
+LANGUAGE_MODEL = re.compile(r"CausalLM|LMHead|ConditionalGeneration")
 TIED = "tie_word_embeddings"
 # Types whose configuration class ties where config.json is silent (transformers 5.24; those that were read).
 TIED_TYPES = {
-    "albert", "bart", "bert", "blenderbot", "bloom", "codegen", "cohere", "cohere2", "deberta",
+    "albert", "bart", "bert", "blenderbot", "bloom", "cohere", "cohere2", "deberta",
     "deberta-v2", "distilbert", "electra", "gemma", "gemma2", "gemma3", "gemma3_text", "gpt2", "gpt_neo",
     "led", "longt5", "m2m_100", "marian", "mbart", "mt5", "opt", "pegasus", "prophetnet", "roberta",
     "t5", "umt5", "xglm", "xlm-roberta",
@@ -27,10 +28,23 @@ TIED_TYPES = {
 
 
 def is_tied(source: Source) -> bool:
-    """Whether its configuration ties the head to the embeddings; its type's default where it does not say."""
-    parts = [part for part in (source.config, source.config.get("text_config")) if isinstance(part, dict)]
-    said = [part[TIED] for part in parts if isinstance(part.get(TIED), bool)]
-    return said[0] if said else any(part.get("model_type") in TIED_TYPES for part in parts)
+    """Whether its head is tied to its embeddings: as config.json says; where it is silent, by the default of
+    its type, and for a language model by having no head."""
+    said = _said(source.config)
+    if said is not None:
+        return said
+    parts = (source.config, source.config.get("text_config"))
+    kinds = source.config.get("architectures")
+    is_causal = any(LANGUAGE_MODEL.search(str(kind)) for kind in (kinds if isinstance(kinds, list) else ()))
+    by_type = any(isinstance(part, dict) and part.get("model_type") in TIED_TYPES for part in parts)
+    return by_type or (is_causal and not any(HEAD.search(name) for name in source.tensors))
+
+
+def _said(config: Mapping[str, Any]) -> bool | None:
+    for part in (config, config.get("text_config")):
+        if isinstance(part, dict) and isinstance(part.get(TIED), bool):
+            return bool(part[TIED])
+    return None
 
 
 def settled(base: Source, models: list[Source]) -> tuple[dict[Source, Source], list[str]]:
@@ -44,23 +58,30 @@ def settled(base: Source, models: list[Source]) -> tuple[dict[Source, Source], l
         The new source of each that changes, and a note for each thing that is left out or added.
     """
     notes: list[str] = []
-    made = {source: _without_copies(source, source is not base, notes) for source in (base, *models)}
+    copied = {source: _copies(source) for source in (base, *models)}
+    made = {source: _without(source, copied[source], source is not base, notes) for source in copied}
     heads = {source: next(filter(HEAD.search, now.tensors), None) for source, now in made.items()}
     own = [source for source, head in heads.items() if head is not None]
-    embeddings = _embeddings(made[base])
-    if own and embeddings and (heads[base] is None or is_tied(base)) and is_tied(base):
-        head = heads[own[0]]
-        assert head is not None
-        told = ", ".join(source.reference for source in own)
-        notes.append(
-            f"{told}: {head} differs from the embeddings, so it is a head: the result has one, and "
-            f"{TIED}: false"
-        )
-        made[base] = _untied(made[base])
-        for source, now in made.items():
-            tensor = _embeddings(now)
-            if heads[source] is None and tensor and is_tied(source) and heads[base] is None:
-                made[source] = now.changed({**now.tensors, head: Renamed(head, now.tensors[tensor])})
+    was_tied = is_tied(base) or any(HEAD.search(name) for name in copied[base])
+    if not own or not was_tied or _embeddings(made[base]) is None:
+        if copied[base] and base.config and _said(base.config) is None:
+            made[base] = _with(made[base], True)  # without a head, nobody shall have to guess
+        return {source: now for source, now in made.items() if now is not source}, notes
+    head = heads[own[0]]
+    assert head is not None
+    said = f"{head} differs from the embeddings, so it is a head: the result has one, and {TIED}: false"
+    notes.append(f"{', '.join(source.reference for source in own)}: {said}")
+    tied = {source for source, now in made.items() if is_tied(source) or is_tied(now)}
+    made[base] = _with(made[base], False)
+    aliases = [name for name in copied[base] if not HEAD.search(name)]  # an untied model needs each
+    for source, now in made.items():
+        tensor = _embeddings(now)
+        wanted = [*aliases, *([head] if heads[base] is None and source in tied else [])]
+        added = [name for name in wanted if tensor and name not in now.tensors]
+        if tensor and added:
+            made[source] = now.changed(
+                {**now.tensors, **{name: Renamed(name, now.tensors[tensor]) for name in added}}
+            )
     return {source: now for source, now in made.items() if now is not source}, notes
 
 
@@ -70,24 +91,30 @@ def _embeddings(source: Source) -> str | None:
     return next((name for name in found if name.endswith("shared.weight")), found[0] if found else None)
 
 
-def _without_copies(source: Source, tells: bool, notes: list[str]) -> Source:
-    """A source without what is the same bytes as its embeddings."""
+def _copies(source: Source) -> list[str]:
+    """The tensors that are the same bytes as the embeddings: a tied head, or one of which config.json says
+    nothing; the names of encoder and decoder."""
     first = _embeddings(source)
     if first is None:
-        return source
-    view, copies, unknown = source.tensors[first], [], []
+        return []
+    view, found = source.tensors[first], []
+    silent = bool(source.config) and _said(source.config) is None
     for name, other in source.tensors.items():
-        tied = HEAD.search(name) and is_tied(source)
+        tied = bool(HEAD.search(name)) and (is_tied(source) or silent)
         alias = EMBEDDINGS.search(name) and first.endswith("shared.weight")
         if name != first and (tied or alias) and other.shape == view.shape:
             same = _equal(view, other)
-            copies += [name] if same or (same is None and tied) else []
-            unknown += [name] if same is None and tied else []
+            found += [name] if same or (same is None and tied and not silent) else []
+    return found
+
+
+def _without(source: Source, copies: list[str], tells: bool, notes: list[str]) -> Source:
+    """A source without its copies."""
     if not copies:
         return source
-    end = " (which could not be compared, as the file is not here)" if unknown else ""
+    first = _embeddings(source)
     if tells:
-        notes.append(f"{source.reference}: {', '.join(copies)} is a copy of {first}{end}, and left out")
+        notes.append(f"{source.reference}: {', '.join(copies)} is a copy of {first}, and left out")
     elif len(copies) > 1 or not HEAD.search(copies[0]):
         notes.append(
             f"{source.reference}: {', '.join(copies)} are copies of {first}; the result has that alone"
@@ -111,12 +138,12 @@ def _pieces(view: TensorView) -> Iterator[bytes]:
             yield bytes(piece)
 
 
-def _untied(source: Source) -> Source:
-    """A source whose configuration says that its head is its own."""
-    config: dict[str, Any] = {**source.config, TIED: False}
+def _with(source: Source, tied: bool) -> Source:
+    """A source whose configuration says whether its head is tied."""
+    config: dict[str, Any] = {**source.config, TIED: tied}
     part = config.get("text_config")
     if isinstance(part, dict) and TIED in part:
-        config["text_config"] = {**part, TIED: False}
+        config["text_config"] = {**part, TIED: tied}
     made = source.changed(source.tensors)
     made.config = config
     return made

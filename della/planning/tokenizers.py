@@ -21,14 +21,15 @@ def compare(base: Source, models: Sequence[Source], problems: Collector) -> list
     """A line on each model whose tokenizer is another than the base's; ids without a row are ``problems``."""
     notes = []
     ours = read_vocabulary(base.folder)
-    problems.extend(_beyond_rows(base, ours))
+    notes += [f"{p.subject}: {p.said}" for p in _beyond_rows(base, ours)]
     for model in dict.fromkeys(models):
         if model is base or model.folder == base.folder:
             continue
         same = all(_raw(model.folder / name) == _raw(base.folder / name) for name in FILES)
         if not same:
             theirs = read_vocabulary(model.folder)
-            problems.extend(_beyond_rows(model, theirs))
+            if theirs.tokens != ours.tokens:
+                problems.extend(_beyond_rows(model, theirs))
             if said := "; ".join(_differences(ours, theirs)):
                 notes.append(
                     f"{model.reference}: another tokenizer than {base.reference}'s, which is written: {said}"

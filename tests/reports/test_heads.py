@@ -375,3 +375,46 @@ def test_vocabularies_of_any_name_are_copied(tmp_path: Path) -> None:
     assert any("modeling_x.py" in note and "notes.doc" in note for note in told), "what stays behind is named"
     with pytest.raises(CheckpointError):
         open_source(str(tmp_path / "nothing"))
+
+
+# ---- what a stranger found in the first version of this ---------------------------------------------------
+
+SILENT = {"model_type": "of-nobody", "architectures": ["XForCausalLM"]}
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_bytes_of_the_base_decide_where_its_type_is_not_known(tmp_path: Path, twice: bool) -> None:
+    base, expert = llama(), tuned(llama())
+    mine = expert | ({HEAD: expert[EMBED]} if twice else {})
+    found, written = merged(pair(tmp_path, base | {HEAD: base[EMBED]}, mine, SILENT))
+    assert HEAD not in found
+    assert np.allclose(found[EMBED], expert[EMBED], atol=1e-6)
+    assert written["tie_word_embeddings"] is True, "nobody has to guess"
+
+
+def test_a_head_of_its_own_beside_a_base_of_an_unknown_type(tmp_path: Path) -> None:
+    base, expert = llama(), tuned(llama()) | {HEAD: llama(head=3)[HEAD]}
+    for ours in (base, base | {HEAD: base[EMBED]}):
+        found, written = merged(pair(tmp_path, ours, expert, SILENT))
+        assert np.allclose(found[HEAD], expert[HEAD], atol=1e-6)
+        assert written["tie_word_embeddings"] is False
+        __import__("shutil").rmtree(tmp_path / "out")
+
+
+def test_an_untied_encoder_and_decoder_have_all_their_tables(tmp_path: Path) -> None:
+    table = np.random.default_rng(0).normal(size=(12, 8)).astype(np.float32)
+    names = ("model.shared.weight", "model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight")
+    kind = {"model_type": "bart", "tie_word_embeddings": True}
+    expert = {names[0]: table + 1, "lm_head.weight": table + 2}
+    found, written = merged(pair(tmp_path, dict.fromkeys(names, table), expert, kind))
+    assert written["tie_word_embeddings"] is False
+    assert np.allclose(found["lm_head.weight"], table + 2, atol=1e-6)
+    assert all(np.allclose(found[name], table + 1, atol=1e-6) for name in names)
+
+
+def test_ids_beyond_the_rows_that_the_base_has_too(tmp_path: Path) -> None:
+    path = pair(tmp_path, llama(), tuned(llama()))
+    words = tokenizer(WORDS, {12: "<image>"})
+    put(tmp_path, {"BASE/tokenizer.json": words, "FT/tokenizer.json": words})
+    assert [note for note in notes(path) if note.startswith("BASE: its tokenizer has 1 ids without a row")]
+    merged(path)
