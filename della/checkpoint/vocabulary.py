@@ -63,6 +63,19 @@ def contradicting(folder: Path) -> list[str]:
     return found
 
 
+def chat_template(folder: Path) -> tuple[str, str] | None:
+    """(file, text) of the chat template that transformers 5 takes: a file of its own goes before the key in a
+    configuration; None where there is none."""
+    plain = folder / "chat_template.jinja"
+    if plain.is_file():
+        return plain.name, plain.read_text(errors="replace")
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        found = _json(folder / name).get("chat_template")
+        if found:
+            return name if name == "chat_template.json" else f"a chat_template in {name}", str(found)
+    return None
+
+
 def _special(table: Mapping[str, Any]) -> dict[str, str]:
     found = {}
     for key in SPECIAL:

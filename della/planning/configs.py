@@ -17,8 +17,11 @@ MEANING = re.compile(
     r"|num_experts.*|norm_topk_prob|attn_logit_softcapping|final_logit_softcapping|query_pre_attn_scalar"
     r"|embedding_multiplier|logits_scaling|residual_multiplier|attention_multiplier|scale_.*|logit_scale"
     r"|tie_word_embeddings|qk_norm|use_qk_norm|parallel_attn|alibi|pos_emb.*|position_embedding_type|id2label"
-    r"|d_model|d_kv|d_ff|type_vocab_size)$"
+    r"|d_model|d_kv|d_ff|type_vocab_size|feed_forward_proj|use_parallel_residual|routed_scaling_factor"
+    r"|mlp_only_layers|no_rope_layers|use_sliding_window|first_k_dense_replace|norm_type|do_layer_norm_before"
+    r"|relative_attention_.*|num_decoder_layers|encoder_layers|decoder_layers|depth|depths)$"
 )
+STACK = re.compile(r"(.*?)\.(\d+)\.")
 DEPTH = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 _MOST = 5
 
@@ -73,7 +76,22 @@ def other_type(base: Source, model: Source) -> Iterator[Problem]:
 def depths(base: Source, model: Source) -> str:
     """ "3 layers against 2" where the configurations, or else the tensors, tell of other depths; else ""."""
     theirs, ours = _depth(model), _depth(base)
-    return f"{theirs} layers against {ours}" if theirs and ours and theirs != ours else ""
+    if theirs and ours and theirs != ours:
+        return f"{theirs} layers against {ours}"
+    stacks = _stacks(base)  # a configuration may be silent, or count another stack
+    for stack, count in _stacks(model).items():
+        if stack in stacks and count != stacks[stack]:
+            return f"{count} layers of {stack} against {stacks[stack]}"
+    return ""
+
+
+def _stacks(source: Source) -> dict[str, int]:
+    """How many layers each stack has, by what stands before their number: model.layers, h, blocks."""
+    found: dict[str, int] = {}
+    for name in source.tensors:
+        if match := STACK.match(name):
+            found[match[1]] = max(found.get(match[1], 0), int(match[2]) + 1)
+    return found
 
 
 def _depth(source: Source) -> int:

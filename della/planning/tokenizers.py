@@ -7,13 +7,13 @@ from pathlib import Path
 
 from della.checkpoint.layout import WEIGHTS
 from della.checkpoint.source import Source
-from della.checkpoint.vocabulary import Vocabulary, contradicting, read_vocabulary
+from della.checkpoint.vocabulary import Vocabulary, chat_template, contradicting, read_vocabulary
 from della.errors import Collector, Problem, some
 from della.output.place import MANIFEST
 from della.planning.heads import EMBEDDINGS
 
 _OF_WEIGHTS = (*WEIGHTS, ".index.json")
-BESIDE = ("chat_template.jinja", "chat_template.json", "generation_config.json")
+BESIDE = ("generation_config.json", "additional_chat_templates")
 FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "added_tokens.json", "tokenizer_config.json")
 
 
@@ -36,6 +36,11 @@ def compare(base: Source, models: Sequence[Source], problems: Collector) -> list
                 )
         if said := ", ".join(_lacking(base, model)):
             notes.append(f"{model.reference}: has {said}; {base.reference} has none, and so has the result")
+        theirs_said, ours_said = (chat_template(source.folder) for source in (model, base))
+        if theirs_said and ours_said and theirs_said[1] != ours_said[1]:
+            notes.append(
+                f"{model.reference}: another chat template than {base.reference}'s, which is written"
+            )
         eos, base_eos = (source.config.get("eos_token_id") for source in (model, base))
         if eos != base_eos and eos is not None:
             notes.append(f"{model.reference}: eos_token_id {eos} against {base_eos}, which is written")
@@ -104,5 +109,7 @@ def _differences(ours: Vocabulary, theirs: Vocabulary) -> Iterator[str]:
 
 def _lacking(base: Source, model: Source) -> Iterator[str]:
     for name in BESIDE:
-        if (model.folder / name).is_file() and not (base.folder / name).is_file():
+        if (model.folder / name).exists() and not (base.folder / name).exists():
             yield name
+    if (found := chat_template(model.folder)) and not chat_template(base.folder):
+        yield found[0]

@@ -418,3 +418,23 @@ def test_ids_beyond_the_rows_that_the_base_has_too(tmp_path: Path) -> None:
     put(tmp_path, {"BASE/tokenizer.json": words, "FT/tokenizer.json": words})
     assert [note for note in notes(path) if note.startswith("BASE: its tokenizer has 1 ids without a row")]
     merged(path)
+
+
+@pytest.mark.parametrize("stack", ["h", "transformer.h", "decoder.block", "visual.blocks"])
+@pytest.mark.parametrize("kind", [{}, {"model_type": "x", "num_layers": 2}])
+def test_layers_that_no_configuration_counts(tmp_path: Path, stack: str, kind: dict[str, Any]) -> None:
+    base = {f"{stack}.{k}.w": np.full((4, 4), k + 1, np.float32) for k in range(2)}
+    expert = tuned(base) | {f"{stack}.2.w": np.ones((4, 4), np.float32)}
+    said = refused(pair(tmp_path, base, expert, kind, extra="copy"))
+    assert f"3 layers of {stack} against 2" in said
+    assert list(merged(pair(tmp_path, base, expert, kind, extra="ignore"))[0]) == list(base)
+
+
+def test_chat_templates_wherever_they_stand(tmp_path: Path) -> None:
+    path = pair(tmp_path, llama(), tuned(llama()))
+    put(tmp_path, {"FT/tokenizer_config.json": {"chat_template": "{{ x }}"}})
+    assert [note for note in notes(path) if "has a chat_template in tokenizer_config.json" in note]
+    put(tmp_path, {"BASE/chat_template.jinja": b"{{ y }}"})
+    assert [note for note in notes(path) if note.startswith("FT: another chat template")]
+    put(tmp_path, {"BASE/chat_template.jinja": b"{{ x }}"})
+    assert not [note for note in notes(path) if "chat" in note]
