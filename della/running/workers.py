@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 Job = TypeVar("Job")
@@ -36,21 +36,32 @@ def each(
     """
     if threads == 1 and not apart:
         return [work(job) for job in jobs]
-    ended = stop or threading.Event()
+    ended, over, given = stop or threading.Event(), threading.Event(), list(jobs)
+    lock, left = threading.Lock(), len(given)
 
     def one(job: Job) -> Found:
-        if ended.is_set():
-            raise Stopped
+        nonlocal left
         try:
+            if ended.is_set():
+                raise Stopped
             return work(job)
         except BaseException:
             ended.set()
+            over.set()
             raise
+        finally:
+            with lock:
+                left -= 1
+                if not left:
+                    over.set()
 
     with ThreadPoolExecutor(threads, thread_name_prefix="della") as pool:
         try:  # around the first submit too: an interrupt may come while jobs are still handed out
-            futures = [pool.submit(one, job) for job in jobs]
-            wait(futures, return_when=FIRST_EXCEPTION)
+            futures = [pool.submit(one, job) for job in given]
+            # concurrent.futures.wait takes the lock of every future in turn, and an interrupt meanwhile would
+            # leave some of them taken: no worker could end any more.
+            if given:
+                over.wait()
         except BaseException:
             ended.set()
             raise

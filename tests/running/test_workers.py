@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import threading
 import time
 
@@ -56,18 +57,22 @@ def test_those_at_work_hear_of_a_failure_and_it_is_the_failure_that_is_told() ->
         each(work, range(2), 2, stop=stop)
 
 
-def test_an_interrupt_waits_for_what_is_at_work(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("count", [1, 2, 9, 500])
+def test_an_interrupt_waits_for_what_is_at_work(count: int) -> None:
+    """A real one, which may come while jobs are still handed out."""
     stop, ended = threading.Event(), []
 
-    def interrupted(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
     def work(number: int) -> None:
+        if not number:
+            _thread.interrupt_main()
         while not stop.is_set():
             time.sleep(0.001)
         ended.append(number)
 
-    monkeypatch.setattr("della.running.workers.wait", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        each(work, range(9), 2, stop=stop)
+        each(work, range(count), 2, stop=stop)
     assert len(ended) <= 2
+
+
+def test_nothing_to_do_ends_at_once() -> None:
+    assert each(str, range(0), 2) == []
