@@ -17,10 +17,11 @@ SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "cls_token", "sep
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """``tokens`` by id, and ``special`` tokens by kind."""
+    """``tokens`` by id, ``special`` tokens by kind, and ``rules`` of tokenizer.json by which text is cut."""
 
     tokens: dict[int, str] = field(default_factory=dict)
     special: dict[str, str] = field(default_factory=dict)
+    rules: dict[str, Any] = field(default_factory=dict)
 
 
 def read_vocabulary(folder: Path) -> Vocabulary:
@@ -42,7 +43,25 @@ def read_vocabulary(folder: Path) -> Vocabulary:
     if not fast:
         tokens |= {n: word for word, n in _json(folder / "added_tokens.json").items() if type(n) is int}
     config = _json(folder / "tokenizer_config.json")
-    return Vocabulary(tokens, _special(config))
+    decoder = config.get("added_tokens_decoder")
+    if not fast and isinstance(decoder, dict):
+        rows = {int(n): row for n, row in decoder.items() if n.isdecimal() and isinstance(row, dict)}
+        tokens |= {number: str(row.get("content")) for number, row in rows.items()}
+    special = _special(_json(folder / "special_tokens_map.json")) | _special(config)
+    return Vocabulary(tokens, special, _rules(fast) if fast else {})
+
+
+def read_eos(folder: Path) -> Any:
+    """The eos_token_id of generation_config.json; None where it names none."""
+    return _json(folder / "generation_config.json").get("eos_token_id")
+
+
+def _rules(fast: Mapping[str, Any]) -> dict[str, Any]:
+    found = {key: fast.get(key) for key in ("normalizer", "pre_tokenizer", "post_processor", "decoder")}
+    model = fast.get("model")
+    merges = model.get("merges") if isinstance(model, dict) else None
+    pairs = merges if isinstance(merges, list) else []  # "a b" once, ["a", "b"] now
+    return {**found, "merges": [each.split(" ") if isinstance(each, str) else each for each in pairs]}
 
 
 def contradicting(folder: Path) -> list[str]:
@@ -53,7 +72,10 @@ def contradicting(folder: Path) -> list[str]:
     config = _json(folder / "tokenizer_config.json")
     found = []
     old, now = _special(_json(folder / "special_tokens_map.json")), _special(config)
-    if any(key in now and now[key] != text for key, text in old.items()):
+    lists = [_listed(_json(folder / "special_tokens_map.json")), _listed(config)]
+    if any(key in now and now[key] != text for key, text in old.items()) or (
+        all(lists) and len(set(lists)) > 1
+    ):
         found.append("special_tokens_map.json")
     added = _json(folder / "added_tokens.json")
     if added and (folder / "tokenizer.json").is_file():
@@ -74,6 +96,13 @@ def chat_template(folder: Path) -> tuple[str, str] | None:
         if found:
             return name if name == "chat_template.json" else f"a chat_template in {name}", str(found)
     return None
+
+
+def _listed(table: Mapping[str, Any]) -> tuple[str, ...]:
+    """Additional special tokens, sorted."""
+    found = table.get("additional_special_tokens")
+    rows = found if isinstance(found, list) else []
+    return tuple(sorted(str(row.get("content")) if isinstance(row, dict) else str(row) for row in rows))
 
 
 def _special(table: Mapping[str, Any]) -> dict[str, str]:

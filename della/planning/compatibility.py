@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from della.checkpoint.source import Source
 from della.checkpoint.view import TensorView
-from della.errors import Collector, Problem, some
+from della.errors import Collector, Problem, clip, some
 from della.planning.configs import depths
 from della.planning.heads import HEAD, is_tied
 from della.recipe.reader import Recipe
 
+_NUMBER = re.compile(r"\.(\d+)(?=\.)")
 CODE = ("auto_map", "custom_pipelines")  # keys of config.json that name code outside the library
 
 
@@ -47,15 +49,15 @@ def check_fit(recipe: Recipe, base: Source, models: Sequence[Source], problems: 
             notes.append(f"{model.reference}: lacks {some(absent)}; {said}")
         problems.extend(_against(model, base, _misfits(base, model)))
         extra = extras(base, model)
-        depth = depths(base, model)
+        why = _why_no_copy(base, model, extra)
         if extra and recipe.extra == "error":
             fix = "write 'extra: ignore' to leave that out, or 'extra: copy' to take it over"
-            said = f"has {some(extra, 20)} beyond the base's{f' ({depth})' * bool(depth)}"
-            if depth:
-                fix = "all models must be fine-tunes of one base; 'extra: ignore' leaves the layers out"
+            said = f"has {some(extra, 20)} beyond the base's{f' ({why})' * bool(why)}"
+            if why:
+                fix = "all models must be fine-tunes of one base; 'extra: ignore' leaves that out"
             problems.extend(_against(model, base, [Problem(said, fix, tensor=extra[0])]))
-        elif extra and depth and recipe.extra == "copy":
-            said = f"{depth}: 'extra: copy' would write layers that config.json does not count"
+        elif why and recipe.extra == "copy":
+            said = f"{why}: 'extra: copy' would write what config.json does not count"
             problems.extend(_against(model, base, [Problem(said, "write 'extra: ignore'", tensor=extra[0])]))
         elif extra:
             end = "left out of the result" if recipe.extra == "ignore" else "copied into the result"
@@ -64,6 +66,28 @@ def check_fit(recipe: Recipe, base: Source, models: Sequence[Source], problems: 
     if recipe.extra == "copy":
         problems.extend(_claimed_twice(base, others))
     return notes
+
+
+def _why_no_copy(base: Source, model: Source, extra: Sequence[str]) -> str:
+    """Why a result with ``extra`` would not be what its config.json says; "" where it would."""
+    if not extra:
+        return ""
+    if depth := depths(base, model):
+        return depth
+    held = {part for name in base.tensors for part in _numbered(name)}
+    stems = {stem for stem, _ in held}
+    if beyond := [n for n in extra if any(p[0] in stems and p not in held for p in _numbered(n))]:
+        return f"{some(beyond)}: a layer or an expert that the base has none of"
+    ours, theirs = base.config.get("architectures"), model.config.get("architectures")
+    if ours and theirs and ours != theirs:
+        return f"another kind of model: {clip(str(theirs))} against {clip(str(ours))}"
+    lost = [name for name in base.tensors if HEAD.search(name) and name not in model.tensors]
+    return f"another kind of head: the base has {lost[0]}" if lost else ""
+
+
+def _numbered(name: str) -> list[tuple[str, str]]:
+    """Each number in a name, such as a layer's, with what is before it."""
+    return [(name[: match.start()], match[1]) for match in _NUMBER.finditer(name)]
 
 
 def _against(model: Source, base: Source, problems: Iterable[Problem]) -> Iterator[Problem]:

@@ -11,7 +11,11 @@ from della.errors import Problem, clip
 
 # Fields that say what weights mean; other fields (dtype, cache, names) do not.
 MEANING = re.compile(
-    r"^(rope_.*|rotary_.*|partial_rotary_factor|.*_heads|.*_kv_heads|num_key_value_heads|head_dim|n_head|n_embd|n_layer"
+    r"^(rope_.*|no_rope_.*|rotary_.*|partial_rotary_factor|.*_heads|.*_kv_heads|.*head_dim|n_head|n_embd|n_layers?"
+    r"|n_inner|.*ffn_dim|feed_forward_proj|.*_act_fn|is_gated_act|encoder_layers|decoder_layers|num_decoder_layers"
+    r"|.*lora_rank|n_routed_experts|n_shared_experts|n_group|topk_.*|scoring_func|first_k_dense_replace|moe_.*"
+    r"|routed_scaling_factor|do_layer_norm_before|norm_type|use_parallel_residual|relative_attention_.*"
+    r"|state_size|conv_kernel|use_sliding_window|attention_chunk_size"
     r"|hidden_act|activation.*|hidden_activation|.*norm_eps|.*norm_epsilon|.*_eps|.*_bias|bias|hidden_size"
     r"|intermediate_size|num_hidden_layers|num_layers|layer_types|sliding_window.*|max_window_layers|num_local_experts"
     r"|num_experts.*|norm_topk_prob|attn_logit_softcapping|final_logit_softcapping|query_pre_attn_scalar"
@@ -32,12 +36,39 @@ def differences(base: Source, model: Source) -> list[str]:
 
 
 def _differ(ours: Mapping[str, Any], theirs: Mapping[str, Any], path: str) -> Iterator[str]:
+    ours, theirs = _plain(ours), _plain(theirs)
     for key in dict.fromkeys((*ours, *theirs)):
-        a, b = theirs.get(key), ours.get(key)
+        a, b = theirs.get(key, _derived(theirs, key)), ours.get(key, _derived(ours, key))
         if isinstance(a, dict) and isinstance(b, dict) and key.endswith("_config"):
             yield from _differ(b, a, f"{path}{key}.")
         elif MEANING.match(key) and a != b and not _are_empty(a, b):
             yield f"{path}{key} {_shown(a)} against {_shown(b)}"
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration with rope as it was written before transformers 5."""
+    made = dict(config)
+    rope = {**(_table(made.get("rope_scaling"))), **(_table(made.get("rope_parameters")))}
+    if not any(isinstance(value, dict) for value in rope.values()):  # else it is by kinds of layers
+        rope |= {"rope_type": rope.pop("type")} if "type" in rope else {}
+        for key in ("rope_theta", "partial_rotary_factor"):
+            made |= {key: rope.pop(key)} if key in rope else {}
+        rope = {} if rope == {"rope_type": "default"} else rope
+        made.pop("rope_parameters", None)
+        made["rope_scaling"] = rope or None
+    return made
+
+
+def _table(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _derived(config: Mapping[str, Any], key: str) -> Any:
+    """What a silent configuration means."""
+    heads, size = config.get("num_attention_heads"), config.get("hidden_size")
+    if key == "head_dim" and isinstance(heads, int) and isinstance(size, int) and heads:
+        return size // heads
+    return heads if key == "num_key_value_heads" else None
 
 
 def _are_empty(a: Any, b: Any) -> bool:
@@ -61,16 +92,21 @@ def note(base: Source, model: Source) -> str:
 
 def other_type(base: Source, model: Source) -> Iterator[Problem]:
     """Why a model of another type is none to merge."""
-    for path in ("", "text_config"):
-        a, b = (source.config.get(path, {}) if path else source.config for source in (model, base))
-        if not (isinstance(a, dict) and isinstance(b, dict)):
-            continue
-        theirs, ours = a.get("model_type"), b.get("model_type")
-        if theirs and ours and theirs != ours:
-            said = f"against {base.reference}: model_type {clip(str(theirs))}, expected {clip(str(ours))}"
-            fix = "all models must be fine-tunes of one base; if they are, write 'mismatch: ignore'"
-            yield Problem(said, fix, model.reference, parameter="mismatch")
-            return
+    for path, theirs, ours in _types(base.config, model.config, ""):
+        said = f"against {base.reference}: {path}model_type {clip(str(theirs))}, expected {clip(str(ours))}"
+        fix = "all models must be fine-tunes of one base; if they are, write 'mismatch: ignore'"
+        yield Problem(said, fix, model.reference, parameter="mismatch")
+        return
+
+
+def _types(ours: Mapping[str, Any], theirs: Mapping[str, Any], path: str) -> Iterator[tuple[str, Any, Any]]:
+    """Where two configurations name other types, the outermost first."""
+    a, b = theirs.get("model_type"), ours.get("model_type")
+    if a and b and a != b:
+        yield path, a, b
+    for key, part in ours.items():
+        if key.endswith("_config") and isinstance(part, dict) and isinstance(theirs.get(key), dict):
+            yield from _types(part, theirs[key], f"{path}{key}.")
 
 
 def depths(base: Source, model: Source) -> str:

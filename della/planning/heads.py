@@ -14,8 +14,10 @@ from della.checkpoint.source import Source
 from della.checkpoint.view import Renamed, TensorView
 from della.errors import CheckpointError
 
-HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")
-EMBEDDINGS = re.compile(r"(^|\.)(shared|embed_tokens|wte|word_embeddings|embed_in|tok_embeddings)\.weight$")
+HEAD = re.compile(r"(^|\.)(lm_head|embed_out|lm_loss)\.weight$")
+EMBEDDINGS = re.compile(
+    r"(^|\.)(shared|embed_tokens|wte|word_embeddings?|embed_in|tok_embeddings|backbone\.embeddings)\.weight$"
+)
 LANGUAGE_MODEL = re.compile(r"CausalLM|LMHead|ConditionalGeneration")
 TIED = "tie_word_embeddings"
 # Types whose configuration class ties where config.json is silent (transformers 5.24; those that were read).

@@ -7,14 +7,22 @@ from pathlib import Path
 
 from della.checkpoint.layout import WEIGHTS
 from della.checkpoint.source import Source
-from della.checkpoint.vocabulary import Vocabulary, chat_template, contradicting, read_vocabulary
+from della.checkpoint.vocabulary import Vocabulary, chat_template, contradicting, read_eos, read_vocabulary
 from della.errors import Collector, Problem, some
 from della.output.place import MANIFEST
 from della.planning.heads import EMBEDDINGS
 
 _OF_WEIGHTS = (*WEIGHTS, ".index.json")
 BESIDE = ("generation_config.json", "additional_chat_templates")
-FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "added_tokens.json", "tokenizer_config.json")
+# Files of vocabularies whose bytes are compared, as they are not read.
+OPAQUE = (
+    "tokenizer.model", "spm.model", "spiece.model", "sentencepiece.bpe.model", "source.spm", "target.spm",
+    "merges.txt", "bpe.codes", "vocab.bpe", "encoder.json", "tiktoken.model", "tekken.json",
+)  # fmt: skip
+FILES = (
+    "tokenizer.json", "vocab.json", "vocab.txt", "added_tokens.json", "tokenizer_config.json",
+    "special_tokens_map.json", *OPAQUE,
+)  # fmt: skip
 
 
 def compare(base: Source, models: Sequence[Source], problems: Collector) -> list[str]:
@@ -30,7 +38,7 @@ def compare(base: Source, models: Sequence[Source], problems: Collector) -> list
             theirs = read_vocabulary(model.folder)
             if theirs.tokens != ours.tokens:
                 problems.extend(_beyond_rows(model, theirs))
-            if said := "; ".join(_differences(ours, theirs)):
+            if said := "; ".join((*_differences(ours, theirs), *_opaque(base, model))):
                 notes.append(
                     f"{model.reference}: another tokenizer than {base.reference}'s, which is written: {said}"
                 )
@@ -41,10 +49,32 @@ def compare(base: Source, models: Sequence[Source], problems: Collector) -> list
             notes.append(
                 f"{model.reference}: another chat template than {base.reference}'s, which is written"
             )
-        eos, base_eos = (source.config.get("eos_token_id") for source in (model, base))
-        if eos != base_eos and eos is not None:
-            notes.append(f"{model.reference}: eos_token_id {eos} against {base_eos}, which is written")
+        notes += _ends(base, model)
     return notes
+
+
+def _opaque(base: Source, model: Source) -> Iterator[str]:
+    for name in OPAQUE:
+        a, b = _raw(model.folder / name), _raw(base.folder / name)
+        if a and b and a != b:
+            yield f"{name} differs"
+
+
+def _ends(base: Source, model: Source) -> Iterator[str]:
+    """Lines on other ends of text than the base's."""
+    eos, base_eos = (_eos(source) for source in (model, base))
+    if eos != base_eos and eos is not None:
+        yield f"{model.reference}: eos_token_id {eos} against {base_eos}, which is written"
+    now, then = read_eos(model.folder), read_eos(base.folder)
+    if now is not None and now != then and (base.folder / "generation_config.json").is_file():
+        said = f"generation_config.json: eos_token_id {now} against {then}"
+        yield f"{model.reference}: {said}, which is written"
+
+
+def _eos(source: Source) -> object:
+    part = source.config.get("text_config")
+    nested = part.get("eos_token_id") if isinstance(part, dict) else None
+    return source.config.get("eos_token_id", nested)
 
 
 def left_behind(base: Source) -> list[str]:
@@ -101,6 +131,10 @@ def _differences(ours: Vocabulary, theirs: Vocabulary) -> Iterator[str]:
         ):
             if count:
                 yield f"{count} tokens {whose}"
+    if ours.rules and theirs.rules:
+        rules = [key for key in ours.rules if ours.rules[key] != theirs.rules[key]]
+        if rules:
+            yield f"{', '.join(rules)} of tokenizer.json differ"
     for key in dict.fromkeys((*ours.special, *theirs.special)):
         mine, base = theirs.special.get(key), ours.special.get(key)
         if mine and mine != base:
