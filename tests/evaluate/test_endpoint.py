@@ -242,7 +242,7 @@ def test_what_is_no_url_is_refused(url: str) -> None:
 
 def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openai", None)
-    with pytest.raises(EvaluationError, match=r"pip install 'della\[eval\]'$"):
+    with pytest.raises(EvaluationError, match=r"pip install '.\[eval\]' in della's checkout$"):
         Endpoint("http://localhost/v1", "stub")
 
 
