@@ -77,12 +77,11 @@ def no_weights(folder: Path, infos: Sequence[TensorInfo]) -> Iterator[Problem]:
         fix = f"merge it into its base model{base_of_adapter(folder)} first, and give the result"
         said = f"holds the factors of an adapter (tensor {factors[0]!r}), whose mean is no mean of models"
         yield Problem(said, fix, str(folder), factors[0])
-    for tensor in (name for name in names if name.endswith(tuple(QUANTISED))):
-        for suffix, method in QUANTISED.items():
-            if tensor.endswith(suffix):
-                said = f"a model quantised by {method} (tensor {tensor!r}) cannot be merged"
-                yield Problem(said, UNQUANTISED, str(folder), tensor)
-                return
+    if tensor := next((name for name in names if name.endswith(tuple(QUANTISED))), None):
+        method = next(method for suffix, method in QUANTISED.items() if tensor.endswith(suffix))
+        said = f"a model quantised by {method} (tensor {tensor!r}) cannot be merged"
+        yield Problem(said, UNQUANTISED, str(folder), tensor)
+        return
     modules: dict[str, list[TensorInfo]] = {}
     for info in infos:
         head = info.name.rpartition(".")[0]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 
 from della.checkpoint.source import Source
@@ -32,17 +32,15 @@ def aligned(base: Source, model: Source) -> tuple[Source, str]:
 
 
 def _mapping(base: Source, model: Source) -> tuple[dict[str, str], list[tuple[str, str]]]:
-    wanted = [name for name in base.tensors if name not in model.tensors]
+    wanted = {name: None for name in base.tensors if name not in model.tensors}
     left = [name for name in model.tensors if name not in base.tensors]
-    rules = [pair for pair, _ in _rules(left, wanted).most_common(MANY)] if wanted else []
+    rules = [pair for pair, _ in _rules(left, wanted).most_common(MANY)]
     mapping: dict[str, str] = {}
     used: dict[tuple[str, str], None] = {}
     for name in left:
         plain = WRAPPED.sub("", name)
-        found = [((a, b), b + plain[len(a) :]) for a, b in rules if plain.startswith(a)]
-        found = [
-            (rule, new) for rule, new in found if new in wanted or (rule == ("", "") and plain in wanted)
-        ]
+        turned = ((rule, rule[1] + plain[len(rule[0]) :]) for rule in rules if plain.startswith(rule[0]))
+        found = [(rule, new) for rule, new in turned if new in wanted]
         if not found:
             continue
         rule, new = found[0]
@@ -54,7 +52,7 @@ def _mapping(base: Source, model: Source) -> tuple[dict[str, str], list[tuple[st
     return (mapping, list(used)) if is_one_to_one else ({}, [])
 
 
-def _rules(left: Sequence[str], wanted: Sequence[str]) -> Counter[tuple[str, str]]:
+def _rules(left: Sequence[str], wanted: Iterable[str]) -> Counter[tuple[str, str]]:
     """(prefix here, prefix there) that turn names of ``left`` into names of ``wanted``, with how often."""
     by_end: dict[str, list[list[str]]] = {}
     for name in wanted:

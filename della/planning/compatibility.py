@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from della.checkpoint.source import Source
 from della.checkpoint.view import TensorView
 from della.errors import Collector, Problem, clip, some
-from della.planning.configs import depths
+from della.planning.configs import NUMBER, depths
 from della.planning.heads import HEAD, is_tied
 from della.recipe.reader import Recipe
 
-_NUMBER = re.compile(r"\.(\d+)(?=\.)")
 CODE = ("auto_map", "custom_pipelines")  # keys of config.json that name code outside the library
 
 
@@ -87,7 +85,7 @@ def _why_no_copy(base: Source, model: Source, extra: Sequence[str]) -> str:
 
 def _numbered(name: str) -> list[tuple[str, str]]:
     """Each number in a name, such as a layer's, with what is before it."""
-    return [(name[: match.start()], match[1]) for match in _NUMBER.finditer(name)]
+    return [(name[: match.start()], match[1]) for match in NUMBER.finditer(name)]
 
 
 def _against(model: Source, base: Source, problems: Iterable[Problem]) -> Iterator[Problem]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from della.checkpoint.source import Source
@@ -11,21 +11,21 @@ from della.errors import Problem, clip
 
 # Fields that say what weights mean; other fields (dtype, cache, names) do not.
 MEANING = re.compile(
-    r"^(rope_.*|no_rope_.*|rotary_.*|partial_rotary_factor|.*_heads|.*_kv_heads|.*head_dim|n_head|n_embd|n_layers?"
-    r"|n_inner|.*ffn_dim|feed_forward_proj|.*_act_fn|is_gated_act|encoder_layers|decoder_layers|num_decoder_layers"
-    r"|.*lora_rank|n_routed_experts|n_shared_experts|n_group|topk_.*|scoring_func|first_k_dense_replace|moe_.*"
-    r"|routed_scaling_factor|do_layer_norm_before|norm_type|use_parallel_residual|relative_attention_.*"
-    r"|state_size|conv_kernel|use_sliding_window|attention_chunk_size"
-    r"|hidden_act|activation.*|hidden_activation|.*norm_eps|.*norm_epsilon|.*_eps|.*_bias|bias|hidden_size"
-    r"|intermediate_size|num_hidden_layers|num_layers|layer_types|sliding_window.*|max_window_layers|num_local_experts"
-    r"|num_experts.*|norm_topk_prob|attn_logit_softcapping|final_logit_softcapping|query_pre_attn_scalar"
-    r"|embedding_multiplier|logits_scaling|residual_multiplier|attention_multiplier|scale_.*|logit_scale"
-    r"|tie_word_embeddings|qk_norm|use_qk_norm|parallel_attn|alibi|pos_emb.*|position_embedding_type|id2label"
-    r"|d_model|d_kv|d_ff|type_vocab_size|feed_forward_proj|use_parallel_residual|routed_scaling_factor"
-    r"|mlp_only_layers|no_rope_layers|use_sliding_window|first_k_dense_replace|norm_type|do_layer_norm_before"
-    r"|relative_attention_.*|num_decoder_layers|encoder_layers|decoder_layers|depth|depths)$"
+    r"^(.*_act_fn|.*_bias|.*_eps|.*_heads|.*ffn_dim|.*head_dim|.*lora_rank|.*norm_eps|.*norm_epsilon"
+    r"|activation.*|alibi|attention_chunk_size|attention_multiplier|attn_logit_softcapping|bias"
+    r"|conv_kernel|d_ff|d_kv|d_model|decoder_layers|depth|depths|do_layer_norm_before"
+    r"|embedding_multiplier|encoder_layers|feed_forward_proj|final_logit_softcapping"
+    r"|first_k_dense_replace|hidden_act|hidden_activation|hidden_size|id2label|intermediate_size"
+    r"|is_gated_act|layer_types|logit_scale|logits_scaling|max_window_layers|mlp_only_layers|moe_.*"
+    r"|n_embd|n_group|n_head|n_inner|n_layers?|n_routed_experts|n_shared_experts|no_rope_.*"
+    r"|norm_topk_prob|norm_type|num_decoder_layers|num_experts.*|num_hidden_layers|num_layers"
+    r"|num_local_experts|parallel_attn|partial_rotary_factor|pos_emb.*|position_embedding_type|qk_norm"
+    r"|query_pre_attn_scalar|relative_attention_.*|residual_multiplier|rope_.*|rotary_.*"
+    r"|routed_scaling_factor|scale_.*|scoring_func|sliding_window.*|state_size|tie_word_embeddings"
+    r"|topk_.*|type_vocab_size|use_parallel_residual|use_qk_norm|use_sliding_window)$"
 )
-STACK = re.compile(r"(.*?)\.(\d+)\.")
+STACK = re.compile(r"(.*?)\.(\d+)\.")  # what is before the first number of a name, and that number
+NUMBER = re.compile(r"\.(\d+)(?=\.)")
 DEPTH = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 _MOST = 5
 
@@ -114,27 +114,27 @@ def depths(base: Source, model: Source) -> str:
     theirs, ours = _depth(model), _depth(base)
     if theirs and ours and theirs != ours:
         return f"{theirs} layers against {ours}"
-    stacks = _stacks(base)  # a configuration may be silent, or count another stack
-    for stack, count in _stacks(model).items():
-        if stack in stacks and count != stacks[stack]:
-            return f"{count} layers of {stack} against {stacks[stack]}"
+    known = stacks(base.tensors)  # a configuration may be silent, or count another stack
+    for stack, count in stacks(model.tensors).items():
+        if stack in known and count != known[stack]:
+            return f"{count} layers of {stack} against {known[stack]}"
     return ""
 
 
-def _stacks(source: Source) -> dict[str, int]:
+def stacks(names: Iterable[str]) -> dict[str, int]:
     """How many layers each stack has, by what stands before their number: model.layers, h, blocks."""
     found: dict[str, int] = {}
-    for name in source.tensors:
+    for name in names:
         if match := STACK.match(name):
             found[match[1]] = max(found.get(match[1], 0), int(match[2]) + 1)
     return found
 
 
 def _depth(source: Source) -> int:
+    """As config.json counts; 0 where it does not."""
     for part in (source.config, source.config.get("text_config")):
         if isinstance(part, dict):
             for key in DEPTH:
                 if isinstance(part.get(key), int):
                     return int(part[key])
-    numbers = [int(match[1]) for name in source.tensors if (match := re.search(r"\blayers?\.(\d+)\.", name))]
-    return max(numbers, default=-1) + 1
+    return 0

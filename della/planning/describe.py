@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from della.errors import distinct
 from della.options import size_text
+from della.planning.configs import NUMBER
 from della.planning.job import Job, Plan
-
-_NUMBER = re.compile(r"\.(\d+)(?=\.)")
 
 
 def plan_json(plan: Plan, threads: int) -> dict[str, Any]:
@@ -162,7 +160,7 @@ def collapse(names: Iterable[str], whole: Counter[str]) -> list[str]:
     here = Counter(map(_layer, names))
     groups: dict[str, list[int]] = {}
     for name in names:
-        match = _NUMBER.search(name)
+        match = NUMBER.search(name)
         if match is None:
             groups.setdefault(name, [])
             continue
@@ -173,7 +171,7 @@ def collapse(names: Iterable[str], whole: Counter[str]) -> list[str]:
 
 def _layer(name: str) -> str:
     """The part of a tensor's name that names its layer; the whole name outside of layers."""
-    match = _NUMBER.search(name)
+    match = NUMBER.search(name)
     return name[: match.end(1)] if match else name
 
 

@@ -7,7 +7,7 @@ head, whatever the configuration says (transformers 5.24 uses it so).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from della.checkpoint.source import Source
@@ -75,7 +75,7 @@ def settled(base: Source, models: list[Source]) -> tuple[dict[Source, Source], l
     notes.append(f"{', '.join(source.reference for source in own)}: {said}")
     tied = {source for source, now in made.items() if is_tied(source) or is_tied(now)}
     made[base] = _with(made[base], False)
-    aliases = [name for name in copied[base] if not HEAD.search(name)]  # an untied model needs each
+    aliases = _tables(made[base], copied[base])
     for source, now in made.items():
         tensor = _embeddings(now)
         wanted = [*aliases, *([head] if heads[base] is None and source in tied else [])]
@@ -85,6 +85,21 @@ def settled(base: Source, models: list[Source]) -> tuple[dict[Source, Source], l
                 {**now.tensors, **{name: Renamed(name, now.tensors[tensor]) for name in added}}
             )
     return {source: now for source, now in made.items() if now is not source}, notes
+
+
+def _tables(base: Source, copied: Sequence[str]) -> list[str]:
+    """The names under which encoder and decoder have the shared embeddings.
+
+    transformers 5.24 ties them to these only as it ties the head, and does not save them then; a BART that is
+    untied misses them when it is loaded, and begins with random ones.
+    """
+    found = [name for name in copied if not HEAD.search(name)]
+    shared = _embeddings(base) or ""
+    stem = shared.removesuffix("shared.weight")
+    for part in ("encoder", "decoder") if stem != shared else ():
+        if any(name.startswith(f"{stem}{part}.") for name in base.tensors):
+            found.append(f"{stem}{part}.embed_tokens.weight")
+    return list(dict.fromkeys(found))
 
 
 def _embeddings(source: Source) -> str | None:

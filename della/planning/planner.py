@@ -6,7 +6,6 @@ All that can be found wrong before the first byte is told at once: inputs, recip
 from __future__ import annotations
 
 import os
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -34,7 +33,6 @@ from della.planning.job import Job, Model, Operand, Plan
 from della.recipe.reader import ModelEntry, Recipe
 
 _SOON_READ = 1 << 20  # elements of a tensor that a plan reads without delay
-_LAYER = re.compile(r"(.*?)\.(\d+)\.")
 
 
 def make_plan(
@@ -56,8 +54,7 @@ def make_plan(
         norms = _open_norms(recipe, stack, check)
         with check:
             _check_target(target, [*opened.values(), *norms.values()])
-        base = opened.get(_template(recipe))
-        notes = [*recipe.notes, *_align(base, opened)]
+        notes = [*recipe.notes, *_align(_template(recipe), opened)]
         base = opened.get(_template(recipe))
         models = tuple(
             Model(m, opened[m.reference], norms.get(m.input_norms))
@@ -123,8 +120,9 @@ def _open_all(
     return opened
 
 
-def _align(base: Source | None, opened: dict[str, Source]) -> list[str]:
-    """Reads models whose names differ by a prefix under the base's; notes on it."""
+def _align(template: str, opened: dict[str, Source]) -> list[str]:
+    """Makes of each model what takes part of it, under the names of the ``template``; notes."""
+    base = opened.get(template)
     notes = [note for source in opened.values() for note in source.notes]
     for reference, source in opened.items():
         if base and source is not base:
@@ -235,17 +233,14 @@ def _depths(names: Iterable[str]) -> dict[str, tuple[float, str]]:
     As in mergekit, depth is 0 for what stands outside the layers (embeddings, final norm, head) and 1 where a
     stack has a single layer.
     """
-    layers = {name: _LAYER.match(name) for name in names}
-    last: dict[str, int] = {}
-    for match in layers.values():
-        if match:
-            last[match[1]] = max(last.get(match[1], 0), int(match[2]))
-    depths = {}
-    for name, match in layers.items():
+    names = list(names)
+    counts, depths = configs.stacks(names), {}
+    for name in names:
+        match = configs.STACK.match(name)
         if match is None:
             depths[name] = (0.0, "")
         else:
-            index, top = int(match[2]), last[match[1]]
+            index, top = int(match[2]), counts[match[1]] - 1
             depths[name] = (index / top if top else 1.0, f"layer {index}")
     return depths
 

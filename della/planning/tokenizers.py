@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from della.checkpoint.layout import WEIGHTS
@@ -27,25 +27,26 @@ FILES = (
 
 def compare(base: Source, models: Sequence[Source], problems: Collector) -> list[str]:
     """A line on each model whose tokenizer is another than the base's; ids without a row are ``problems``."""
-    notes = []
-    ours = read_vocabulary(base.folder)
-    notes += [f"{p.subject}: {p.said}" for p in _beyond_rows(base, ours)]
+    ours, template = read_vocabulary(base.folder), chat_template(base.folder)
+    raw = {name: _raw(base.folder / name) for name in FILES}
+    notes = [f"{p.subject}: {p.said}" for p in _beyond_rows(base, ours)]
     for model in dict.fromkeys(models):
         if model is base or model.folder == base.folder:
             continue
-        same = all(_raw(model.folder / name) == _raw(base.folder / name) for name in FILES)
-        if not same:
+        changed = [name for name in FILES if _raw(model.folder / name) != raw[name]]
+        if changed:
             theirs = read_vocabulary(model.folder)
             if theirs.tokens != ours.tokens:
                 problems.extend(_beyond_rows(model, theirs))
-            if said := "; ".join((*_differences(ours, theirs), *_opaque(base, model))):
+            if said := "; ".join((*_differences(ours, theirs), *_opaque(model, raw, changed))):
                 notes.append(
                     f"{model.reference}: another tokenizer than {base.reference}'s, which is written: {said}"
                 )
-        if said := ", ".join(_lacking(base, model)):
+        own = chat_template(model.folder)
+        lacking = [*_lacking(base, model), *([own[0]] if own and not template else [])]
+        if said := ", ".join(lacking):
             notes.append(f"{model.reference}: has {said}; {base.reference} has none, and so has the result")
-        theirs_said, ours_said = (chat_template(source.folder) for source in (model, base))
-        if theirs_said and ours_said and theirs_said[1] != ours_said[1]:
+        if own and template and own[1] != template[1]:
             notes.append(
                 f"{model.reference}: another chat template than {base.reference}'s, which is written"
             )
@@ -53,10 +54,10 @@ def compare(base: Source, models: Sequence[Source], problems: Collector) -> list
     return notes
 
 
-def _opaque(base: Source, model: Source) -> Iterator[str]:
+def _opaque(model: Source, raw: Mapping[str, bytes], changed: Sequence[str]) -> Iterator[str]:
+    """Vocabularies that both have and whose bytes differ; ``raw`` are the base's."""
     for name in OPAQUE:
-        a, b = _raw(model.folder / name), _raw(base.folder / name)
-        if a and b and a != b:
+        if name in changed and raw[name] and (model.folder / name).is_file():
             yield f"{name} differs"
 
 
@@ -145,5 +146,3 @@ def _lacking(base: Source, model: Source) -> Iterator[str]:
     for name in BESIDE:
         if (model.folder / name).exists() and not (base.folder / name).exists():
             yield name
-    if (found := chat_template(model.folder)) and not chat_template(base.folder):
-        yield found[0]

@@ -99,6 +99,7 @@ class _Reader:
         self.problems, self.notes = problems, notes
         self.method: type[Method] | None = None
         self.known: Mapping[str, Parameter] = {}
+        self.folder = Path()  # where relative references start
         self.later = False
         self.bases = 0
         self.unused: dict[str, list[Location]] = {}
@@ -109,7 +110,7 @@ class _Reader:
             said = "a recipe of mergekit-moe, which joins models as the experts of one mixture"
             fix = "della merges models into one of their own size: list them under 'models'"
             raise refusal(root.location, said, fix)
-        self.folder = path.parent if path else Path()
+        self.folder = path.parent if path else self.folder
         self._refuse_strange_keys(root, _TOP_KEYS, "at the top level", "")
         for key, instead in _LATER_KEYS.items():
             if self._entry(root, key):

@@ -101,7 +101,8 @@ def sampled(plan: Plan) -> tuple[Coverage, ...]:
             for t, each in enumerate(job.operands):
                 each.view.read_floats(start, values)
                 probe.operand(t, start, values - base if job.method.of_deltas else values)
-        found[job.name] = probe.measured()
+        # That a sample shows no change does not say that there is none.
+        found[job.name] = tuple((1.0, *of[1:]) for of in probe.measured())
     return told(plan, found, plan.coverage)
 
 

@@ -161,7 +161,8 @@ def _measured(
     """The plan with what was learnt of its models.  Raises CheckpointError where it was no merge."""
     found = measure.told(plan, {name: done.measured for name, done in staged.done.items()}, plan.coverage)
     for text in measure.warnings(plan, found):
-        (tell or str)(text)
+        if tell is not None:
+            tell(text)
     if not permissions.idle:
         staged.keeps = True  # the same merge may be wanted all the same
         measure.check_changes(plan, found, staged.done)
