@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from typer.main import get_command
 
-from della.cli.main import app
+from della.cli.main import _with_values, app
+from della.experiments.demo.run import SETTINGS, folder
 from della.merging.catalogue import PAGES, written
 from della.merging.registry import ALL_PARAMETERS, METHODS
 from della.recipe.reader import read_recipe
@@ -51,6 +52,19 @@ def test_every_command_exists() -> None:
         assert (ROOT / "scripts" / script).stat().st_mode & 0o111, script
     for link in re.findall(r"\]\(([\w./-]+)\)", README):
         assert (ROOT / link).exists(), link
+
+
+@pytest.mark.parametrize("line", re.findall(r"^    della (.*?)(?: +#.*)?$", README, re.MULTILINE))
+def test_every_command_is_understood(line: str) -> None:
+    name, *words = _with_values(line.split())
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    assert commands[name].make_context(name, words).params
+
+
+def test_the_commands_after_the_demo_name_what_it_makes() -> None:
+    (merged,) = set(re.findall(r"della verify (demo-out/\w+)", README))
+    assert Path(merged) in [folder(Path("demo-out"), name) for name in SETTINGS]
+    assert f"della plan {merged}.yml" in README
 
 
 @pytest.mark.parametrize("option", re.findall(r"(--[a-z-]+)", " ".join(TABLES)))

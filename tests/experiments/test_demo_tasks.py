@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from della.experiments.cells import as_text
-from della.experiments.demo import tasks
-from della.experiments.demo.run import SETTINGS, folder, recipe, table
+from della.experiments.demo import EXPERTS, TRIO, tasks
+from della.experiments.demo.run import SETTINGS, folder, recipe, samples, score_all, table
 from della.experiments.demo.score import kept_gains
 
 
@@ -149,3 +149,23 @@ def test_the_table_is_aligned() -> None:
     lines = table([("base", "", scores, None), ("della", "density 0.5", scores, 0.5)]).splitlines()
     assert len({line.index(found) for line, found in zip(lines[2:], ("0.500", "0.500"), strict=True)}) == 1
     assert lines[3].endswith("0.50")
+
+
+def test_every_scored_model_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tokenizers", reason="needs tokenizers")
+    scores = score_all({"base": TRIO / "base", "math expert": TRIO / "math"}, 2)
+    first, last = capsys.readouterr().out.splitlines()
+    assert ("base (1 of 2)" in first, "s left" in first) == (True, True)
+    assert ("math expert (2 of 2)" in last, "s left" in last) == (True, False)
+    assert scores["math expert"]["math"] > scores["base"]["math"]
+
+
+def test_samples_are_the_first_test_problems_and_judged() -> None:
+    pytest.importorskip("tokenizers", reason="needs tokenizers")
+    models = {"base": TRIO / "base", "della": TRIO / "math"}  # an expert in the place of a merge
+    text = samples(models | {f"{name} expert": TRIO / name for name in EXPERTS})
+    for task in EXPERTS:
+        assert tasks.items(task, "test", 1)[0].prompt in text
+    lines = [line.split() for line in text.splitlines()]
+    assert [line[1] for line in lines if line[:1] == ["della"]][1:] == ["right", "wrong"], "math, code"
+    assert [line[2] for line in lines if line[1:2] == ["expert"]][1:] == ["right", "wrong"], "math, code"
