@@ -275,6 +275,16 @@ def test_before_the_merge(tmp_path: Path) -> None:
         assert {each.reference: each.as_dict for each in sampled(plan)} == merged
 
 
+def test_a_sample_without_a_change_does_not_say_that_there_is_none(tmp_path: Path) -> None:
+    base = {"w": np.ones((1000, 1000), np.float32)}
+    one = {"w": base["w"].copy()}
+    one["w"][-1, -1] = 2  # the sample is of every thirtieth element or so
+    recipe = made(tmp_path, {"base": base, "one": one})
+    with della.plan(recipe) as plan:
+        (found,) = sampled(plan)
+    assert (found.relative, found.changed) == (0, 1)
+
+
 # ---- the sample -------------------------------------------------------------------------------------------
 
 
