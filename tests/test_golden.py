@@ -78,6 +78,11 @@ def _options() -> dict[str, Case]:
     found["della, inputs in float64"] = {"merge_method": "della", "inputs": "float64"}
     found["linear, inputs in float64"] = {"merge_method": "linear", "inputs": "float64"}
     found["della, inputs in float16"] = {"merge_method": "della", "inputs": "float16"}
+    for method in ("della", "ties", "paper_della", "task_arithmetic", "linear"):
+        found[f"{method}, a negative weight"] = {"merge_method": method, "weights": {"code": -0.4}}
+    found["ties, a negative weight, compat: mergekit"] = {
+        "merge_method": "ties", "weights": {"code": -0.4}, "compat": "mergekit",
+    }  # fmt: skip
     found["della, missing: base"] = {"merge_method": "della", "missing": "base", "inputs": "without"}
     found["della, extra: copy"] = {"merge_method": "della", "extra": "copy", "inputs": "beyond"}
     return found
@@ -101,13 +106,14 @@ SAME = [
 def _recipe(case: Case, folder: Path) -> dict[str, Any]:
     """The recipe of a case; models and norms come from ``folder``."""
     case = {key: value for key, value in case.items() if key != "inputs"}
+    weights = WEIGHTS | case.pop("weights", {})
     own = dict(case.pop("parameters", {}))
     method = case["merge_method"]
     if method not in ("task_arithmetic", "linear", "paper_ta"):
         own.setdefault("density", 0.5)
     models = []
     for expert in EXPERTS:
-        model: dict[str, Any] = {"model": str(folder / expert), "parameters": {"weight": WEIGHTS[expert]}}
+        model: dict[str, Any] = {"model": str(folder / expert), "parameters": {"weight": weights[expert]}}
         if own.get("importance") == "wanda":
             model["input_norms"] = str(folder / f"{expert}-norms.safetensors")
         models.append(model)
