@@ -17,7 +17,7 @@ from della.output.disk import can_be_called, explained, user
 MANIFEST = "della.json"
 KEY = "della"  # under which the header of a single file has the same
 MOST_NAME_BYTES = 255 - len("..della-staging")  # what stands beside it has a longer name
-MARGIN_BYTES = 1 << 26  # for tokenizers and other side files, whose sizes are not known beforehand
+MARGIN_BYTES = 1 << 26  # for headers, tokenizers, della.json and whatever else is not a tensor
 # Ends of names that stand for a file of weights, and such files are not written.
 NOT_WRITTEN = (
     ".gguf", ".ggml", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".npz", ".npy", ".onnx", ".h5", ".msgpack",
@@ -167,18 +167,25 @@ def _inside(path: Path, place: Path) -> bool:
     return False
 
 
-def check_space(folder: Path, needed: int) -> None:
-    """Refuses when the disk of ``folder`` has less than ``needed`` bytes and a margin free (OutputError).
+def space_needed(tensors: int) -> int:
+    """Bytes that must be free for a result whose tensors have so many."""
+    return tensors + MARGIN_BYTES
+
+
+def check_space(folder: Path, tensors: int, taken: int = 0) -> None:
+    """Refuses when the disk of ``folder`` has less free than a result of so many bytes of tensors needs, but
+    for what staged work has ``taken`` already (OutputError).
 
     A ``folder`` that is not there yet lies on the disk of its nearest parent.
     """
     home = next(step for step in (folder, *folder.parents) if os.path.isdir(step))
     with explained(home):
         total, _, free = shutil.disk_usage(home)
-    if total and free < needed + MARGIN_BYTES:  # some network file systems report nothing
+    needed = space_needed(tensors) - taken
+    if total and free < needed:  # some network file systems report nothing
         raise OutputError(
             Problem(
-                f"the result needs {needed + MARGIN_BYTES:,} bytes, {free:,} are free",
+                f"the result {'still ' * (taken > 0)}needs {needed:,} bytes, {free:,} are free",
                 "free some space, or write to another disk",
                 str(folder),
             )

@@ -114,7 +114,7 @@ class StagedOutput:
                 self._staging.claim()
                 self._remove_strange_files()
             self._check_place()  # another run may have ended, or been recovered, before the claim
-            check_space(self.out.parent, self._still_needed())
+            check_space(self.out.parent, sum(self._missing.values()), self._taken())
             for shard in self.mine:
                 self._create(shard)
         except BaseException:
@@ -315,13 +315,12 @@ class StagedOutput:
                 if entry.name not in ours:
                     disk.remove(entry)
 
-    def _still_needed(self) -> int:
-        """Bytes that the files of this writer will take beyond what they have."""
+    def _taken(self) -> int:
+        """Bytes on the disk that the files of this writer have already."""
         total = 0
         for shard in self.mine:
             with suppress(OSError):
-                total -= min(shard.size, disk.taken(os.lstat(self._staging.model / shard.name)))
-            total += shard.size
+                total += min(shard.size, disk.taken(os.lstat(self._staging.model / shard.name)))
         return total
 
     def _close(self) -> None:

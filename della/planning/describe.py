@@ -26,6 +26,7 @@ def plan_json(plan: Plan, threads: int) -> dict[str, Any]:
         "tensors": [_tensor(plan, job, references) for job in plan.jobs],
         "bytes_read": plan.bytes_read,
         "bytes_written": plan.bytes_written,
+        "disk": plan.disk,
         "memory": plan.memory(threads),
         "seconds": round(plan.seconds(threads), 2),
         "coverage": {each.reference: each.as_dict for each in plan.coverage},
@@ -88,7 +89,7 @@ def plan_text(plan: Plan, threads: int) -> str:
         "",
         f"  read    {size_text(plan.bytes_read)}",
         f"  write   {size_text(plan.bytes_written)} ({_dtypes(plan.jobs)})",
-        f"  disk    {size_text(plan.bytes_written)} free beside OUT (an old OUT stays until all is done)",
+        f"  disk    {size_text(plan.disk)} free beside OUT (an old OUT stays until all is done)",
         f"  memory  {size_text(plan.memory(threads))} with {threads} thread{'s' * (threads > 1)}",
         f"  time    about {plan.seconds(threads):.0f} s",
     ]

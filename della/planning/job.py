@@ -19,6 +19,7 @@ from della.errors import some
 from della.merging.method import Method
 from della.merging.tile import Expert, Subject, row_length
 from della.options import TILE, size_text
+from della.output.place import space_needed
 from della.recipe.reader import ModelEntry, Recipe
 
 # Rough costs for the estimate, measured on a 2-core server.
@@ -255,6 +256,11 @@ class Plan:
     @property
     def bytes_written(self) -> int:
         return sum(job.nbytes for job in self.jobs)
+
+    @property
+    def disk(self) -> int:
+        """Bytes that must be free beside OUT."""
+        return space_needed(self.bytes_written)
 
     def memory(self, threads: int) -> int:
         """Estimated peak resident bytes."""

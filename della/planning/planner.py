@@ -219,7 +219,7 @@ def _check_space(target: Target | None, recipe: Recipe, base: Source, models: Se
     needed = sum(view.elements * _stored_as(recipe, view).bytes for view in base.tensors.values())
     needed += sum(view.elements * view.dtype.bytes for view in _copied(recipe, base, models))
     out = Path(os.path.abspath(target.out))
-    check_space(out.parent, needed - staged_bytes(out))
+    check_space(out.parent, needed, staged_bytes(out))
 
 
 def _stored_as(recipe: Recipe, view: TensorView) -> DType:

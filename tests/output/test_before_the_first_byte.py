@@ -13,6 +13,7 @@ from llamas import EXPERTS, recipe, save
 
 import della
 from della.errors import DellaError, OutputError, RecipeError
+from della.planning.describe import plan_json, plan_text
 
 
 def models(folder: Path) -> dict[str, Any]:
@@ -142,3 +143,29 @@ def test_what_the_system_will_not_rename_is_refused_at_once(
     assert str(caught.value) == (
         f"{tmp_path}/shared/out: belongs to another user, so it cannot be replaced; choose another place"
     )
+
+
+@pytest.mark.parametrize("extra", ["ignore", "copy"])
+def test_a_plan_says_the_space_that_a_merge_asks_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, extra: str
+) -> None:
+    names = ("base", *EXPERTS)
+    tensors: dict[str, Any] = {
+        name: {"w": np.full((3, 5), n * n, np.float32)} for n, name in enumerate(names)
+    }
+    tensors["math"]["more"] = np.ones(7, np.float16)
+    made = recipe(save(tmp_path / "m", tensors), "ties", [{}] * 3, {}) | {"extra": extra}
+    needed = 3 * 5 * 4 + (7 * 2 if extra == "copy" else 0) + 2**26
+    with della.plan(made) as plan:
+        assert (plan.disk, plan_json(plan, 1)["disk"]) == (needed, needed)
+        assert "  disk    67.1 MB free beside OUT" in plan_text(plan, 1)
+    real = os.statvfs(tmp_path)
+
+    class Full:
+        f_blocks, f_frsize, f_bfree, f_bavail = real.f_blocks, 1, 0, needed - 1
+
+    monkeypatch.setattr(os, "statvfs", lambda _: Full)
+    with pytest.raises(OutputError, match=f"the result needs {needed:,} bytes, {needed - 1:,} are free"):
+        della.merge(made, tmp_path / "out", fsync=False)
+    monkeypatch.setattr(Full, "f_bavail", needed)
+    della.merge(made, tmp_path / "out", fsync=False)
