@@ -21,6 +21,7 @@ Stored = dict[str, tuple[str, tuple[int, ...], bytes]]  # dtype, shape and bytes
 
 LAYERS, HIDDEN, WIDE, VOCABULARY = 3, 24, 40, 50
 EXPERTS = ("math", "code", "story")
+SEVERAL = tuple(name for name in METHODS if name != "passthrough")  # methods of more than one model
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",

@@ -11,7 +11,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from llamas import EXPERTS, Tensors, as_stored, load, recipe, trio
+from llamas import EXPERTS, SEVERAL, Tensors, as_stored, load, recipe, trio
 
 import della
 from della import arrays
@@ -50,7 +50,7 @@ SHARED: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("method", "shared"), [*((name, {}) for name in METHODS), *SHARED], ids=str)
+@pytest.mark.parametrize(("method", "shared"), [*((name, {}) for name in SEVERAL), *SHARED], ids=str)
 def test_state_dicts_give_the_bytes_of_files(
     models: tuple[Path, dict[str, Tensors]], tmp_path: Path, method: str, shared: dict[str, Any]
 ) -> None:
@@ -87,7 +87,7 @@ def test_the_order_of_experts_does_not_matter_but_their_names_do(
 def test_shapes_and_dtypes_stay(shape: tuple[int, ...], dtype: Any) -> None:
     rng = np.random.default_rng(0)
     base, one, two = (np.asarray(rng.standard_normal(shape)).astype(dtype) for _ in range(3))
-    for method in METHODS:
+    for method in SEVERAL:
         merged = della.merge_tensors(base, [one, two], method=method, density=0.5, epsilon=0.1)
         assert (merged.shape, merged.dtype) == (shape, np.dtype(dtype))
         assert isinstance(merged, np.ndarray)
@@ -175,8 +175,8 @@ def said(kind: type[DellaError], call: Callable[[], object]) -> str:
     [
         ([], {}, "no experts: at least one is needed"),
         ([W], {"method": "dela"}, "method 'dela': expected one of della, della_linear, dare_ties, "
-         "dare_linear, ties, task_arithmetic, breadcrumbs, breadcrumbs_ties, linear, paper_ta, "
-         "paper_dare, paper_ties, paper_della; did you mean 'della'?"),
+         "dare_linear, ties, task_arithmetic, breadcrumbs, breadcrumbs_ties, linear, passthrough, "
+         "paper_ta, paper_dare, paper_ties, paper_della; did you mean 'della'?"),
         ([W], {"densty": 1}, "della has no parameter 'densty'"),
         ([W], {"rank_buy": "row"}, "della has no parameter 'rank_buy'; did you mean 'rank_by'?"),
         ([W], {"method": "ties", "rank_by": "row"}, "ties has no parameter 'rank_by'"),

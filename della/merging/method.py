@@ -279,6 +279,10 @@ class Method(ABC):
         subject = Subject(name, models[0].shape, tuple(experts[t] for t in order), seed)
         return self.whole(subject, base, [models[t] for t in order])
 
+    def copies(self, experts: Sequence[Expert]) -> bool:
+        """Whether the result is the tensor of the one expert as it is stored."""
+        return False
+
     # ---- what it costs, and how it differs from mergekit ----
 
     def idle_by(self, expert: Expert) -> str:

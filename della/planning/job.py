@@ -101,6 +101,13 @@ class Job:
         return self.method is None or self.method.needs_base
 
     @property
+    def copied(self) -> TensorView | None:
+        """What is copied byte for byte, or only rounded; None where there is something to compute."""
+        if self.method is None:
+            return self.base
+        return self.operands[0].view if self.method.copies(self.experts) else None
+
+    @property
     def subject(self) -> Subject:
         """What the method is told of it; without input norms, which are not read yet."""
         return Subject(self.name, self.shape, tuple(self.experts))
@@ -292,7 +299,7 @@ def estimated_seconds(work: Iterable[tuple[float, int]], nbytes: int, threads: i
 
 def _working_bytes(job: Job) -> int:
     """Buffers of one thread."""
-    if job.method is None:
+    if job.method is None or job.copied is not None:
         return 1 << 20
     if job.exact_double or job.method.compat:
         return job.elements * 8 * (3 * len(job.operands) + 6)

@@ -59,7 +59,7 @@ class Compute:
         """(values, their first element); None instead of the element for what is copied as it is stored."""
         if job.elements == 0:
             return
-        if job.method is None:
+        if job.method is None or job.copied is not None:
             yield from reader.copied()
             return
         subject = reader.subject(self.plan.recipe.seed)

@@ -113,10 +113,11 @@ class Reader:
         return values if np.isfinite(values).all() else self._cured(view, values, base)
 
     def copied(self) -> Iterator[tuple[Array, int | None]]:
-        """The base in pieces whose buffer is reused: as it is stored, with None; or, where the view computes
-        it, as values to be rounded, with the first element's number.
+        """What is copied in pieces whose buffer is reused: as it is stored, with None; or, where the view
+        computes it, or the result has another type, as values to be rounded, with the first element's number.
         """
-        view = self.job.base
+        view = self.job.copied
+        assert view is not None
         most = _COPY_BYTES // view.element.bytes
         for start in range(0, view.elements, most):
             stored = self._stored(view, start, min(most, view.elements - start))

@@ -310,7 +310,7 @@ def test_departures_from_mergekit_are_told_once_where_they_are_met(
     if "rank_by" not in shared and not method.startswith("paper_"):
         with della.plan(made, compat=True, allow_idle=True) as plan:
             assert list(plan.departures) == ([COMPAT] if DRAWS in wanted else [])
-    assert {name for name in METHODS if METHODS[name].needs_base} | {"linear"} == set(METHODS)
+    assert {name for name in METHODS if METHODS[name].needs_base} | {"linear", "passthrough"} == set(METHODS)
 
 
 def test_departures_depend_on_the_models_too(tmp_path: Path) -> None:

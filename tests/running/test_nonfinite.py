@@ -8,7 +8,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from llamas import EXPERTS, Tensors, load, recipe, save
+from llamas import EXPERTS, SEVERAL, Tensors, load, recipe, save
 
 import della
 from della.dtypes import DTYPES, widen
@@ -71,7 +71,7 @@ def test_the_number_of_bad_values_and_the_first_one_are_told(tmp_path: Path, met
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, ml_dtypes.bfloat16, np.float16])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SEVERAL)
 def test_zero_makes_no_change_of_what_is_not_finite(tmp_path: Path, method: str, dtype: Any) -> None:
     """An expert's bad value counts as the base's; without a base, and in the base, as 0."""
     models = small(dtype)
@@ -87,7 +87,7 @@ def test_zero_makes_no_change_of_what_is_not_finite(tmp_path: Path, method: str,
 
 
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
-    *((method, {}) for method in METHODS),
+    *((method, {}) for method in SEVERAL),
     *(("della", {"rank_by": rank}) for rank in ("tensor", "random", "random_tensor", "magnitude", "optimal")),
     ("della", {"rescale": "l1"}),
     ("della", {"fuse": "calibrated"}),

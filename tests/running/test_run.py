@@ -17,6 +17,7 @@ from checkpoints import put
 from llamas import (
     EXACT,
     EXPERTS,
+    SEVERAL,
     Stored,
     Tensors,
     as_stored,
@@ -90,7 +91,7 @@ SHARED: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("method", "shared"), [*((name, {}) for name in METHODS), *SHARED], ids=str)
+@pytest.mark.parametrize(("method", "shared"), [*((name, {}) for name in SEVERAL), *SHARED], ids=str)
 def test_every_method_gives_the_bytes_of_the_reference(
     models: Trio, tmp_path: Path, method: str, shared: dict[str, Any]
 ) -> None:
@@ -250,7 +251,7 @@ def test_one_threshold_for_the_whole_model_is_that_of_its_concatenation(models: 
     assert found != merged(recipe(folder, "ties", own, {}), tmp_path / "other")
 
 
-MERGEKITS = [name for name in METHODS if not name.startswith("paper_")]
+MERGEKITS = [name for name in SEVERAL if not name.startswith("paper_")]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
