@@ -15,11 +15,12 @@ from typing import Any
 
 import xxhash
 
+from della.checkpoint.adapters import CONFIG, cure, factors, said_kind
 from della.checkpoint.files import readable
 from della.checkpoint.header import Header, parse_header, read_header
 from della.checkpoint.names import why_hostile
 from della.checkpoint.pickles import PICKLES, pickle_refusal, read_pickle
-from della.checkpoint.quantised import base_of_adapter, no_weights, refuse_quantised_config
+from della.checkpoint.quantised import codes, refuse_quantised_config
 from della.checkpoint.strict import AGAIN, json_object
 from della.dtypes import Array, DType
 from della.errors import CheckpointError, Collector, Problem, some
@@ -229,10 +230,10 @@ def why_no_file(path: Path) -> tuple[str, str]:
 
 def _why_no_weights(folder: Path, names: Collection[str], kind: Kind, on_hub: bool) -> Problem:
     where = str(folder)
-    if "adapter_config.json" in names:
-        base = base_of_adapter(folder)
-        fix = f"merge it into its base model{base} first (peft: merge_and_unload), and give the result"
-        return Problem("a LoRA adapter, not a whole model", f"adapters come in a later version: {fix}", where)
+    if CONFIG in names:
+        of_what = said_kind(folder)
+        said = f"an adapter{f' ({of_what})' if of_what else ''}, not a whole model"
+        return Problem(said, f"adapters come in a later version: {cure(folder, of_what)}", where)
     pickles = [name for name in names if name.endswith((*PICKLES, ".bin.index.json"))]
     if pickles and kind is PICKLE:
         wanted = f"expected {kind.stems[0]}{kind.suffix} or {kind.stems[0]}{kind.index}"
@@ -318,7 +319,7 @@ def _assemble(
             files.append(File(name, where, size, digest))
     homes = _homes(folder, headers, problems) if index is None else _against(folder, headers, index, problems)
     infos = [info for header in headers.values() for info in header.tensors.values()]
-    problems.extend(no_weights(folder, infos))
+    problems.extend(list(factors(folder, infos, names)) or codes(folder, infos))
     problems.raise_any()
     tensors = {
         info.name: Tensor(

@@ -1,4 +1,4 @@
-"""Models whose tensors are codes (quantised) or factors (adapters): no mean of these has a meaning."""
+"""Models whose tensors are codes (quantised): no mean of these has a meaning."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from della.checkpoint.header import TensorInfo
-from della.checkpoint.strict import json_object
 from della.errors import CheckpointError, Problem
 
 # Suffixes that only quantised models give to their tensors; nested ones (quant_state) carry more behind.
@@ -36,12 +35,6 @@ SCALE = re.compile(
 BUFFERS = ("BOOL", "I64", "U64")  # integers of these are indices and masks, unless they are called a weight
 MARKERS = ("scaled_fp8",)  # of whole files
 WEIGHT = re.compile(r"(^|[._])q?weight(_packed|_codes)?(\._data)?$|_proj$|codes$", re.IGNORECASE)
-# Factors of adapters (LoRA, DoRA, LoHa, LoKr, OFT, IA3, VeRA), as PEFT, kohya, diffusers, LyCORIS name them.
-FACTOR = re.compile(
-    r"(^|[._])(lora[_.](A|B|a|b|up|down|mid|embedding_A|embedding_B|magnitude_vector)|lora_linear_layer"
-    r"|hada_(w[12]|t[12])(_[ab])?|lokr_(w[12](_[ab])?|t2)|dora_scale|oft_(blocks|diag|R|r|s)|ia3_l"
-    r"|vera_lambda_[bd]|boft_(R|s)|trainable_tokens_delta)([._]|$)"
-)
 QUANTISERS = {"gptq": "GPTQ", "awq": "AWQ", "bitsandbytes": "bitsandbytes", "fp8": "FP8", "mxfp4": "MXFP4"}
 UNQUANTISED = "give the unquantised model that it was made from, and quantise the merge instead"
 
@@ -70,13 +63,9 @@ def _quantisation(config: object) -> object:
     return isinstance(config, dict) and (config.get("quantization_config") or config.get("quantization"))
 
 
-def no_weights(folder: Path, infos: Sequence[TensorInfo]) -> Iterator[Problem]:
-    """What is wrong with a model whose tensors are codes or factors; told once for each kind."""
+def codes(folder: Path, infos: Sequence[TensorInfo]) -> Iterator[Problem]:
+    """What is wrong with a model whose tensors are codes, told once."""
     names = [info.name for info in infos]
-    if factors := sorted(name for name in names if FACTOR.search(name)):
-        fix = f"merge it into its base model{base_of_adapter(folder)} first, and give the result"
-        said = f"holds the factors of an adapter (tensor {factors[0]!r}), whose mean is no mean of models"
-        yield Problem(said, fix, str(folder), factors[0])
     if tensor := next((name for name in names if name.endswith(tuple(QUANTISED))), None):
         method = next(method for suffix, method in QUANTISED.items() if tensor.endswith(suffix))
         said = f"a model quantised by {method} (tensor {tensor!r}) cannot be merged"
@@ -135,13 +124,3 @@ def _module(name: str) -> str:
     head, dot, last = name.rpartition(".")
     stem = re.sub(r"_(blocks|scales?|packed|codes|data)$", "", last)
     return f"{head}.{stem}" if dot and stem != last and not last.startswith(("weight", "_")) else head
-
-
-def base_of_adapter(folder: Path) -> str:
-    """`` (NAME)``, the base that adapter_config.json names; "" where it names none."""
-    path = folder / "adapter_config.json"
-    try:
-        base = json_object(path.read_bytes(), str(path)).get("base_model_name_or_path")
-    except (OSError, CheckpointError):
-        return ""
-    return f" ({base[:200]})" if isinstance(base, str) and base else ""

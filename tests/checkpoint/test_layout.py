@@ -303,7 +303,7 @@ def test_folders_without_weights(tmp_path: Path) -> None:
     )
     adapter = put(tmp_path / "a", {"adapter_config.json": {}, "adapter_model.safetensors": ONE})
     assert refusal(adapter) == (
-        f"{adapter}: a LoRA adapter, not a whole model; adapters come in a later version: "
+        f"{adapter}: an adapter, not a whole model; adapters come in a later version: "
         "merge it into its base model first (peft: merge_and_unload), and give the result"
     )
     assert refusal(put(tmp_path / "g", {"m.gguf": b""})) == (

@@ -178,10 +178,13 @@ def test_factors_of_adapters_are_never_averaged(tmp_path: Path, name: str, besid
 def test_a_folder_with_an_adapter_alone_names_its_base(tmp_path: Path) -> None:
     put(
         tmp_path,
-        {"BASE/model.safetensors": llama(), "FT/adapter_config.json": {"base_model_name_or_path": "o/b"}},
+        {
+            "BASE/model.safetensors": llama(),
+            "FT/adapter_config.json": {"base_model_name_or_path": "o/b", "peft_type": "LORA"},
+        },
     )
     put(tmp_path, {"FT/adapter_model.safetensors": {"q.lora_A.weight": np.ones((2, 8), np.float32)}})
-    assert "LoRA adapter" in (said := refused(recipe(tmp_path)))
+    assert "an adapter (LoRA)" in (said := refused(recipe(tmp_path)))
     assert "o/b" in said
 
 
