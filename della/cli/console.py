@@ -55,11 +55,15 @@ class Speaker:
         """What is to be known before a merge begins."""
         self.bytes_of_all = plan.bytes_written
         if self.as_json:
-            print_json(event="plan", coverage={each.reference: each.as_dict for each in plan.coverage})
+            coverage = {each.reference: each.as_dict for each in plan.coverage}
+            print_json(event="plan", coverage=coverage, departures=list(plan.departures))
         elif not self.quiet:
             for each in plan.coverage:
                 tell(str(each))
-        for text in (*plan.notes, *plan.departures):
+        told, count = plan.departures, len(plan.departures)
+        if count and not plan.recipe.compat:
+            told = (f"{count} departure{'s' * (count > 1)} from mergekit's rules: `della plan` lists them",)
+        for text in (*plan.notes, *(() if self.as_json else told)):
             self.note(text)
 
     def note(self, text: str) -> None:

@@ -87,6 +87,7 @@ def plan(
     permissions: Annotated[Permissions, only("pickle", "idle")],
     speech: Annotated[Speech, only("debug", as_json="One JSON object.")],
     sample: Annotated[bool, Spec("Also read a sample, to see how far each model is from the base.")] = False,
+    everything: Annotated[bool, Spec("Show defaults too, and the values of each layer.", ("--all",))] = False,
 ) -> None:
     """Show what a merge would do, from the headers of the models alone."""
     from della import api
@@ -94,8 +95,10 @@ def plan(
 
     with api.run_plan(recipe, changes, permissions, sample) as made:
         threads = execution.workers
-        text = json.dumps(plan_json(made, threads), indent=1) if speech.as_json else plan_text(made, threads)
-        print(text, flush=True)
+        if speech.as_json:
+            print(json.dumps(plan_json(made, threads), indent=1), flush=True)
+        else:
+            print(plan_text(made, threads, everything=everything), flush=True)
 
 
 def verify(

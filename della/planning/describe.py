@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from della.errors import distinct
 from della.options import size_text
 from della.planning.configs import NUMBER
 from della.planning.job import Job, Plan
+from della.recipe.settings import Filtered, Gradient, Setting
 
 
 def plan_json(plan: Plan, threads: int) -> dict[str, Any]:
@@ -21,7 +22,7 @@ def plan_json(plan: Plan, threads: int) -> dict[str, Any]:
         "seed": plan.recipe.seed,
         "filters": [
             {"model": model, "parameter": parameter, "filter": part, "tensors": count}
-            for model, parameter, part, count in _filters(plan)
+            for model, parameter, part, count, _ in _cases(plan)
         ],
         "tensors": [_tensor(plan, job, references) for job in plan.jobs],
         "bytes_read": plan.bytes_read,
@@ -35,12 +36,12 @@ def plan_json(plan: Plan, threads: int) -> dict[str, Any]:
     }
 
 
-def _filters(plan: Plan) -> Iterator[tuple[str, str, str, int]]:
-    """(model or "", parameter, filter or "", how many tensors it holds for) of every case."""
+def _cases(plan: Plan) -> Iterator[tuple[str, str, str, int, Setting]]:
+    """(model or "", parameter, filter or "", how many tensors it holds for, what it says) of every case."""
     names = [job.name for job in plan.jobs if job.method is not None]
     for model, parameter, setting, counts in plan.recipe.matches(names):
-        for (part, _), count in zip(setting.cases, counts, strict=True):
-            yield model, parameter, part, count
+        for (part, case), count in zip(setting.cases, counts, strict=True):
+            yield model, parameter, part, count, case
 
 
 def _tensor(plan: Plan, job: Job, references: list[str]) -> dict[str, Any]:
@@ -73,17 +74,23 @@ def _own(plan: Plan, job: Job) -> Iterator[dict[str, Any]]:
         yield {**operands[model].expert.values, **({"input_norms": norms} if norms else {})}
 
 
-def plan_text(plan: Plan, threads: int) -> str:
-    """What would be done: models, sizes, time, departures from mergekit, and every value along gradients."""
+def plan_text(plan: Plan, threads: int, *, everything: bool = False) -> str:
+    """What would be done: models, sizes, time, departures from mergekit, and what the recipe sets.
+
+    With ``everything`` defaults are shown too, and every value along gradients.
+    """
     recipe = plan.recipe
     lines = [f"{recipe.merge_method}, seed {recipe.seed}: {len(plan.jobs)} tensors"]
     if recipe.base_model:
         lines.append(f"  base    {recipe.base_model}")
     kind = "expert" if recipe.method.needs_base else "model "
     rows = _rows(plan)
-    for reference in _references(plan):
-        lines.append(f"  {kind}  {reference}  {_pairs(rows, reference)}")
-    lines.append(f"  shared  {_pairs(rows, '')}")
+    own = {"": {}, **dict(zip(_references(plan), (model.parameters for model in recipe.models), strict=True))}
+    told = {name: list(_told(plan, rows, name, found, everything)) for name, found in own.items()}
+    lines += [f"  {kind}  {name}  {', '.join(told[name])}".rstrip() for name in _references(plan)]
+    lines += [f"  shared  {', '.join(told[''])}"] if told[""] else []
+    if not everything:
+        lines.append("  (all else is as by default: --all shows it, and the values of each layer)")
     lines += ["", *(f"  {each}" for each in plan.coverage)]
     lines += [
         "",
@@ -93,10 +100,10 @@ def plan_text(plan: Plan, threads: int) -> str:
         f"  memory  {size_text(plan.memory(threads))} with {threads} thread{'s' * (threads > 1)}",
         f"  time    about {plan.seconds(threads):.0f} s",
     ]
-    lines += _varying(rows)
+    lines += _varying(rows) if everything else []
     cases = [
-        f"  {model}{': ' * bool(model)}{parameter}, {part or 'all others'}: {count} tensors"
-        for model, parameter, part, count in _filters(plan)
+        f"  {model}{': ' * bool(model)}{parameter}, {part or 'all others'}: {count} tensors: {_setting(case)}"
+        for model, parameter, part, count, case in _cases(plan)
     ]
     lines += ["", "Filters:", *cases] if cases else []
     for title, texts in (("Other than mergekit:", plan.departures), ("Notes:", plan.notes)):
@@ -126,12 +133,31 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
-def _pairs(rows: _Rows, model: str) -> str:
-    """The parameters of one model ("" for the shared ones) on one line."""
+def _told(plan: Plan, rows: _Rows, owner: str, own: Mapping[str, Setting], everything: bool) -> Iterator[str]:
+    """The parameters of a model ("" for the shared ones) that the recipe sets or that are not the method's
+    default, or all of them.
+    """
     table = [dict(row) for row in rows]
-    own = {key: [row[key] for row in table] for key in (table[0] if table else {}) if key[0] == model}
-    same = {key: values[0] if _same(values) else "varies" for key, values in own.items()}
-    return ", ".join(f"{key} {_value(value)}" for (_, key), value in same.items() if value is not None)
+    method = plan.recipe.method
+    defaults = method.expert(owner, {}).values if owner else method({}).shared
+    for _, name in (key for key in (table[0] if table else {}) if key[0] == owner):
+        values = [row[owner, name] for row in table]
+        setting = own.get(name) or plan.recipe.parameters.get(name)
+        is_default = setting is None and _same([defaults.get(name), *values])
+        if values[0] is None or (is_default and not everything):
+            continue
+        if _same(values):
+            yield f"{name} {_value(values[0])}"
+        else:
+            yield f"{name} {_setting(setting) if setting else 'varies'}"
+
+
+def _setting(setting: Setting) -> str:
+    """What a recipe says in a few words; of a gradient the values at the first, middle and last layer."""
+    if isinstance(setting, Filtered):
+        return "by cases"
+    depths = (0, 0.5, 1) if isinstance(setting, Gradient) else (0,)
+    return " ... ".join(_value(setting.at(depth)) for depth in depths)
 
 
 def _varying(rows: _Rows) -> list[str]:

@@ -175,7 +175,7 @@ def test_the_plan_lists_norms_and_says_how_many_tensors_have_some(
         "the others have none, and are ranked by |delta|" in text
     )
     assert "  - importance: wanda ranks |delta| times input norms (mergekit: |delta|)" in text
-    assert f"epsilon 0.15, input_norms {folder}/math.norms.safetensors" in text
+    assert f"input_norms {folder}/math.norms.safetensors" in text
     up = next(tensor for tensor in listed["tensors"] if tensor["name"] == UP)
     assert up["parameters"]["importance"] == "wanda"
     assert up["models"][f"{folder}/code"]["input_norms"] == f"{folder}/code.norms.safetensors"

@@ -189,13 +189,13 @@ def test_a_single_layer_has_the_last_value_of_a_gradient_and_each_stack_is_its_o
 
 def test_the_text_form(folder: Path) -> None:
     with planned(folder, GRADIENTS) as plan:
-        text = plan_text(plan, 1)
+        text = plan_text(plan, 1, everything=True)
         memory, seconds = plan.memory(1), plan.seconds(1)
         read, written = plan.bytes_read, plan.bytes_written
         said = [*plan.departures, *plan.notes]
     shared = (
         "rescale per_element, rank_by row, importance magnitude, ladder symmetric, coupling independent, "
-        "lambda varies, "
+        "lambda 1 ... 1.5 ... 2, "
         "normalize false, vote weighted, fuse sum, lambda_scaling constant"
     )
     varying = (
@@ -205,9 +205,9 @@ def test_the_text_form(folder: Path) -> None:
     lines = [
         "della, seed 7: 10 tensors",
         "  base    base",
-        "  expert  ./math  weight varies, density varies, epsilon varies",
+        "  expert  ./math  weight by cases, density 0.2 ... 0.5 ... 0.8, epsilon by cases",
         "  expert  code/  weight 1, density 0.6, epsilon 0.15",
-        "  expert  ./math#2  weight 1, density varies, epsilon varies",
+        "  expert  ./math#2  weight 1, density by cases, epsilon by cases",
         f"  shared  {shared}",
         "",
         *(f"  {name}: 9 of 9 tensors take part, 9 of the result change" for name in NAMES),
@@ -241,9 +241,52 @@ def test_the_text_form(folder: Path) -> None:
         else:
             found[line[2:]] = []
     assert {key: sorted(names) for key, names in found.items()} == groups
-    assert rest[:3] == ["", "Filters:", "  ./math: weight, mlp: 3 tensors"]
+    assert rest[:3] == ["", "Filters:", "  ./math: weight, mlp: 3 tensors: 1 ... 0.5 ... 2"]
     assert rest[8:10] == ["", "Other than mergekit:"]
     assert [line for line in rest if line.startswith("  - ")] == [f"  - {line}" for line in said]
+
+
+def test_the_text_form_shows_what_was_set(folder: Path) -> None:
+    with planned(folder, GRADIENTS) as plan:
+        lines = plan_text(plan, 1).split("\n")
+    assert lines[2:6] == [
+        "  expert  ./math  weight by cases, density 0.2 ... 0.5 ... 0.8, epsilon by cases",
+        "  expert  code/  density 0.6, epsilon 0.15",
+        "  expert  ./math#2  density by cases, epsilon by cases",
+        "  shared  lambda 1 ... 1.5 ... 2, normalize false, fuse sum",
+    ], "fuse follows from normalize"
+    assert "--all" in lines[6]
+    assert "Values along gradients and filters:" not in lines
+    assert "  density, lm_head: 1 tensors: 0.9" in lines
+
+
+@pytest.mark.parametrize(
+    ("own", "shared", "wanted"),
+    [
+        ("", "", ["  expert  math"]),
+        ("weight: 1", "", ["  expert  math  weight 1"]),
+        ("window_size: 0.2", "", ["  expert  math  epsilon 0.1"]),
+        ("window_size: [0.2, 0.1]", "", ["  expert  math  epsilon varies"]),
+        (
+            "density: [0.3, 0.9, 0.5, 0.7]", "epsilon: 0",
+            ["  expert  math  density 0.3 ... 0.7 ... 0.7, epsilon 0"],
+        ),
+        (
+            "", "rank_by: [row, tensor], lambda: 1",
+            ["  expert  math", "  shared  rank_by row ... row ... tensor, lambda 1"],
+        ),
+    ],
+)  # fmt: skip
+def test_only_what_was_set_is_shown(folder: Path, own: str, shared: str, wanted: list[str]) -> None:
+    text = f"merge_method: della\nbase_model: base\nmodels:\n  - {{model: math, parameters: {{{own}}}}}\n"
+    with planned(folder, f"{text}parameters: {{{shared}}}\n") as plan:
+        lines = plan_text(plan, 2).split("\n")
+        more = plan_text(plan, 2, everything=True).split("\n")
+    assert [line for line in lines if line.startswith(("  expert", "  shared"))] == wanted
+    assert "--all" in lines[lines.index(wanted[-1]) + 1]
+    assert not [line for line in more if "--all" in line]
+    assert more[3].startswith("  shared  rescale per_element, rank_by row")
+    assert all(name in more[2] for name in ("weight", "density", "epsilon"))
 
 
 def test_layers_with_the_same_values_are_drawn_together(folder: Path) -> None:
@@ -252,7 +295,7 @@ def test_layers_with_the_same_values_are_drawn_together(folder: Path) -> None:
         "parameters: {weight: [{filter: layers.1, value: 2}, {filter: up, value: 3}, {value: 1}]}}\n"
     )
     with planned(folder, text) as plan:
-        lines = plan_text(plan, 2).split("\n")
+        lines = plan_text(plan, 2, everything=True).split("\n")
     begin = lines.index("Values along gradients and filters:")
     shown = [line.strip() for line in lines[begin + 1 : lines.index("", begin)]]
     values = [line for line in shown if line.startswith("math: ")]

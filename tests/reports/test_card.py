@@ -88,5 +88,5 @@ def test_a_plan_shows_layers_in_their_order(tmp_path: Path) -> None:
     own = {"weight": [0.1, 1.2]}
     made = {"merge_method": "task_arithmetic", "base_model": str(tmp_path / "base")}
     with della.plan(made | {"models": [{"model": str(tmp_path / "one"), "parameters": own}]}) as plan:
-        lines = [line.strip() for line in plan_text(plan, 1).split("\n")]
+        lines = [line.strip() for line in plan_text(plan, 1, everything=True).split("\n")]
     assert [line for line in lines if line.startswith("layers.")] == [f"layers.{k}.*" for k in range(12)]
