@@ -29,10 +29,15 @@ QUANTISED = {
 }
 # Tensors beside codes that turn them into values, in the names of any scheme.
 SCALE = re.compile(
-    r"scale|zero|absmax|amax|quant|codebook|lut\b|step_size|\bSCB\b|qparams|norm_factor|dequant",
+    r"scale|zero|absmax|amax|quant|codebook|centroid|lut\b|step_size|\bSCB\b|qparams|norm_factor|dequant",
     re.IGNORECASE,
 )
-BUFFERS = ("BOOL", "I64", "U64")  # integers of these are indices and masks, unless they are called a weight
+# Integers of these are indices and masks, unless they are called a weight or have a scale of their shape.
+BUFFERS = ("BOOL", "I64", "U64")
+# What is called so is computed from the configuration, and is no weight.
+BUFFER = re.compile(
+    r"mask|index|position|causal|freq|rope|(^|[._])(ids|idxs?|cis|bias|tril|table)([._]|$)", re.IGNORECASE
+)
 MARKERS = ("scaled_fp8",)  # of whole files
 WEIGHT = re.compile(r"(^|[._])q?weight(_packed|_codes)?(\._data)?$|_proj$|codes$", re.IGNORECASE)
 QUANTISERS = {"gptq": "GPTQ", "awq": "AWQ", "bitsandbytes": "bitsandbytes", "fp8": "FP8", "mxfp4": "MXFP4"}
@@ -88,14 +93,16 @@ def _codes(folder: Path, info: TensorInfo, modules: Mapping[str, Sequence[Tensor
     if info.dtype.is_float and info.dtype.bits > 8:
         return None
     is_weight = bool(WEIGHT.search(info.name))
-    if not info.dtype.is_float and not is_weight and (len(info.shape) < 2 or info.dtype.name in BUFFERS):
+    is_table = not is_weight and info.dtype.name in BUFFERS
+    if not info.dtype.is_float and not is_weight and len(info.shape) < 2:
+        return None
+    if is_table and BUFFER.search(info.name):
         return None
     beside = [
         other.name
         for prefix in dict.fromkeys((_module(info.name), info.name.rpartition(".")[0], info.name))
         for other in modules.get(prefix, ())
-        if other.name != info.name
-        and (SCALE.search(other.name.removeprefix(prefix)) or (prefix and _fits_as_scale(info, other)))
+        if other.name != info.name and _is_scale(info, other, prefix, is_table)
     ]
     beside += [other.name for other in modules.get("", ()) if other.name in MARKERS and info.dtype.is_float]
     stored = f"{info.name!r} is stored in {info.dtype.torch_name}"
@@ -106,6 +113,16 @@ def _codes(folder: Path, info: TensorInfo, modules: Mapping[str, Sequence[Tensor
     else:
         return None
     return Problem(said, UNQUANTISED, str(folder), info.name)
+
+
+def _is_scale(codes: TensorInfo, other: TensorInfo, prefix: str, is_table: bool) -> bool:
+    """Whether ``other``, of the same module, is the scale of ``codes``: by its name or its shape; of what may
+    be a table of indices, by both."""
+    is_named = bool(SCALE.search(other.name.removeprefix(prefix)))
+    if is_table:
+        rows = codes.shape[0]
+        return is_named and rows != 1 and (prod(other.shape) == 1 or other.shape[:1] == (rows,))
+    return is_named or bool(prefix and _fits_as_scale(codes, other))
 
 
 def _fits_as_scale(codes: TensorInfo, other: TensorInfo) -> bool:

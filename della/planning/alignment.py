@@ -10,14 +10,17 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 
+from della.checkpoint.quantised import BUFFER, BUFFERS
 from della.checkpoint.source import Source
-from della.errors import CheckpointError, Problem, some
+from della.checkpoint.view import TensorView
+from della.errors import CheckpointError, Collector, Problem, some
 
 WRAPPED = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 ONE_BY_ONE = re.compile(r"\.experts\.\d+\.")
 FUSED = re.compile(r"\.experts\.[a-z_]*(gate_up|down|w1|w2|w3|input|output)[a-z_]*")
 MOST_PAIRS = 40  # of names that are looked at for a rule
 MANY = 6  # such facts are told
+MOST_COMPARED = 1 << 20  # bytes of a buffer
 
 
 def aligned(base: Source, model: Source) -> tuple[Source, str]:
@@ -166,17 +169,44 @@ def _prefix(here: str, there: str) -> str:
     return ""
 
 
-def differing_buffers(base: Source, model: Source, most: int = 1 << 20) -> str:
+def differing_buffers(base: Source, model: Source, problems: Collector) -> str:
     """A note on the tensors of integers that a model has otherwise than the base, whose are copied; "" where
-    there are none, or they are too large, or not here, to be compared before the merge."""
+    there are none, or they are not here to be compared before the merge.
+
+    Of large ones the first MiB is compared.  Those that by type, axes and name are no buffers, but weights in
+    some other form, are ``problems``.
+    """
     differ = []
     for name, ours in base.tensors.items():
         theirs = model.tensors.get(name)
-        if theirs is None or ours.dtype.is_float or theirs.dtype.is_float or ours.nbytes > most:
+        if theirs is None or ours.dtype.is_float or theirs.dtype.is_float:
             continue
         same = theirs.shape == ours.shape and theirs.dtype is ours.dtype
         with suppress(CheckpointError, OSError):  # what cannot be read is told when it is merged
-            same = same and bool((theirs.read() == ours.read()).all())
+            same = same and _start(theirs) == _start(ours)
         differ += [] if same else [name]
+    odd = [name for name in differ if _is_odd(model.tensors[name])]
+    if odd:
+        kind = model.tensors[odd[0]].dtype.torch_name
+        said = (
+            f"{some(odd)} stored in {kind}, which is not merged, with other values than in {base.reference}"
+        )
+        fix = f"if it is no weight, give the model the {odd[0]} of {base.reference}"
+        problems.add(said, fix, model.reference, odd[0])
     said = f"{some(differ)}: other values than in {base.reference}, whose are copied, as they are no weights"
-    return f"{model.reference}: {said}" if differ else ""
+    return f"{model.reference}: {said}" if differ and not odd else ""
+
+
+def _is_odd(view: TensorView) -> bool:
+    """Whether what is no float may yet be a weight: complex numbers, or small integers, in a table."""
+    return len(view.shape) > 1 and view.dtype.name not in BUFFERS and not BUFFER.search(view.name)
+
+
+def _start(view: TensorView) -> bytes:
+    """The first bytes of a tensor as it is stored."""
+    found = bytearray()
+    for piece in (piece for part in view.parts for piece in part.pieces()):
+        found += piece
+        if len(found) >= MOST_COMPARED:
+            break
+    return bytes(found[:MOST_COMPARED])

@@ -146,7 +146,7 @@ def _check_models(recipe: Recipe, base: Source, models: Sequence[Source], check:
             check.extend(_fp8(source))
         if not found:
             fitting.append(source)
-            notes += filter(None, (differing_buffers(base, source), configs.note(base, source)))
+            notes += filter(None, (differing_buffers(base, source, check), configs.note(base, source)))
         if recipe.mismatch == "error":
             check.extend(configs.other_type(base, source))
     return notes + check_fit(recipe, base, fitting, check) + tokenizers.compare(base, fitting, check)

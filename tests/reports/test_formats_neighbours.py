@@ -104,3 +104,69 @@ def test_a_prefix_beside_tensors_that_the_base_lacks(tmp_path: Path, there: str,
         found = np.frombuffer(raw[8 + size + start : 8 + size + end], "<f4").reshape(8, 8)
         assert np.allclose(found, values, atol=1e-6)
     assert beyond not in header
+
+
+TABLES = [
+    ("l.codes_of", np.int64, (8, 8), "l.scale", (8, 1)), ("l.q", np.uint64, (8, 8), "l.q_scale", (1,)),
+    ("l.kernel", bool, (8, 8), "l.kernel_scale", (8,)), ("l.indices", np.int64, (8, 8), "l.codebook", (8, 4)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "dtype", "shape", "scale", "scales"), TABLES)
+def test_tables_with_a_scale_of_their_shape_are_codes(
+    tmp_path: Path, name: str, dtype: Any, shape: tuple[int, ...], scale: str, scales: tuple[int, ...]
+) -> None:
+    model = {name: np.arange(64).reshape(shape).astype(dtype), scale: normal(1, *scales), "v": normal(2, 4)}
+    assert "quantised" in refused(pair(tmp_path, model, model | {scale: normal(3, *scales)}))
+
+
+BUFFERS = [  # as Swin v2, GPT-2, EfficientFormer have them, with what is trained beside them
+    ("a.relative_position_index", np.int64, (16, 16), "a.logit_scale", (3, 1, 1)),
+    ("a.relative_position_index", np.int64, (16, 16), "a.logit_scale", (16, 1, 1)),
+    ("a.bias", bool, (1, 1, 8, 8), "a.scale", ()), ("a.mask", bool, (8, 8), "a.scale", ()),
+    ("a.attention_bias_idxs", np.int64, (8, 8), "a.scale", (8,)),
+    ("a.lookup", np.int64, (8, 8), "a.x", (8, 1)),
+    ("a.visited", bool, (8,), "a.scale", (8,)), ("a.lookup", np.int64, (8, 8), "a.scale", (3, 1)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "dtype", "shape", "other", "shapes"), BUFFERS)
+def test_buffers_beside_what_is_called_a_scale_are_copied(
+    tmp_path: Path, name: str, dtype: Any, shape: tuple[int, ...], other: str, shapes: tuple[int, ...]
+) -> None:
+    rows = np.random.default_rng(5).integers(0, 2, shape).astype(dtype)
+    model = {name: rows, other: np.asarray(normal(1, *shapes), np.float32)}
+    expert = {name: np.asarray(1 - rows.astype(np.int64)).astype(dtype), other: model[other] + 1}
+    expert[other] = np.asarray(expert[other], np.float32)
+    with della.plan(pair(tmp_path, model, expert)) as plan:
+        (note,) = [note for note in plan.notes if name in note]
+    assert "copied" in note
+
+
+ODD = [
+    ("spectral.weights1", np.complex64, (4, 4, 2)), ("ssm.kernel", np.complex64, (4, 4)),
+    ("l.packed", np.int8, (8, 8)), ("l.lexicon", np.int32, (4, 4)), ("l.words", np.uint16, (4, 4)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "dtype", "shape"), ODD)
+def test_trained_tables_that_are_no_floats_are_not_left_out_in_silence(
+    tmp_path: Path, name: str, dtype: Any, shape: tuple[int, ...]
+) -> None:
+    model = {name: (normal(1, *shape) * 100).astype(dtype), "v": normal(2, 4)}
+    expert = {name: (normal(3, *shape) * 100).astype(dtype), "v": normal(4, 4)}
+    for more in ({}, IDLE):
+        said = refused(pair(tmp_path, model, expert, **more))
+        assert name in said
+        assert "give the model" in said
+    path = pair(tmp_path, model, expert | {name: model[name]})  # the cure that is named
+    della.merge(path, tmp_path / "out", fsync=False)
+
+
+def test_large_buffers_that_differ_are_told_with_their_count(tmp_path: Path) -> None:
+    names = [f"l.{k}.attn.mask" for k in range(3)]
+    model: Tensors = {name: np.zeros((1, 1500, 1500), np.uint8) for name in names} | {"v": normal(2, 4)}
+    expert = model | {name: np.ones((1, 1500, 1500), np.uint8) for name in names}
+    with della.plan(pair(tmp_path, model, expert)) as plan:
+        (note,) = [note for note in plan.notes if "mask" in note]
+    assert "3 tensors" in note or "2 more" in note or all(name in note for name in names)
