@@ -106,7 +106,7 @@ def plan(
         ...     found.jobs[0].name, found.bytes_written
         ('w', 8)
     """
-    permissions = Permissions(pickle=allow_pickle, idle=allow_idle)
+    permissions = Permissions(allow_pickle=allow_pickle, allow_idle=allow_idle)
     return run_plan(recipe, Changes(seed, _several(overrides), compat), permissions)
 
 
@@ -151,7 +151,7 @@ def verify(
         (True, 1, 1, 2)
     """
     checks = Checks(sources, inputs, strict, None if base_dir is None else Path(base_dir))
-    permissions = Permissions(pickle=allow_pickle)
+    permissions = Permissions(allow_pickle=allow_pickle)
     return run_verify(Path(out), checks, permissions, Execution(threads), progress=progress)
 
 

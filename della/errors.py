@@ -14,7 +14,8 @@ Anything else that escapes is a defect of della.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -193,6 +194,25 @@ class Collector:
 def _order(found: tuple[type[DellaError], Problem]) -> tuple[int, bool, tuple[int, ...]]:
     kind, problem = found
     return kind.exit_code, problem.location is None, problem.location[:2] if problem.location else ()
+
+
+_on_command_line = False
+
+
+@contextmanager
+def command_line() -> Iterator[None]:
+    """Meanwhile messages name options as the command has them, and not as arguments of Python."""
+    global _on_command_line
+    before, _on_command_line = _on_command_line, True
+    try:
+        yield
+    finally:
+        _on_command_line = before
+
+
+def either(command: str, python: str) -> str:
+    """The words for who uses the command line, or Python."""
+    return command if _on_command_line else python
 
 
 def printable(text: str) -> str:

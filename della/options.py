@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from della.errors import DellaError, EvaluationError, Problem, RecipeError
+from della.errors import DellaError, Problem, RecipeError, either
 
 T = TypeVar("T")
 
@@ -113,6 +112,38 @@ def build(cls: type[T], given: Mapping[str, Any]) -> T:
     return cls(**values)
 
 
+# ---- how messages name options ----------------------------------------------------------------------------
+
+
+def spelt(cls: type[Any], name: str, value: bool | str | None = None) -> str:
+    """An option as its user writes it, such as ``--allow-idle``, in Python ``allow_idle=True``.
+
+    Args:
+        cls: The class that declares it.
+        name: The name of its field, which is that of the argument in Python too.
+        value: What it shall be; a word in capitals stands for a value.  None: the option alone.
+
+    >>> spelt(Target, "overwrite", "any")
+    'overwrite="any"'
+    >>> from della.errors import command_line
+    >>> with command_line():
+    ...     spelt(Target, "overwrite", "any"), spelt(Checks, "base_dir", "FOLDER"), spelt(Execution, "finish")
+    ('--overwrite=any', '--from FOLDER', '--finish')
+    """
+    spec = declared(cls)[name]
+    literal = value if value is True or str(value).isupper() else f'"{value}"'
+    python = name if value is None else f"{name}={literal}"
+    if value is True:
+        value = spec.metavar if spec.read and not spec.bare else None
+    between = "=" if spec.bare else " "
+    return either(written(name, spec)[0] + (f"{between}{value}" if value else ""), python)
+
+
+def written(name: str, spec: Spec) -> tuple[str, ...]:
+    """How an option is written on the command line."""
+    return spec.flags or ("--" + name.replace("_", "-"),)
+
+
 # ---- how values are written -------------------------------------------------------------------------------
 
 _WORDS = (("kB", 1e3), ("MB", 1e6), ("GB", 1e9), ("TB", 1e12))
@@ -138,22 +169,6 @@ def size_of(text: str, name: str = "--shard-size") -> int:
     if size < 1:
         raise refused(RecipeError, name, text, "expected a size such as 5GB or 500MB")
     return size
-
-
-def words_of(text: str, name: str, *, least: int = 0) -> tuple[str, ...]:
-    """The words of ``text``, as a shell takes them.
-
-    Raises:
-        EvaluationError: a quote stays open, or there are fewer than ``least``; ``name`` is what the error
-            calls the text.
-    """
-    try:
-        found = tuple(shlex.split(text))
-    except ValueError as error:
-        raise refused(EvaluationError, name, text, str(error)) from None
-    if len(found) < least:
-        raise refused(EvaluationError, name, repr(text), "expected a program")
-    return found
 
 
 def size_text(count: int) -> str:
@@ -210,7 +225,8 @@ class Share:
 
     def __post_init__(self) -> None:
         if not 1 <= self.number <= self.count:
-            raise refused(RecipeError, "part", self, "expected i/n with 1 <= i <= n, such as 2/7")
+            said = f"expected {either('i/n', '(i, n)')} with 1 <= i <= n, such as {either('2/7', '(2, 7)')}"
+            raise refused(RecipeError, spelt(Execution, "part"), self, said)
 
     @property
     def is_whole(self) -> bool:
@@ -273,13 +289,13 @@ class Target:
 class Permissions:
     """What only the caller, and never a recipe, may allow.
 
-    >>> Permissions(pickle=True)
-    Permissions(pickle=True, auto_map=False, idle=False)
+    >>> Permissions(allow_pickle=True)
+    Permissions(allow_pickle=True, keep_auto_map=False, allow_idle=False)
     """
 
-    pickle: bool = option("Read .bin and .pt models too, by torch, as weights only.", False, "--allow-pickle")
-    auto_map: bool = option("Keep what config.json says of code of its own.", False, "--keep-auto-map")
-    idle: bool = option("Merge although a model takes no part, or changes nothing.", False, "--allow-idle")
+    allow_pickle: bool = option("Read .bin and .pt models too, by torch, as weights only.", False)
+    keep_auto_map: bool = option("Keep what config.json says of code of its own.", False)
+    allow_idle: bool = option("Merge although a model takes no part, or changes nothing.", False)
 
 
 @dataclass(frozen=True)
@@ -316,7 +332,8 @@ class Execution:
             if value is not None and value < 1:
                 raise refused(RecipeError, name, value, "expected a whole number from 1 up")
         if self.finish and not self.part.is_whole:
-            raise RecipeError(Problem("finish puts all parts together", "leave out part"))
+            said = f"{spelt(Execution, 'finish')} puts all parts together"
+            raise RecipeError(Problem(said, f"leave out {spelt(Execution, 'part')}"))
 
     @property
     def workers(self) -> int:

@@ -133,8 +133,8 @@ def test_a_rule_points_at_the_case_that_breaks_it() -> None:
 def test_an_override_is_a_location_without_a_line() -> None:
     problem = told(RecipeError, lambda: read_recipe(HEAD.format("della"), overrides=["density=2"]))
     assert problem.location is not None
-    assert (str(problem.location), problem.location.column) == ("--set density=2", 0)
-    assert problem.as_dict()["location"] == {"source": "--set density=2"}
+    assert (str(problem.location), problem.location.column) == ("overrides density=2", 0)
+    assert problem.as_dict()["location"] == {"source": "overrides density=2"}
 
 
 def test_arguments_of_arrays() -> None:
@@ -242,7 +242,7 @@ def test_the_place_of_the_result(tmp_path: Path) -> None:
     made = models(tmp_path / "models")
     (tmp_path / "there").mkdir()
     (tmp_path / "there/notes.txt").touch()
-    for out, fix in ((tmp_path / "models/base/new", "another place"), (tmp_path / "there", "--overwrite")):
+    for out, fix in ((tmp_path / "models/base/new", "another place"), (tmp_path / "there", "overwrite=True")):
         problem = told(OutputError, lambda out=out: della.merge(made, out, fsync=False))  # type: ignore[misc]
         assert problem.subject == str(out)
         assert fix in str(problem.fix)

@@ -23,14 +23,13 @@ import numpy as np
 
 from della.checkpoint.header import METADATA, Header, TensorInfo, tensor_info
 from della.dtypes import DTYPES, Array
-from della.errors import CheckpointError, Collector, Problem
+from della.errors import CheckpointError, Collector, Problem, either
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 OLDEST_TORCH = (2, 10)  # before it, files are known that make weights_only run code or write out of bounds
 ZIP = b"PK\x03\x04"
 LEGACY = re.compile(rb"\x80[\x02\x03]\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19\.")
 LOCAL_HEADER_BYTES = 30
-ALLOW = "allow it with --allow-pickle, which needs torch"
 STATE_DICT = "a state dict is needed: a dict of tensors by name, and nothing else"
 
 _NAMES = {dtype.torch_name: dtype.name for dtype in DTYPES.values() if dtype.torch_name}
@@ -38,7 +37,8 @@ _NAMES = {dtype.torch_name: dtype.name for dtype in DTYPES.values() if dtype.tor
 
 def pickle_refusal(path: Path, *, on_hub: bool = False) -> Problem:
     """Why a .bin or .pt file is not read, and what to do; those of the Hub are not downloaded either."""
-    otherwise = f"download the folder yourself, give that, and {ALLOW}" if on_hub else ALLOW
+    allow = f"allow it with {either('--allow-pickle', 'allow_pickle=True')}, which needs torch"
+    otherwise = f"download the folder yourself, give that, and {allow}" if on_hub else allow
     fix = (
         'if you trust its author, convert the folder once: python -c "from transformers import '
         "AutoModelForCausalLM as M; M.from_pretrained('FOLDER', dtype='auto').save_pretrained('CONVERTED')\""

@@ -23,7 +23,7 @@ from della.cli import methods as cli_methods
 from della.cli import paper as cli_paper
 from della.cli.console import Speaker, Speech, print_json, tell
 from della.cli.options import derived, only
-from della.errors import DamageError, DellaError
+from della.errors import DamageError, DellaError, command_line
 from della.options import Changes, Checks, Execution, Permissions, Spec, Target, declared
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def plan(
     recipe: Recipe,
     changes: Changes,
     execution: Annotated[Execution, only("threads")],
-    permissions: Annotated[Permissions, only("pickle", "idle")],
+    permissions: Annotated[Permissions, only("allow_pickle", "allow_idle")],
     speech: Annotated[Speech, only("debug", as_json="One JSON object.")],
     sample: Annotated[bool, Spec("Also read a sample, to see how far each model is from the base.")] = False,
     everything: Annotated[bool, Spec("Show defaults too, and the values of each layer.", ("--all",))] = False,
@@ -105,7 +105,7 @@ def verify(
     out: Annotated[Path, Spec("What della has merged.", metavar="OUT", is_argument=True, shown=False)],
     checks: Checks,
     execution: Annotated[Execution, only("threads")],
-    permissions: Annotated[Permissions, only("pickle")],
+    permissions: Annotated[Permissions, only("allow_pickle")],
     speech: Speech,
 ) -> None:
     """Compare every byte of OUT with what was merged.  The exit code is 0 only if all is well."""
@@ -123,7 +123,8 @@ def verify(
 def _errors(debug: bool, as_json: bool) -> Iterator[None]:
     """Errors as one sentence and an exit code; a traceback only with --debug."""
     try:
-        yield
+        with command_line():
+            yield
     except KeyboardInterrupt as stopped:
         code, message, problems = 130, f"stopped; {str(stopped) or 'the output is as it was'}", []
     except BrokenPipeError:

@@ -29,7 +29,7 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import typer
 
-from della.options import Spec, build, declared
+from della.options import Spec, build, declared, written
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def _parameter(
     more |= {"show_default": False} if default is None or not spec.shown else {}
     if spec.is_argument:
         return _keyword(name, Annotated[kind, typer.Argument(**more)], default)
-    flags = spec.flags or ("--" + name.replace("_", "-"),)
+    flags = written(name, spec)
     if kind is bool and default is True:  # said with a flag that says no
         return _keyword(name, Annotated[bool, typer.Option(*flags, callback=_turned, **more)], False)
     return _keyword(name, Annotated[kind, typer.Option(*flags, **more)], default)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from della.errors import EvaluationError
-from della.options import option, refused, words_of
+from della.options import option, refused
 
 
 def _tasks(text: str) -> tuple[str, ...]:
@@ -45,6 +46,22 @@ def _by_task(name: str, values: Sequence[str], tasks: Sequence[str]) -> dict[str
 def _spread(found: dict[str, str], tasks: Sequence[str]) -> dict[str, str]:
     """What has no task goes to every task that has no own."""
     return (dict.fromkeys(tasks, found[""]) if "" in found else {}) | {k: v for k, v in found.items() if k}
+
+
+def words_of(text: str, name: str, *, least: int = 0) -> tuple[str, ...]:
+    """The words of ``text``, as a shell takes them.
+
+    Raises:
+        EvaluationError: a quote stays open, or there are fewer than ``least``; ``name`` is what the error
+            calls the text.
+    """
+    try:
+        found = tuple(shlex.split(text))
+    except ValueError as error:
+        raise refused(EvaluationError, name, text, str(error)) from None
+    if len(found) < least:
+        raise refused(EvaluationError, name, repr(text), "expected a program")
+    return found
 
 
 def _program(text: str) -> tuple[str, ...]:

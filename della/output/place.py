@@ -12,6 +12,7 @@ from pathlib import Path
 
 from della.checkpoint.header import read_header
 from della.errors import CheckpointError, OutputError, Problem
+from della.options import Target, spelt
 from della.output.disk import can_be_called, explained, user
 
 MANIFEST = "della.json"
@@ -95,7 +96,9 @@ def is_made_by_della(out: Path) -> bool:
 def _taken(out: Path, overwrite: Overwrite, single_file: bool) -> Iterator[Problem]:
     if not overwrite and (single_file or not is_empty(out)):
         yield Problem(
-            "exists already", "choose another place, or allow it to be replaced: --overwrite", str(out)
+            "exists already",
+            f"choose another place, or allow it to be replaced: {spelt(Target, 'overwrite', True)}",
+            str(out),
         )
     elif single_file != out.is_file():
         kind = "folder" if single_file else "file"
@@ -110,7 +113,8 @@ def _taken(out: Path, overwrite: Overwrite, single_file: bool) -> Iterator[Probl
         yield problem
     elif overwrite != "any" and not is_made_by_della(out):
         said = "not replaced: della has not made it, so it may be wanted elsewhere"
-        yield Problem(said, "choose another place, or allow it all the same: --overwrite=any", str(out))
+        fix = f"choose another place, or allow it all the same: {spelt(Target, 'overwrite', 'any')}"
+        yield Problem(said, fix, str(out))
 
 
 def _is_ours_to_move(out: Path) -> bool:

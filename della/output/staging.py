@@ -20,7 +20,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from della.errors import OutputError, Problem
+from della.errors import OutputError, Problem, either
+from della.options import Execution, spelt
 from della.output import disk
 from della.output.journal import FORMAT, Done, Facts, Journal, may_live, named, told, writer_of
 
@@ -130,7 +131,8 @@ class Staging:
             raise OutputError(
                 Problem(
                     "an earlier run was cut short while it put the new model there",
-                    "see what `della verify` says, and leave out --finish if it is not there",
+                    f"see what {either('`della verify`', 'della.verify')} says, and leave out "
+                    f"{spelt(Execution, 'finish')} if it is not there",
                     str(self.out),
                 )
             )
@@ -282,7 +284,8 @@ def unfinished(out: Path) -> Iterator[str]:
     staging = Staging(out, "")
     if staging.folder.is_dir():
         count = len(told(staging._journals()).done)
-        yield f"{staging.folder}: an unfinished merge ({count} tensors done); the same command resumes it"
+        again = f"the same {either('command', 'call')} resumes it"
+        yield f"{staging.folder}: an unfinished merge ({count} tensors done); {again}"
     if staging.aside.is_dir():
         yield f"{staging.aside}: the old model; the next merge puts it back"
 

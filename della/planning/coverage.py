@@ -7,11 +7,16 @@ from dataclasses import replace
 
 from della.checkpoint.source import Source
 from della.errors import CheckpointError, Collector, Problem, RecipeError, distinct
+from della.options import Permissions, spelt
 from della.planning.job import Coverage, Job, Model
 from della.recipe.reader import Recipe
 
-CURE = "take it out of the recipe; or --allow-idle lets it pass"
 ABSENT = "not in the result"
+
+
+def cure() -> str:
+    """What to do about a model that takes no part, or changes nothing."""
+    return f"take it out of the recipe; or {spelt(Permissions, 'allow_idle', True)} lets it pass"
 
 
 def covered(models: Sequence[Model], base: Source, jobs: Sequence[Job]) -> tuple[Coverage, ...]:
@@ -66,9 +71,9 @@ def check_idle(
         mine = ((job, own) for job in jobs for own in job.operands if own.model is model)
         parameters = (job.method.idle_by(own.expert) for job, own in mine if job.method)
         if parameter := next(filter(None, parameters), None):
-            at = recipe.located(Problem(said, CURE, model.entry.identity, parameter=parameter))
+            at = recipe.located(Problem(said, cure(), model.entry.identity, parameter=parameter))
             with check:
                 raise RecipeError(replace(at, subject=each.reference))
         else:
-            check.add(said, CURE, each.reference)
+            check.add(said, cure(), each.reference)
     check.raise_any()

@@ -20,7 +20,7 @@ from della.checkpoint.view import TensorView
 from della.dtypes import DType, round_to, widen
 from della.errors import CheckpointError, Collector, Problem, RecipeError, some
 from della.merging.tile import canonical
-from della.options import Permissions, Target
+from della.options import Changes, Permissions, Target, spelt
 from della.output.place import check_place, check_space, is_name
 from della.output.staging import staged_bytes
 from della.planning import configs, tokenizers
@@ -82,7 +82,7 @@ def make_plan(
         assert base is not None
         jobs = tuple(_jobs(recipe, base, models, depths))
         coverage = covered(models, base, jobs)
-        if not permissions.idle:
+        if not permissions.allow_idle:
             check_idle(recipe, models, base, jobs, coverage)
         _check_whole_model(recipe, jobs)
         _check_compat(recipe, jobs)
@@ -96,7 +96,7 @@ def _about_jobs(
 ) -> list[str]:
     """Notes on what is merged, and on what is beside it."""
     notes = [*_storage(jobs), *_islands(jobs), *_ranked(models, jobs)]
-    return [*notes, *foreign_code(base, permissions.auto_map), *tokenizers.left_behind(base)]
+    return [*notes, *foreign_code(base, permissions.keep_auto_map), *tokenizers.left_behind(base)]
 
 
 def _template(recipe: Recipe) -> str:
@@ -115,7 +115,9 @@ def _open_all(
     for reference in dict.fromkeys([_template(recipe), *(m.reference for m in recipe.models)]):
         with check:
             opened[reference] = stack.enter_context(
-                open_source(reference, base_dir=folder, weights=weights, allow_pickle=permissions.pickle)
+                open_source(
+                    reference, base_dir=folder, weights=weights, allow_pickle=permissions.allow_pickle
+                )
             )
     return opened
 
@@ -302,7 +304,8 @@ def _check_compat(recipe: Recipe, jobs: Sequence[Job]) -> None:
         found = job.method.beyond_mergekit() if job.method else {}
         if found:
             said = "compat: mergekit has no " + ", ".join(f"{key}: {value}" for key, value in found.items())
-            problem = Problem(said, "remove it, or do without compat (--compat)", parameter=next(iter(found)))
+            fix = f"remove it, or do without compat (of the recipe, or {spelt(Changes, 'compat', True)})"
+            problem = Problem(said, fix, parameter=next(iter(found)))
             raise RecipeError(recipe.located(problem, job.name))
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from della.errors import Collector, Location, clip, suggest
 from della.merging.registry import ALL_PARAMETERS
+from della.options import Changes, spelt
 from della.recipe.text import parse
 from della.recipe.tree import Entry, Items, Node, Table, show
 
@@ -17,7 +18,7 @@ def apply_overrides(
     notes: list[str] = []
     for number, override in enumerate(overrides):
         # Overrides are told after what stands in the file, in their own order.
-        location = Location(10**9 + number, 0, f"--set {clip(override, 80)}")
+        location = Location(10**9 + number, 0, f"{spelt(Changes, 'overrides')} {clip(override, 80)}")
         key, equals, text = override.partition("=")
         key = key.strip()
         if not equals or not all(key.split(".")):

@@ -18,7 +18,7 @@ from della.checkpoint.source import Source
 from della.dtypes import Array
 from della.errors import CheckpointError, Collector, some
 from della.output.journal import Done
-from della.planning.coverage import CURE
+from della.planning.coverage import cure
 from della.planning.job import Coverage, Job, Plan
 
 WINDOWS, WIDTH = 8, 4096  # of each tensor: so many windows of so many elements, or all of a smaller one
@@ -168,11 +168,11 @@ def check_changes(plan: Plan, coverage: Sequence[Coverage], done: Mapping[str, D
         if not each.changed and model.source is not plan.base:
             base = plan.base.reference
             said = f"changes nothing: its {each.merged} merged tensors are equal to those of {base}"
-            check.add(said, CURE, each.reference)
+            check.add(said, cure(), each.reference)
     check.raise_any()
     for source in _alike(plan, done):
         said = f"the result is this model, byte for byte: {len(plan.models)} models change nothing in it"
-        check.add(said, f"larger weights, or a wider dtype; {CURE}", source.reference)
+        check.add(said, f"larger weights, or a wider dtype; {cure()}", source.reference)
     check.raise_any()
 
 

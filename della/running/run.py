@@ -21,9 +21,9 @@ import xxhash
 from della.checkpoint.files import readable
 from della.checkpoint.layout import STEMS
 from della.checkpoint.view import Hashes, Stored
-from della.errors import CheckpointError, DellaError, OutputError, Problem
+from della.errors import CheckpointError, DellaError, OutputError, Problem, either
 from della.merging.kernels import cast
-from della.options import Execution, Permissions, Target
+from della.options import Execution, Permissions, Target, spelt
 from della.output.journal import Done
 from della.output.manifest import MANIFEST, UNKNOWN, build_manifest, dump, embed, recorded, sealed, versions
 from della.output.writer import StagedOutput
@@ -136,15 +136,14 @@ def run(
                 staged.end_part()
             else:
                 plan = _measured(plan, staged, permissions, tell)
-                manifest = _complete(plan, staged, room, permissions.auto_map)
+                manifest = _complete(plan, staged, room, permissions.keep_auto_map)
                 staged.commit()
     except (DellaError, KeyboardInterrupt) as error:
         if isinstance(error, KeyboardInterrupt) and staged.committed:
             raise KeyboardInterrupt(f"{out} is complete") from error
         if staged.kept and not execution.finish:
-            kept = (
-                f"{len(staged.done)} finished tensors are kept in {staged.kept}; the same command resumes it"
-            )
+            again = f"the same {either('command', 'call')} resumes it"
+            kept = f"{len(staged.done)} finished tensors are kept in {staged.kept}; {again}"
             if isinstance(error, KeyboardInterrupt):
                 raise KeyboardInterrupt(f"the output is as it was; {kept}") from error
             first, *others = error.problems  # what it knows of file and tensor stays with it
@@ -163,7 +162,7 @@ def _measured(
     for text in measure.warnings(plan, found):
         if tell is not None:
             tell(text)
-    if not permissions.idle:
+    if not permissions.allow_idle:
         staged.keeps = True  # the same merge may be wanted all the same
         measure.check_changes(plan, found, staged.done)
         staged.keeps = False
@@ -285,7 +284,7 @@ class _Run:
             self.tell("what an unfinished run of another merge had left for this place was removed")
         if not self.jobs and not self.execution.part.is_whole:
             files = len(self.staged.shards)
-            end = f"the result has {files} files; a smaller --shard-size makes more"
+            end = f"the result has {files} files; a smaller {spelt(Execution, 'shard_bytes')} makes more"
             self.tell(f"nothing to do for this part: {end}")
         threads, stop = self.execution.workers, self.compute.stop
         each(self._look, [job for job in self.jobs if job.name in self.staged.done], threads, stop=stop)
@@ -295,7 +294,7 @@ class _Run:
             self.tell(f"{before} of {len(self.jobs)} tensors were finished before; the merge is resumed")
         if self.execution.finish and left:
             said = f"{len(left)} of {len(self.jobs)} tensors are not finished ({left[0].name}, ...)"
-            fix = "run the parts that are missing, or leave out --finish"
+            fix = f"run the parts that are missing, or leave out {spelt(Execution, 'finish')}"
             raise OutputError(Problem(said, fix, str(self.staged.out), left[0].name))
         if any(job.of_whole_model for job in left):
             self.facts = self._facts()

@@ -21,7 +21,7 @@ from della.checkpoint.pickles import PICKLES
 from della.checkpoint.source import SIDE_FILES, Source
 from della.checkpoint.strict import json_object
 from della.errors import CheckpointError, DellaError, OutputError, Problem, RecipeError, printable
-from della.options import Checks, Execution, Permissions
+from della.options import Checks, Execution, Permissions, spelt
 from della.output.manifest import MANIFEST, Entry, Manifest, Recorded, read_manifest, versions
 from della.output.shards import INDEX
 from della.output.staging import unfinished
@@ -248,7 +248,7 @@ def _plan(out: Path, manifest: Manifest, base_dir: Path | None, permissions: Per
         if base_dir is not None:
             recipe = replace(recipe, path=base_dir / "recipe.yml")
         try:
-            return make_plan(recipe, permissions=replace(permissions, idle=True))  # it was merged so
+            return make_plan(recipe, permissions=replace(permissions, allow_idle=True))  # it was merged so
         except CheckpointError as error:
             raise CheckpointError(*error.problems, *_hint(recipe, base_dir)) from error
     except RecipeError as error:
@@ -266,7 +266,9 @@ def _hint(recipe: Recipe, base_dir: Path | None) -> Iterator[Problem]:
         is_relative = is_path and not path.is_absolute() and not reference.startswith("~")
         if is_relative and not any(os.path.lexists(Path(root) / path) for root in (base_dir or "", "")):
             yield Problem(
-                "a path that starts where the recipe was", "name that folder: --from FOLDER", reference
+                "a path that starts where the recipe was",
+                f"name that folder: {spelt(Checks, 'base_dir', 'FOLDER')}",
+                reference,
             )
             return
 

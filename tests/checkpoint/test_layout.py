@@ -318,6 +318,6 @@ def test_pickles_are_refused_with_the_way_to_convert_them(tmp_path: Path, suffix
         f"{path}: a pickle, which can run any code when it is loaded, so it is not read; "
         'if you trust its author, convert the folder once: python -c "from transformers import '
         "AutoModelForCausalLM as M; M.from_pretrained('FOLDER', dtype='auto').save_pretrained('CONVERTED')\""
-        "; or allow it with --allow-pickle, which needs torch"
+        "; or allow it with allow_pickle=True, which needs torch"
     )
     assert refusal(tmp_path) == refusal(path) == expected

@@ -257,7 +257,8 @@ BESIDE = "'input_norms' names a file of one model, so it belongs beside 'model:'
         ),
         (
             "wanda\n", "wanda\ncompat: mergekit\n",
-            "10:15: compat: mergekit has no importance: wanda; remove it, or do without compat (--compat)",
+            "10:15: compat: mergekit has no importance: wanda; remove it, or do without compat (of the "
+            "recipe, or compat=True)",
         ),
     ],
 )  # fmt: skip

@@ -437,7 +437,7 @@ def test_a_merge_of_pickles_is_that_of_their_twins(tmp_path: Path) -> None:
         return {"merge_method": "della", "base_model": str(tmp_path / kind / "base"), "models": models}
 
     twin = della.merge(made("twins"), tmp_path / "twin", fsync=False)
-    with pytest.raises(CheckpointError, match="allow it with --allow-pickle"):
+    with pytest.raises(CheckpointError, match="allow it with allow_pickle=True"):
         della.merge(made("pickles"), tmp_path / "out", fsync=False)
     result = della.merge(made("pickles"), tmp_path / "out", fsync=False, allow_pickle=True)
     assert result.manifest["tensors"] == twin.manifest["tensors"]

@@ -39,7 +39,7 @@ def test_one_single_file(tmp_path: Path) -> None:
     save_model(out, 1.0, single_file=True)
     assert os.listdir(tmp_path) == [out.name]
     assert refusal(out, single_file=True) == (
-        f"{out}: exists already; choose another place, or allow it to be replaced: --overwrite"
+        f"{out}: exists already; choose another place, or allow it to be replaced: overwrite=True"
     )
     save_model(out, 2.0, single_file=True, overwrite="any")
     assert os.listdir(tmp_path) == [out.name]
@@ -71,7 +71,7 @@ def test_overwrite_swaps(tmp_path: Path, exchange: bool, monkeypatch: pytest.Mon
     (out / "della.json").write_text("{}")
     assert (
         refusal(out)
-        == f"{out}: exists already; choose another place, or allow it to be replaced: --overwrite"
+        == f"{out}: exists already; choose another place, or allow it to be replaced: overwrite=True"
     )
     save_model(out, 2.0, overwrite="any")
     assert os.listdir(tmp_path) == ["out"]
@@ -198,7 +198,7 @@ def test_an_empty_folder_and_a_foreign_model_may_be_replaced(tmp_path: Path) -> 
     assert os.listdir(tmp_path / "empty") == ["model.safetensors"]
     for name in ("config.json", "model-00001-of-00002.safetensors", "README.md", "tokenizer.model"):
         disk_write(tmp_path / "foreign" / name)
-    assert "--overwrite=any" in refusal(tmp_path / "foreign", overwrite=True)
+    assert 'overwrite="any"' in refusal(tmp_path / "foreign", overwrite=True)
     save_model(tmp_path / "foreign", overwrite="any")
     assert os.listdir(tmp_path / "foreign") == ["model.safetensors"]
 

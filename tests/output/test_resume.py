@@ -95,7 +95,7 @@ def test_the_same_command_goes_on_and_reads_nothing_twice(
     staging = out.with_name(f".{out.name}.della-staging")
     assert "the disk is full" in said
     assert f"25 finished tensors are kept in {staging}" in said
-    assert "the same command resumes it" in said
+    assert "the same call resumes it" in said
     assert sorted(os.listdir(tmp_path)) == [staging.name, "quiet"]
     finished = set(journal.told([staging / "journal-1-of-1"]).done)
     assert len(finished) == 25
@@ -224,8 +224,8 @@ def test_after_a_swap_the_old_model_is_not_taken_for_a_staged_one(
     with pytest.raises(OutputError) as caught:
         della.merge(made, out, overwrite="any", finish=True, **OPTIONS)
     assert str(caught.value) == (
-        f"{out}: an earlier run was cut short while it put the new model there; see what `della verify` says"
-        ", and leave out --finish if it is not there"
+        f"{out}: an earlier run was cut short while it put the new model there; see what della.verify says"
+        ", and leave out finish if it is not there"
     )
     result = della.merge(made, out, overwrite="any", **OPTIONS)
     assert (result.resumed, files(out)) == (0, wanted)
@@ -264,7 +264,7 @@ def test_parts_in_any_order_give_the_bytes_of_one_run(
     with pytest.raises(OutputError) as caught:
         della.merge(made, out, finish=True, **OPTIONS)
     assert "are not finished (" in str(caught.value)
-    assert "run the parts that are missing, or leave out --finish" in str(caught.value)
+    assert "run the parts that are missing, or leave out finish" in str(caught.value)
     for number in (order[-1], order[0]):  # one once more: nothing is left to do
         della.merge(made, out, part=(number, parts), **OPTIONS)
     result = della.merge(made, out, finish=True, **OPTIONS)
@@ -278,7 +278,7 @@ def test_a_part_without_a_file_says_so(made: dict[str, Any], tmp_path: Path) -> 
     told: list[str] = []
     for number in range(1, 8):
         della.merge(made, tmp_path / "out", part=(number, 7), tell=told.append, **OPTIONS)
-    said = "nothing to do for this part: the result has 5 files; a smaller --shard-size makes more"
+    said = "nothing to do for this part: the result has 5 files; a smaller shard_bytes makes more"
     assert told == [said] * 2
 
 
@@ -327,7 +327,7 @@ def test_parts_of_different_merges_do_not_mix(made: dict[str, Any], tmp_path: Pa
     for part, said in (((0, 2), "0/2"), ((3, 2), "3/2")):
         with pytest.raises(RecipeError) as refused:
             della.merge(made, out, part=part, **OPTIONS)
-        assert str(refused.value) == f"part {said}: expected i/n with 1 <= i <= n, such as 2/7"
+        assert str(refused.value) == f"part {said}: expected (i, n) with 1 <= i <= n, such as (2, 7)"
     with pytest.raises(RecipeError):
         della.merge(made, out, part=(1, 2), finish=True, **OPTIONS)
 

@@ -334,7 +334,7 @@ def test_an_old_result_is_kept_or_swapped_whole(tmp_path: Path) -> None:
     della.merge(made, out, fsync=False, shard_bytes=100)
     assert (out / "model.safetensors.index.json").exists()
     assert refused(OutputError, made, out) == (
-        f"{out}: exists already; choose another place, or allow it to be replaced: --overwrite"
+        f"{out}: exists already; choose another place, or allow it to be replaced: overwrite=True"
     )
     della.merge(made, out, fsync=False, overwrite="any")
     assert sorted(path.name for path in out.iterdir()) == [

@@ -290,7 +290,7 @@ def test_overrides_by_path_and_everywhere() -> None:
         9,
     )
     assert recipe.notes == (
-        "--set density=[0.5, 0.8]: this holds for every model and replaces the setting of one model",
+        "overrides density=[0.5, 0.8]: this holds for every model and replaces the setting of one model",
     )
     assert recipe.text == dedent("""\
         merge_method: della_linear
@@ -343,4 +343,4 @@ def test_an_override_of_an_aliased_setting_reaches_one_model_only() -> None:
     ],
 )  # fmt: skip
 def test_mistakes_in_overrides_name_the_override(override: str, message: str) -> None:
-    assert told(HEAD, overrides=[override]) == f"--set {printable(override)}: {message}"
+    assert told(HEAD, overrides=[override]) == f"overrides {printable(override)}: {message}"

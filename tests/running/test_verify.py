@@ -260,7 +260,7 @@ def test_nothing_there(tmp_path: Path, made: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         della.merge(made / "recipe.yml", tmp_path / "no", threads=1, fsync=False, progress=stop)
-    said = "an unfinished merge (5 tensors done); the same command resumes it"
+    said = "an unfinished merge (5 tensors done); the same call resumes it"
     assert refused(OutputError, tmp_path / "no") == (
         f"{tmp_path}/no: nothing is there; {tmp_path}/.no.della-staging: {said}"
     )

@@ -32,7 +32,7 @@ def test_relative_paths_start_from_the_base_dir(made: Path, monkeypatch: pytest.
     assert verify(made / FOLDER, inputs=True, sources=0.01, base_dir=made).recomputed == 1
     said = refused(CheckpointError, made / FOLDER, inputs=True)
     assert f"  - ./base: not found; tried {made.parent}/base" in said
-    hint = "  - ./base: a path that starts where the recipe was; name that folder: --from FOLDER"
+    hint = "  - ./base: a path that starts where the recipe was; name that folder: base_dir=FOLDER"
     assert said.splitlines()[-1] == hint
     monkeypatch.chdir(made)
     assert verify(made / FOLDER, inputs=True).inputs == 151
@@ -131,7 +131,7 @@ def test_every_kind_of_merge_comes_out_again(whole: Path, kind: str) -> None:
     found = verify(merged, sources=1, inputs=True, allow_pickle=allow)
     assert (found.bad, found.recomputed) == ([], found.tensors)
     if allow:
-        assert "--allow-pickle" in refused(CheckpointError, merged, inputs=True)
+        assert "allow_pickle=True" in refused(CheckpointError, merged, inputs=True)
 
 
 @pytest.mark.parametrize("form", FORMS)
