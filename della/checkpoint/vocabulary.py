@@ -51,6 +51,32 @@ def read_vocabulary(folder: Path) -> Vocabulary:
     return Vocabulary(tokens, special, _rules(fast) if fast else {})
 
 
+def moved_ids(folder: Path) -> list[tuple[str, int, int]]:
+    """(token, id, the id that it gets) of the added tokens of tokenizer.json whose ids follow a hole.
+
+    tokenizers 0.23, and so transformers 5, gives an added token the next id that is free, whatever the file
+    says.
+    """
+    fast = _json(folder / "tokenizer.json")
+    model = fast.get("model")
+    words = model.get("vocab") if isinstance(model, dict) else None
+    if not isinstance(words, dict | list):
+        return []
+    known = (
+        words if isinstance(words, dict) else {str(row[0]) for row in words if isinstance(row, list) and row}
+    )
+    added = fast.get("added_tokens")
+    rows = [row for row in (added if isinstance(added, list) else ()) if isinstance(row, dict)]
+    last, moved = len(words) - 1, []
+    for row in rows:
+        number, text = row.get("id"), str(row.get("content"))
+        if type(number) is not int or text in known:
+            continue
+        last += 1
+        moved += [(text, number, last)] if number != last else []
+    return moved
+
+
 def read_eos(folder: Path) -> Any:
     """The eos_token_id of generation_config.json; None where it names none."""
     return _json(folder / "generation_config.json").get("eos_token_id")
@@ -73,9 +99,8 @@ def contradicting(folder: Path) -> list[str]:
     found = []
     old, now = _special(_json(folder / "special_tokens_map.json")), _special(config)
     lists = [_listed(_json(folder / "special_tokens_map.json")), _listed(config)]
-    if any(key in now and now[key] != text for key, text in old.items()) or (
-        all(lists) and len(set(lists)) > 1
-    ):
+    said = now | {key: "" for key in SPECIAL if key in config and config[key] is None}
+    if any(said.get(key, text) != text for key, text in old.items()) or (all(lists) and len(set(lists)) > 1):
         found.append("special_tokens_map.json")
     added = _json(folder / "added_tokens.json")
     if added and (folder / "tokenizer.json").is_file():

@@ -26,7 +26,7 @@ from della.output.staging import staged_bytes
 from della.planning import configs, tokenizers
 from della.planning.alignment import aligned, differing_buffers, strangers
 from della.planning.compatibility import check_fit, extras, foreign_code, stand_in
-from della.planning.coverage import check_idle, covered
+from della.planning.coverage import check_idle, covered, mostly_left_out
 from della.planning.differences import departures
 from della.planning.heads import settled
 from della.planning.job import Job, Model, Operand, Plan
@@ -86,7 +86,7 @@ def make_plan(
             check_idle(recipe, models, base, jobs, coverage)
         _check_whole_model(recipe, jobs)
         _check_compat(recipe, jobs)
-        notes += _about_jobs(base, models, jobs, permissions)
+        notes += [*mostly_left_out(models, base, coverage), *_about_jobs(base, models, jobs, permissions)]
         made = tuple(departures(recipe, jobs))
         return Plan(recipe, base, models, jobs, tuple(notes), made, coverage, stack.pop_all())
 

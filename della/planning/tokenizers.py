@@ -7,7 +7,14 @@ from pathlib import Path
 
 from della.checkpoint.layout import WEIGHTS
 from della.checkpoint.source import Source
-from della.checkpoint.vocabulary import Vocabulary, chat_template, contradicting, read_eos, read_vocabulary
+from della.checkpoint.vocabulary import (
+    Vocabulary,
+    chat_template,
+    contradicting,
+    moved_ids,
+    read_eos,
+    read_vocabulary,
+)
 from della.errors import Collector, Problem, some
 from della.output.place import MANIFEST
 from della.planning.heads import EMBEDDINGS
@@ -30,6 +37,10 @@ def compare(base: Source, models: Sequence[Source], problems: Collector) -> list
     ours, template = read_vocabulary(base.folder), chat_template(base.folder)
     raw = {name: _raw(base.folder / name) for name in FILES}
     notes = [f"{p.subject}: {p.said}" for p in _beyond_rows(base, ours)]
+    if moved := moved_ids(base.folder):
+        token, number, gets = moved[0]
+        text = f"{len(moved)} added tokens of tokenizer.json follow a hole in its ids ({token!r} is {number})"
+        notes.append(f"{base.reference}: {text}; transformers 5 closes it, and looks for that in row {gets}")
     for model in dict.fromkeys(models):
         if model is base or model.folder == base.folder:
             continue

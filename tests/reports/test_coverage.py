@@ -312,3 +312,17 @@ def test_a_single_change_is_seen_wherever_it_is(tmp_path: Path) -> None:
     recipe = made(tmp_path, {"base": base, "one": one})
     found = della.merge(recipe, tmp_path / "out", fsync=False, tile=5_000).manifest["coverage"]["one"]
     assert (found["merged"], found["changed"]) == (2, 1)
+
+
+def test_a_model_of_which_little_takes_part_is_told_in_a_sentence(tmp_path: Path) -> None:
+    base = llama()
+    path = made(tmp_path, {"base": base, "one": tuned(base, 2)}, missing="base", extra="ignore")
+    with della.plan(path) as plan:
+        assert not [note for note in plan.notes if "fewer than half" in note]
+    odd = {"q.weight": np.ones((5, 7), np.float32), "r.weight": np.ones((3, 2), np.float32)}
+    part = odd | {"norm.weight": base["norm.weight"] + 1}
+    path = made(tmp_path, {"base": base, "one": part}, missing="base", extra="ignore")
+    with della.plan(path) as plan:
+        (note,) = [note for note in plan.notes if "fewer than half" in note]
+    assert "only 1 of its 3 tensors" in note
+    assert "fine-tune of base" in note

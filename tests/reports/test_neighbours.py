@@ -158,3 +158,47 @@ def test_old_lists_of_special_tokens_that_contradict_are_not_shipped(tmp_path: P
         put(tmp_path, {f"BASE/{file}": {"additional_special_tokens": [name]}})
     merged(path)
     assert not (tmp_path / "out/special_tokens_map.json").exists()
+
+
+def test_a_special_token_that_is_null_is_none_in_any_file(tmp_path: Path) -> None:
+    path = pair(tmp_path, llama(), tuned(llama()))
+    put(tmp_path, {
+        "BASE/tokenizer_config.json": {"pad_token": None, "eos_token": "</s>"},
+        "BASE/special_tokens_map.json": {"pad_token": "<pad>", "eos_token": "</s>"},
+    })  # fmt: skip
+    assert any("special_tokens_map.json contradicts" in note for note in notes(path))
+    put(tmp_path, {"BASE/special_tokens_map.json": {"eos_token": "</s>", "bos_token": "<s>"}})
+    assert not any("contradicts" in note for note in notes(path))  # a key that is absent says nothing
+
+
+WORDS_OF_FIVE = {"<unk>": 0, "a": 1, "b": 2, "c": 3, "d": 4}
+HOLES: list[tuple[dict[str, int], list[tuple[int, str]]]] = [
+    (WORDS_OF_FIVE, [(5, "<s>"), (9, "</s>")]), (WORDS_OF_FIVE, [(5, "<s>"), (6, "</s>")]),
+    (WORDS_OF_FIVE, [(7, "<s>"), (8, "</s>")]), (WORDS_OF_FIVE, [(1, "a"), (5, "<s>")]),
+    ({"<unk>": 0, "a": 2, "b": 4}, [(5, "<s>"), (6, "</s>")]), (WORDS_OF_FIVE, []),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "added"), HOLES)
+def test_holes_in_ids_are_told_as_tokenizers_fills_them(
+    tmp_path: Path, words: dict[str, int], added: list[tuple[int, str]]
+) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    path = pair(tmp_path, llama(), tuned(llama()))
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
+    made = {
+        "version": "1.0", "truncation": None, "padding": None, "normalizer": None, "pre_tokenizer": None,
+        "post_processor": None, "decoder": None,
+        "added_tokens": [{"id": number, "content": text, **flags} for number, text in added],
+        "model": {"type": "WordLevel", "vocab": words, "unk_token": "<unk>"},
+    }  # fmt: skip
+    put(tmp_path, {"BASE/tokenizer.json": made, "FT/tokenizer.json": made})
+    real = tokenizers.Tokenizer.from_file(str(tmp_path / "BASE/tokenizer.json"))
+    moved = [(text, number) for number, text in added if real.token_to_id(text) != number]
+    found = [note for note in notes(path) if "hole" in note]
+    assert len(found) == bool(moved)
+    if moved:
+        text, number = moved[0]
+        assert f"{len(moved)} added tokens" in found[0]
+        assert f"{text!r} is {number}" in found[0]
+        assert f"row {real.token_to_id(text)}" in found[0]
