@@ -57,12 +57,13 @@ def _coverage(name: str, model: Model, used: set[str], idle: dict[str, str], cha
 
 
 def mostly_left_out(models: Sequence[Model], base: Source, coverage: Sequence[Coverage]) -> list[str]:
-    """A note on each model of which less than half takes part."""
+    """A note on each model of which less than half takes part, in less than half of the result."""
+    ours = sum(view.dtype.is_float for view in base.tensors.values())
     return [
         f"{each.reference}: only {each.merged} of its {each.of} tensors take part in the merge, fewer than "
         f"half: what else it has learnt is lost. Is it a fine-tune of {base.reference}?"
         for model, each in zip(models, coverage, strict=True)
-        if model.source is not base and 0 < 2 * each.merged < each.of
+        if model.source is not base and 0 < 2 * each.merged < min(each.of, ours)
     ]
 
 

@@ -326,3 +326,6 @@ def test_a_model_of_which_little_takes_part_is_told_in_a_sentence(tmp_path: Path
         (note,) = [note for note in plan.notes if "fewer than half" in note]
     assert "only 1 of its 3 tensors" in note
     assert "fine-tune of base" in note
+    whole = base | {f"vision.{k}": np.ones((3, 3), np.float32) for k in range(9)}
+    with della.plan(made(tmp_path, {"base": base, "one": whole}, extra="ignore")) as plan:
+        assert not [note for note in plan.notes if "fewer than half" in note]  # all of the base, and more
