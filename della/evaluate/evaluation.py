@@ -20,7 +20,7 @@ from della.evaluate import problems as benchmarks
 from della.evaluate import scoring
 from della.evaluate.backends import Backend, Model
 from della.evaluate.generations import Store
-from della.evaluate.options import EvaluationOptions
+from della.evaluate.options import EvaluationOptions, opt
 from della.evaluate.problems import Item
 from della.evaluate.scoring import Difference, Score, Scored
 from della.evaluate.settings import check, depends
@@ -183,7 +183,7 @@ class _Run:
         if settings.score_only:
             if not path.is_file():
                 said = "no such file, so there is nothing to score"
-                raise EvaluationError(Problem(said, "leave out --score-only", str(path)))
+                raise EvaluationError(Problem(said, f"leave out {opt('score_only')}", str(path)))
             return Store(path, None)
         return Store(path, depends(model, task, settings), fresh=settings.fresh)
 
@@ -198,11 +198,11 @@ class _Run:
                     f"problem {prompt.id} was put otherwise than now: the data, the template or della's "
                     "version has changed"
                 )
-                fix = "choose another --out, or begin anew with --fresh"
+                fix = f"choose another {opt('out')}, or begin anew with {opt('fresh', True)}"
                 raise EvaluationError(Problem(said, fix, str(store.path)))
         if missing and self._settings.score_only:
             said = f"{len(missing)} of {len(self._prompts[task])} answers are missing"
-            raise EvaluationError(Problem(said, "leave out --score-only", str(store.path)))
+            raise EvaluationError(Problem(said, f"leave out {opt('score_only')}", str(store.path)))
         return missing
 
     def _generate(
@@ -258,7 +258,9 @@ class _Run:
         outputs, settings = folder / "alpaca_eval.json", self._settings
         alpaca.write_outputs(outputs, problems, answers, model.name)
         if settings.annotator is None:
-            self._tell(f"{outputs} holds the answers for alpaca_eval; --annotator NAME has them judged")
+            self._tell(
+                f"{outputs} holds the answers for alpaca_eval; {opt('annotator', 'NAME')} has them judged"
+            )
             return Scored((), {})
         references = folder / "alpaca_eval.reference.json"
         alpaca.write_outputs(references, problems, {p.id: p.reference for p in problems}, "reference")
@@ -280,14 +282,14 @@ class _Run:
     def _check_annotator(self, annotator: str) -> None:
         from della.evaluate import alpaca
 
-        asked = self._problems["alpaca_eval"]
-        lacking = [problem.id for problem in asked if not problem.reference]
+        found = self._problems["alpaca_eval"]
+        lacking = [problem.id for problem in found if not problem.reference]
         if lacking:
             said = (
-                f"{len(lacking)} of {len(asked)} instructions have no reference 'output', such as number "
+                f"{len(lacking)} of {len(found)} instructions have no reference 'output', such as number "
                 f"{lacking[0]}"
             )
-            fix = "take a file that has them, or leave out --annotator"
+            fix = f"take a file that has them, or leave out {opt('annotator')}"
             raise EvaluationError(Problem(said, fix, "alpaca_eval"))
         alpaca.check_judge(self._settings.alpaca_command, annotator)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from della.errors import EvaluationError, Problem
+from della.evaluate.options import opt
 from della.evaluate.problems import parsed
 from della.output import disk
 
@@ -45,7 +46,7 @@ class Store:
             path.parent.mkdir(parents=True, exist_ok=True)
             fd = disk.open_plain(path, os.O_RDWR | os.O_CREAT)
         if fd is None:
-            raise EvaluationError(Problem("not a plain file", "choose another --out", str(path)))
+            raise EvaluationError(Problem("not a plain file", f"choose another {opt('out')}", str(path)))
         self._fd = fd
         try:
             self._open(fresh)
@@ -83,7 +84,7 @@ class Store:
             raise EvaluationError(
                 Problem(
                     "another evaluation is writing it",
-                    "wait for its end, or choose another --out",
+                    f"wait for its end, or choose another {opt('out')}",
                     str(self.path),
                 )
             )
@@ -123,7 +124,8 @@ class Store:
             self.records[record["id"]] = record
             end += len(line) + 1
         if others and self.records:
-            fix = "choose another --out" + (", or begin anew with --fresh" if self._of == "answers" else "")
+            fix = f"choose another {opt('out')}"
+            fix += f", or begin anew with {opt('fresh', True)}" if self._of == "answers" else ""
             said = f"its {self._of} are of other settings: {others}"
             raise EvaluationError(Problem(said, fix, str(self.path)))
         return 0 if others else end
@@ -140,7 +142,11 @@ class Store:
     def _other_settings(self, line: bytes) -> str:
         """Which settings of the file differ from ours, in words; "" if none does."""
         foreign = EvaluationError(
-            Problem("not a file of answers that della has written", "choose another --out", str(self.path))
+            Problem(
+                "not a file of answers that della has written",
+                f"choose another {opt('out')}",
+                str(self.path),
+            )
         )
         try:
             header = parsed(line, str(self.path))

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from della.errors import EvaluationError, Problem
+from della.errors import EvaluationError, Problem, either
 from della.evaluate.backends import Keep, Model, batches
+from della.evaluate.options import opt
 from della.evaluate.templates import Prompt
 
 
@@ -76,7 +77,7 @@ class HfModel:
                     Problem(
                         f"cannot answer {len(chosen)} prompts of up to {longest} tokens: "
                         f"{_first_line(error)}",
-                        "a smaller --batch or --max-tokens may help",
+                        f"a smaller {opt('batch')} or {opt('max_tokens')} may help",
                         self._name,
                     )
                 ) from error
@@ -87,7 +88,11 @@ class HfModel:
         if prompt.is_chat:
             if self._tokenizer.chat_template is None:
                 raise EvaluationError(
-                    Problem("its tokenizer has no chat template", "choose another --template", self._name)
+                    Problem(
+                        "its tokenizer has no chat template",
+                        _other_template(),
+                        self._name,
+                    )
                 )
             said = [{"role": "user", "content": text}]
             try:
@@ -96,7 +101,7 @@ class HfModel:
                 raise EvaluationError(
                     Problem(
                         f"its chat template fails: {_first_line(error)}",
-                        "choose another --template",
+                        _other_template(),
                         self._name,
                     )
                 ) from error
@@ -139,3 +144,7 @@ class HfModel:
 
 def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:300]}"
+
+
+def _other_template() -> str:
+    return either("choose another --template", "choose other templates")

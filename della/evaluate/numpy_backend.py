@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from della.errors import DellaError, EvaluationError, Problem
+from della.errors import CheckpointError, DellaError, EvaluationError, Problem
 from della.evaluate.backends import Keep, batches
 from della.evaluate.llama import Llama
+from della.evaluate.options import opt
 from della.evaluate.problems import parsed, read_limited
 from della.evaluate.templates import Prompt
 from della.evaluate.tokenizer import Tokenizer, load_tokenizer
@@ -34,6 +35,11 @@ def load(folder: str) -> tuple[Tokenizer, Llama]:
         ) from error
     try:
         return tokenizer, Llama.from_folder(path)
+    except CheckpointError as error:
+        if any(path.glob("*.safetensors")):
+            raise
+        said = "has no safetensors, and the numpy backend reads nothing else"
+        raise EvaluationError(Problem(said, f"try {opt('backend', 'hf')}", str(folder))) from error
     except KeyError as error:
         raise EvaluationError(
             Problem(f"its config.json or its weights lack {error}", subject=str(folder))
@@ -43,7 +49,7 @@ def load(folder: str) -> tuple[Tokenizer, Llama]:
             Problem(f"cannot be read ({error.strerror})", subject=str(error.filename))
         ) from error
     except (ValueError, TypeError) as error:
-        raise EvaluationError(Problem(str(error), "try --backend hf", str(folder))) from error
+        raise EvaluationError(Problem(str(error), f"try {opt('backend', 'hf')}", str(folder))) from error
 
 
 class NumpyModel:
@@ -57,7 +63,9 @@ class NumpyModel:
     def answer(self, prompts: Sequence[Prompt], keep: Keep) -> None:
         """Greedy answers, a batch at a time."""
         if any(prompt.is_chat for prompt in prompts):
-            raise EvaluationError(Problem("the numpy backend knows no chat templates", "use --backend hf"))
+            raise EvaluationError(
+                Problem("the numpy backend knows no chat templates", f"use {opt('backend', 'hf')}")
+            )
         ids = [self._tokenizer.encode(prompt.text).ids for prompt in prompts]
         for chosen in batches(prompts, ids, self._batch):
             answers = self._model.greedy([ids[at] for at in chosen], self._most, self._ends[0])

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from della.errors import EvaluationError
-from della.options import option, refused
+from della.options import option, refused, spelt
 
 
 def _tasks(text: str) -> tuple[str, ...]:
@@ -125,6 +125,11 @@ class EvaluationOptions:
         from della.evaluate.templates import DEFAULTS
 
         return self.templates.get(task, DEFAULTS[task])
+
+
+def opt(name: str, value: bool | str | None = None) -> str:
+    """An option of an evaluation as its user writes it, as `spelt` does."""
+    return spelt(EvaluationOptions, name, value)
 
 
 @dataclass(frozen=True, slots=True)

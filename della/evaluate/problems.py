@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from della.checkpoint.strict import json_value
-from della.errors import CheckpointError, EvaluationError, Problem, unknown
+from della.errors import CheckpointError, EvaluationError, Problem, either, unknown
 
 MOST_BYTES = 256_000_000
 MBPP_TEST = range(11, 511)  # the task ids of the test split, by MBPP's own README
@@ -130,7 +130,8 @@ def _file(path: Path) -> Iterator[_Record]:
 
 def _hub(task: Task) -> Iterator[_Record]:
     path, name, split = task.hub
-    give = f"give a local file with --data {task.name}=FILE; it is published at {task.published}"
+    option = either(f"--data {task.name}=FILE", f'data={{"{task.name}": FILE}}')
+    give = f"give a local file with {option}; it is published at {task.published}"
     try:
         import datasets
     except ModuleNotFoundError as error:

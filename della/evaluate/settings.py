@@ -8,7 +8,7 @@ from typing import Any
 from della.errors import EvaluationError, Problem, unknown
 from della.evaluate.backends import BACKENDS, DTYPES, Model
 from della.evaluate.endpoint import public
-from della.evaluate.options import EvaluationOptions
+from della.evaluate.options import EvaluationOptions, opt
 from della.evaluate.problems import TASKS
 from della.evaluate.templates import check_template
 from della.options import refused
@@ -37,11 +37,13 @@ def check(models: Sequence[Model], settings: EvaluationOptions) -> None:
         raise refused(EvaluationError, "seed", settings.seed, "expected at least 0")
     if settings.backend == "openai" and not settings.base_url and not settings.score_only:
         said = "the backend openai needs the server's address"
-        raise EvaluationError(Problem(said, "give --base-url http://HOST/v1", parameter="base_url"))
+        raise EvaluationError(
+            Problem(said, f"give {opt('base_url', 'http://HOST/v1')}", parameter="base_url")
+        )
     if settings.model_name and len(models) > 1:
         raise EvaluationError(
             Problem(
-                "--model-name is of one model",
+                f"{opt('model_name')} is of one model",
                 "give several by the names that the server knows",
                 parameter="model_name",
             )
@@ -50,7 +52,7 @@ def check(models: Sequence[Model], settings: EvaluationOptions) -> None:
         for model in models:
             _ = model.local_or_hub
     if settings.fresh and settings.score_only:
-        said = "--fresh forgets the answers that --score-only is to score"
+        said = f"{opt('fresh')} forgets the answers that {opt('score_only')} is to score"
         raise EvaluationError(Problem(said, "leave one out", parameter="fresh"))
 
 

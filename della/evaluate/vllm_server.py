@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from della.errors import EvaluationError, Problem
+from della.errors import EvaluationError, Problem, either
 from della.evaluate.backends import Model
 from della.output import disk
 
@@ -45,7 +45,7 @@ def vllm_server(
             Problem(
                 "no such command",
                 "install vLLM, in an environment of its own if it does not fit this one, and give its "
-                "program: --vllm-command ENV/bin/vllm",
+                f"program: {either('--vllm-command ENV/bin/vllm', 'vllm_command=(PROGRAM,)')}",
                 command[0],
             )
         )

@@ -105,7 +105,7 @@ def test_numpy_answers_as_the_demo_does() -> None:
 
 
 def test_numpy_says_what_it_lacks(tmp_path: Path) -> None:
-    with pytest.raises(EvaluationError, match="the numpy backend knows no chat templates; use --backend hf"):
+    with pytest.raises(EvaluationError, match='knows no chat templates; use backend="hf"'):
         NumpyModel(str(TRIO / "math"), batch=2, max_tokens=4).answer([Prompt("0", "", True)], Kept().keep)
     with pytest.raises(
         EvaluationError, match="none: no such folder; the numpy backend reads local models only"
@@ -115,13 +115,13 @@ def test_numpy_says_what_it_lacks(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "m/config.json").read_text())
     (tmp_path / "m/config.json").write_text(json.dumps(config | {"attention_bias": True}))
     with pytest.raises(
-        EvaluationError, match=r"m: .* does not compute this attention_bias; try --backend hf$"
+        EvaluationError, match=r"m: .* does not compute this attention_bias; try backend=\"hf\"$"
     ):
         NumpyModel(str(tmp_path / "m"), batch=2, max_tokens=4)
     (tmp_path / "m/generation_config.json").unlink()
     for changes, message in (
         ({"eos_token_id": None}, r"m: no eos_token_id in its config\.json, so no answer would end; add it$"),
-        ({"tie_word_embeddings": False, "num_hidden_layers": None}, r"m: .*; try --backend hf$"),
+        ({"tie_word_embeddings": False, "num_hidden_layers": None}, r"m: .*; try backend=\"hf\"$"),
     ):
         (tmp_path / "m/config.json").write_text(json.dumps(config | changes))
         with pytest.raises(EvaluationError, match=message):
@@ -150,7 +150,7 @@ def test_a_chat_template_that_fails_is_told(tmp_path: Path) -> None:
     model = HfModel(Model("m", str(tmp_path / "m")), dtype="float32", batch=2, max_tokens=4)
     with pytest.raises(
         EvaluationError,
-        match=r"m: its chat template fails: .*roles must alternate; choose another --template$",
+        match=r"m: its chat template fails: .*roles must alternate; choose other templates$",
     ):
         model.answer([Prompt("0", "", True)], Kept().keep)
 
@@ -179,7 +179,7 @@ def test_hf_follows_the_models_chat_template_and_tells_where_there_is_none(tmp_p
     with pytest.raises(EvaluationError) as error:
         hf_model(TRIO / "math").answer([Prompt("0", "Hello", True)], Kept().keep)
     assert str(error.value) == (
-        f"{TRIO / 'math'}: its tokenizer has no chat template; choose another --template"
+        f"{TRIO / 'math'}: its tokenizer has no chat template; choose other templates"
     )
     shutil.copytree(TRIO / "math", tmp_path / "chat")
     (tmp_path / "chat/chat_template.jinja").write_text(

@@ -171,7 +171,7 @@ def test_what_cannot_be_done_is_told_before_the_model_is_loaded(tmp_path: Path, 
     config = json.loads((TRIO / "base/config.json").read_text()) | {"hidden_act": "gelu"}
     weights = (TRIO / "base/model.safetensors").read_bytes()
     put(tmp_path / "gelu", tokenizer | {"config.json": config, "model.safetensors": weights})
-    assert told(model=tmp_path / "gelu").endswith("does not compute this hidden_act; try --backend hf")
+    assert told(model=tmp_path / "gelu").endswith('does not compute this hidden_act; try backend="hf"')
 
 
 def test_a_model_that_transformers_cannot_load(tmp_path: Path, data: Path) -> None:

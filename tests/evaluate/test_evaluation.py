@@ -186,14 +186,14 @@ def test_other_settings_and_other_problems_are_refused_or_begun_anew(make: Make,
             evaluate(["m"], make(server.url, max_tokens=9, templates={"gsm8k": "chat"}))
         assert str(error.value) == (
             f'{store}: its answers are of other settings: template "alpaca", now "chat"; max_tokens 512, '
-            "now 9; choose another --out, or begin anew with --fresh"
+            "now 9; choose another out, or begin anew with fresh=True"
         )
         lines(tmp_path / "gsm8k.jsonl", *sums(10)[::-1])
         with pytest.raises(EvaluationError) as error:
             evaluate(["m"], make(server.url))
         assert str(error.value) == (
             f"{store}: problem 0 was put otherwise than now: the data, the template or della's version has "
-            "changed; choose another --out, or begin anew with --fresh"
+            "changed; choose another out, or begin anew with fresh=True"
         )
         assert len(server.requests) == 10
         (result,) = evaluate(["m"], make(server.url, fresh=True))
@@ -223,7 +223,7 @@ def test_score_only_takes_what_is_there_and_never_asks(make: Make, tmp_path: Pat
     (answers,) = json.loads((tmp_path / "out/scores.json").read_text())["answers"]
     made = answers["settings"]
     assert (made["backend"], made["base_url"]) == ("openai", server.url), "what they were made with, not hf"
-    with pytest.raises(EvaluationError, match=r"6 of 10 answers are missing; leave out --score-only$"):
+    with pytest.raises(EvaluationError, match=r"6 of 10 answers are missing; leave out score_only$"):
         evaluate(["m"], make("", score_only=True))
     with pytest.raises(EvaluationError, match=r"n/gsm8k\.jsonl: no such file, so there is nothing to score"):
         evaluate(["n"], make("", score_only=True))
@@ -362,7 +362,7 @@ def test_alpaca_evals_answers_are_written_for_the_package(tmp_path: Path) -> Non
         assert server.requests[0].prompt.endswith("USER: Say hello. ASSISTANT:")
     written = tmp_path / "out/m/alpaca_eval.json"
     assert result.scores == ()
-    assert notes == [f"{written} holds the answers for alpaca_eval; --annotator NAME has them judged"]
+    assert notes == [f"{written} holds the answers for alpaca_eval; annotator=NAME has them judged"]
     assert json.loads(written.read_text()) == [
         {"instruction": "Say hello.", "output": " Hello 0 ", "generator": "m"},
         {"instruction": "Say bye.", "output": " Hello 1 ", "generator": "m"},
@@ -371,7 +371,7 @@ def test_alpaca_evals_answers_are_written_for_the_package(tmp_path: Path) -> Non
         evaluate(["m"], EvaluationOptions(**{**as_dict(settings), "annotator": "alpaca_eval_gpt4"}))
     assert str(error.value) == (
         "alpaca_eval: 1 of 2 instructions have no reference 'output', such as number 1; take "
-        "a file that has them, or leave out --annotator"
+        "a file that has them, or leave out annotator"
     )
 
 
@@ -422,10 +422,10 @@ REFUSED: dict[str, tuple[Mapping[str, Any], str]] = {
     "limit": ({"limit": 0}, "limit 0: expected at least 1"),
     "batch": ({"batch": -1}, "batch -1: expected at least 1"),
     "seed": ({"seed": -1}, "seed -1: expected at least 0"),
-    "no address": ({}, "the backend openai needs the server's address; give --base-url http://HOST/v1"),
+    "no address": ({}, 'the backend openai needs the server\'s address; give base_url="http://HOST/v1"'),
     "fresh scores": (
         {"fresh": True, "score_only": True},
-        "--fresh forgets the answers that --score-only is to score; leave one out",
+        "fresh forgets the answers that score_only is to score; leave one out",
     ),
 }  # fmt: skip
 
@@ -440,7 +440,5 @@ def test_a_setting_that_cannot_be_is_told(make: Make, more: Mapping[str, Any], m
 def test_models_must_be_told_apart(make: Make) -> None:
     with pytest.raises(EvaluationError, match=r"^two models are called m; .*NAME=MODEL$"):
         evaluate(["a/m", "b/m"], make("http://localhost/v1"))
-    with pytest.raises(
-        EvaluationError, match=r"^--model-name is of one model; give several by the names that"
-    ):
+    with pytest.raises(EvaluationError, match=r"^model_name is of one model; give several by the names that"):
         evaluate(["a", "b"], make("http://localhost/v1", model_name="x"))

@@ -79,7 +79,7 @@ def test_other_settings_are_refused_by_name_unless_it_is_begun_anew(file: Path) 
         Store(file, {"model": "n", "stops": ["a", "b"], "limit": None, "seed": 1})
     assert str(error.value) == (
         f'{file}: its answers are of other settings: model "m", now "n"; seed null, now 1; choose another '
-        "--out, or begin anew with --fresh"
+        "out, or begin anew with fresh=True"
     )
     assert file.read_text(encoding="utf-8") == HEADER + LINES
     with Store(file, {"model": "n"}, fresh=True) as store:
@@ -100,13 +100,13 @@ def test_a_file_of_something_else_is_left_alone(tmp_path: Path, content: bytes) 
     file.write_bytes(content)
     with pytest.raises(EvaluationError) as error:
         Store(file, SETTINGS)
-    assert str(error.value) == f"{file}: not a file of answers that della has written; choose another --out"
+    assert str(error.value) == f"{file}: not a file of answers that della has written; choose another out"
     assert file.read_bytes() == content
 
 
 def test_no_file_at_all_is_told(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(EvaluationError, match=r"pipe: not a plain file; choose another --out$"):
+    with pytest.raises(EvaluationError, match=r"pipe: not a plain file; choose another out$"):
         Store(tmp_path / "pipe", SETTINGS)
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(EvaluationError, match="link: not a plain file"):
@@ -123,7 +123,7 @@ def test_one_evaluation_at_a_time(file: Path) -> None:
     with Store(file, SETTINGS):
         second = subprocess.run(command, capture_output=True, text=True, check=False)
         assert second.stderr.strip().endswith(
-            f"{file}: another evaluation is writing it; wait for its end, or choose another --out"
+            f"{file}: another evaluation is writing it; wait for its end, or choose another out"
         )
     subprocess.run(command, check=True)
 

@@ -146,7 +146,7 @@ def test_without_a_file_the_hub_is_asked(monkeypatch: pytest.MonkeyPatch) -> Non
         load("gsm8k")
     assert str(error.value) == (
         "openai/gsm8k: cannot be fetched from the Hub (ConnectionError: no route); give a local file with "
-        "--data gsm8k=FILE; it is published at https://github.com/openai/grade-school-math "
+        'data={"gsm8k": FILE}; it is published at https://github.com/openai/grade-school-math '
         "(grade_school_math/data/test.jsonl)"
     )
 
@@ -157,7 +157,8 @@ def test_without_a_file_and_the_package_it_is_said_what_to_give(monkeypatch: pyt
         load("mbpp")
     assert str(error.value) == (
         "mbpp: no file was given, and the package datasets, which would fetch it from the Hub, is not "
-        "installed (pip install '.[hub]' in della's checkout); give a local file with --data mbpp=FILE; it "
+        "installed (pip install '.[hub]' in della's checkout); give a local file with "
+        'data={"mbpp": FILE}; it '
         "is published at "
         "https://github.com/google-research/google-research (mbpp/mbpp.jsonl)"
     )
