@@ -32,7 +32,7 @@ FENCES = {
     "typer": ["cli.main", "cli.options"],
     "rich": ["cli.console"],
     "openai": ["evaluate.endpoint"],
-    "tokenizers": ["evaluate.tokenizer"],
+    "tokenizers": ["evaluate.tokenizer", "planning.retokenized"],
     "torch": ["checkpoint.pickles", "evaluate.calibration", "evaluate.hf", "experiments.small_model"],
     "transformers": ["evaluate.hf", "experiments.small_model"],
     "datasets": ["evaluate.problems"],

@@ -21,19 +21,15 @@ from urllib.request import url2pathname
 from della.checkpoint.header import LENGTH_BYTES, header_length
 from della.checkpoint.layout import (
     INDEX,
-    MOST_CONFIG_BYTES,
     Layout,
     RawHeader,
-    check_small,
-    confined,
     read_folder,
     read_single,
     weight_files,
-    why_no_file,
 )
 from della.checkpoint.pickles import PICKLES
+from della.checkpoint.sides import SIDE_FILES, TEXTS, checked_side_files
 from della.checkpoint.view import Renamed, Stored, TensorView
-from della.checkpoint.vocabulary import contradicting
 from della.checkpoint.weights import Weights
 from della.errors import CheckpointError, Problem, suggest
 
@@ -46,21 +42,6 @@ WINDOWS_PATH = re.compile(r"[A-Za-z]:/|.*\\")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 FIRST_READ = 1 << 17  # holds the whole header of most files, so most need one request
 
-# Everything a tokenizer or a generation set-up may consist of; never code.
-TEXTS = ("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "USE_POLICY.md")  # for people
-SIDE_FILES = (
-    "added_tokens.json", "bpe.codes", "chat_template.jinja", "chat_template.json",
-    "config_sentence_transformers.json", "dict.txt", "emoji.txt", "encoder.json", "entity_vocab.json",
-    "feature_extractor_config.json", "generation_config.json", "image_processor_config.json",
-    "merges.txt", "modules.json", "normalizer.json",
-    "preprocessor_config.json", "processor_config.json", "prophetnet.tokenizer", "scheduler_config.json",
-    "sentence_bert_config.json", "sentencepiece.bpe.model", "sentencepiece.model", "source.spm",
-    "special_tokens_map.json", "spiece.model", "spm.model", "spm_char.model", "target.spm",
-    "target_vocab.json", "tekken.json", "tiktoken.model", "tokenizer.json", "tokenizer.model",
-    "tokenizer.model.v3", "tokenizer.model.v7", "tokenizer_config.json",
-    "video_preprocessor_config.json", "vocab-src.json", "vocab-tgt.json", "vocab.bpe", "vocab.json",
-    "vocab.txt",
-)  # fmt: skip
 HUB_FILES = (
     *SIDE_FILES,
     *TEXTS,
@@ -79,8 +60,9 @@ class Source:
     """An opened checkpoint; safe to read from several threads.  Close it, or use it in a with-block.
 
     It has ``tensors``, views by name, file by file in the order of their data; ``folder``, where it lies;
-    ``config``, {} where there is no config.json; ``revision``, the commit of a Hub snapshot, else None; and
-    ``notes`` on what of the folder was not read.
+    ``config``, {} where there is no config.json; ``revision``, the commit of a Hub snapshot, else None;
+    ``notes`` on what of the folder was not read; and ``instead``, what a result has in place of
+    its side files: by name another file, bytes, or None.
 
     Args:
         reference: the model as its user names it.
@@ -101,6 +83,7 @@ class Source:
         self.config = layout.config
         self.notes = [f"{reference}: {note}" for note in layout.notes]
         self.revision = _commit_of(self.folder)
+        self.instead: Mapping[str, Path | bytes | None] = {}
         self._weights = Weights(reference, layout.files)
         self.tensors: dict[str, TensorView] = {
             name: Stored(entry, self._weights, layout.held.get(name))
@@ -142,7 +125,8 @@ class Source:
     @property
     def parts(self) -> dict[str, Stored]:
         """The stored tensors by name: all that reading its views can read."""
-        return {part.name: part for view in self.tensors.values() for part in view.parts}
+        parts = (part for view in self.tensors.values() for part in view.parts)
+        return {part.name: part for part in parts if part.weights is self._weights}  # rows may be another's
 
     def side_files(self) -> list[Path]:
         """Files of the tokenizer, the chat template and the generation settings, sorted by name.
@@ -150,24 +134,9 @@ class Source:
         Old files that contradict newer ones are not among them.  Raises CheckpointError for a link that
         leaves the folder, and for what is not a file.
         """
-        stale = contradicting(self.folder)
-        names = [
-            p.name
-            for p in self.folder.iterdir()
-            if p.name in (*SIDE_FILES, *TEXTS) or p.suffix == ".tiktoken"
-        ]
-        names = [name for name in names if name not in stale]
-        for name in names:
-            path = confined(self.folder, name)
-            if set(name) & set("\\:") or not name.isprintable():
-                raise CheckpointError(
-                    Problem(f"{name!r} is no name for a file of a model", "rename it", str(self.folder))
-                )
-            if not path.is_file():
-                raise CheckpointError(Problem(*why_no_file(path), str(self.folder / name)))
-            if name.endswith("_config.json"):
-                check_small(path, MOST_CONFIG_BYTES)
-        return [self.folder / name for name in sorted(names)]
+        others = [path for path in self.instead.values() if isinstance(path, Path)]
+        own = (path for path in checked_side_files(self.folder) if path.name not in self.instead)
+        return sorted([*own, *others], key=lambda path: path.name)
 
     def close(self) -> None:
         """Close the files of weights."""

@@ -89,6 +89,11 @@ class TensorView(ABC):
         return sum(part.nbytes for part in self.parts)
 
     @property
+    def key(self) -> str:
+        """What its numbers depend on beyond its parts, as text; "" where that is nothing."""
+        return ""
+
+    @property
     def where(self) -> str:
         """The file of its first part, for messages."""
         return str(self.parts[0].file) if self.parts else "memory"
@@ -153,7 +158,7 @@ class Stored(TensorView):
         super().__init__(entry.name, entry.shape, entry.dtype)
         self.file: Path = entry.file
         self.offset = entry.offset
-        self._nbytes, self._weights, self._bits = entry.nbytes, weights, bits
+        self._nbytes, self.weights, self._bits = entry.nbytes, weights, bits
 
     @property
     def parts(self) -> tuple[Stored, ...]:
@@ -165,7 +170,7 @@ class Stored(TensorView):
 
     @property
     def reference(self) -> str:
-        return self._weights.reference
+        return self.weights.reference
 
     def read_into(self, start: int, out: Array, hashes: Hashes | None = None) -> None:
         raw = out.view(np.uint8).data
@@ -183,9 +188,9 @@ class Stored(TensorView):
         if start < 0 or start + buffer.nbytes > self.nbytes:
             raise ValueError(f"bytes {start} to {start + buffer.nbytes} of {self.name}: {self.nbytes}")
         if self._bits is None:
-            self._weights.read_into(self.file, self.offset + start, buffer)
+            self.weights.read_into(self.file, self.offset + start, buffer)
         elif buffer.nbytes:
-            self._weights.check_size(self.file)
+            self.weights.check_size(self.file)
             copy_bytes(self._bits, start, buffer)
 
     def pieces(self, start: int = 0) -> Iterator[memoryview]:
@@ -208,6 +213,10 @@ class Renamed(TensorView):
     def __init__(self, name: str, view: TensorView) -> None:
         super().__init__(name, view.shape, view.dtype, view.parts, view.element)
         self.view = view
+
+    @property
+    def key(self) -> str:
+        return self.view.key
 
     def read_into(self, start: int, out: Array, hashes: Hashes | None = None) -> None:
         self.view.read_into(start, out, hashes)

@@ -17,11 +17,15 @@ SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "cls_token", "sep
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """``tokens`` by id, ``special`` tokens by kind, and ``rules`` of tokenizer.json by which text is cut."""
+    """``tokens`` by id, ``special`` tokens by kind, and ``rules`` of tokenizer.json by which text is cut.
+
+    ``added`` are the tokens that no model of the tokenizer makes of text, each as tokenizer.json has it.
+    """
 
     tokens: dict[int, str] = field(default_factory=dict)
     special: dict[str, str] = field(default_factory=dict)
     rules: dict[str, Any] = field(default_factory=dict)
+    added: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def read_vocabulary(folder: Path) -> Vocabulary:
@@ -36,19 +40,20 @@ def read_vocabulary(folder: Path) -> Vocabulary:
         tokens |= {number: word for word, number in words.items() if type(number) is int}
     elif isinstance(words, list):  # Unigram: [token, score]
         tokens |= {number: row[0] for number, row in enumerate(words) if isinstance(row, list) and row}
-    added = fast.get("added_tokens")
-    for row in added if isinstance(added, list) else ():
+    config, listed = _json(folder / "tokenizer_config.json"), fast.get("added_tokens")
+    decoder = config.get("added_tokens_decoder")
+    extra: list[Any] = list(listed) if isinstance(listed, list) else []
+    if not fast:
+        extra += [{"id": n, "content": w} for w, n in _json(folder / "added_tokens.json").items()]
+        rows = decoder.items() if isinstance(decoder, dict) else ()
+        extra += [{**row, "id": int(n)} for n, row in rows if n.isdecimal() and isinstance(row, dict)]
+    added = {}
+    for row in extra:
         if isinstance(row, dict) and type(row.get("id")) is int:
             tokens[row["id"]] = str(row.get("content"))
-    if not fast:
-        tokens |= {n: word for word, n in _json(folder / "added_tokens.json").items() if type(n) is int}
-    config = _json(folder / "tokenizer_config.json")
-    decoder = config.get("added_tokens_decoder")
-    if not fast and isinstance(decoder, dict):
-        rows = {int(n): row for n, row in decoder.items() if n.isdecimal() and isinstance(row, dict)}
-        tokens |= {number: str(row.get("content")) for number, row in rows.items()}
+            added[tokens[row["id"]]] = row
     special = _special(_json(folder / "special_tokens_map.json")) | _special(config)
-    return Vocabulary(tokens, special, _rules(fast) if fast else {})
+    return Vocabulary(tokens, special, _rules(fast) if fast else {}, added)
 
 
 def moved_ids(folder: Path) -> list[tuple[str, int, int]]:

@@ -65,7 +65,7 @@ def settled(base: Source, models: list[Source]) -> tuple[dict[Source, Source], l
     heads = {source: next(filter(HEAD.search, now.tensors), None) for source, now in made.items()}
     own = [source for source, head in heads.items() if head is not None]
     was_tied = is_tied(base) or any(HEAD.search(name) for name in copied[base])
-    if not own or not was_tied or _embeddings(made[base]) is None:
+    if not own or not was_tied or embeddings_of(made[base]) is None:
         if copied[base] and base.config and _said(base.config) is None:
             made[base] = _with(made[base], True)  # without a head, nobody shall have to guess
         return {source: now for source, now in made.items() if now is not source}, notes
@@ -77,7 +77,7 @@ def settled(base: Source, models: list[Source]) -> tuple[dict[Source, Source], l
     made[base] = _with(made[base], False)
     aliases = _tables(made[base], copied[base])
     for source, now in made.items():
-        tensor = _embeddings(now)
+        tensor = embeddings_of(now)
         wanted = [*aliases, *([head] if heads[base] is None and source in tied else [])]
         added = [name for name in wanted if tensor and name not in now.tensors]
         if tensor and added:
@@ -94,7 +94,7 @@ def _tables(base: Source, copied: Sequence[str]) -> list[str]:
     untied misses them when it is loaded, and begins with random ones.
     """
     found = [name for name in copied if not HEAD.search(name)]
-    shared = _embeddings(base) or ""
+    shared = embeddings_of(base) or ""
     stem = shared.removesuffix("shared.weight")
     for part in ("encoder", "decoder") if stem != shared else ():
         if any(name.startswith(f"{stem}{part}.") for name in base.tensors):
@@ -102,7 +102,7 @@ def _tables(base: Source, copied: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _embeddings(source: Source) -> str | None:
+def embeddings_of(source: Source) -> str | None:
     """The tensor of the embeddings: the shared one, or the first."""
     found = [name for name in source.tensors if EMBEDDINGS.search(name)]
     return next((name for name in found if name.endswith("shared.weight")), found[0] if found else None)
@@ -111,7 +111,7 @@ def _embeddings(source: Source) -> str | None:
 def _copies(source: Source) -> list[str]:
     """The tensors that are the same bytes as the embeddings: a tied head, or one of which config.json says
     nothing; the names of encoder and decoder."""
-    first = _embeddings(source)
+    first = embeddings_of(source)
     if first is None:
         return []
     view, found = source.tensors[first], []
@@ -129,7 +129,7 @@ def _without(source: Source, copies: list[str], tells: bool, notes: list[str]) -
     """A source without its copies."""
     if not copies:
         return source
-    first = _embeddings(source)
+    first = embeddings_of(source)
     if tells:
         notes.append(f"{source.reference}: {', '.join(copies)} is a copy of {first}, and left out")
     elif len(copies) > 1 or not HEAD.search(copies[0]):

@@ -30,6 +30,7 @@ from della.planning.coverage import check_idle, covered, mostly_left_out
 from della.planning.differences import departures
 from della.planning.heads import settled
 from della.planning.job import Job, Model, Operand, Plan
+from della.planning.vocabularies import follow_tokens
 from della.recipe.reader import ModelEntry, Recipe
 
 _SOON_READ = 1 << 20  # elements of a tensor that a plan reads without delay
@@ -55,6 +56,7 @@ def make_plan(
         with check:
             _check_target(target, [*opened.values(), *norms.values()])
         notes = [*recipe.notes, *_align(_template(recipe), opened)]
+        notes += follow_tokens(recipe, _template(recipe), opened, check)
         base = opened.get(_template(recipe))
         models = tuple(
             Model(m, opened[m.reference], norms.get(m.input_norms))
@@ -151,7 +153,11 @@ def _check_models(recipe: Recipe, base: Source, models: Sequence[Source], check:
             notes += filter(None, (differing_buffers(base, source, check), configs.note(base, source)))
         if recipe.mismatch == "error":
             check.extend(configs.other_type(base, source))
-    return notes + check_fit(recipe, base, fitting, check) + tokenizers.compare(base, fitting, check)
+    return (
+        notes
+        + check_fit(recipe, base, fitting, check)
+        + tokenizers.compare(base, fitting, check, recipe.tokenizer)
+    )
 
 
 def _fp8(source: Source) -> Iterator[Problem]:

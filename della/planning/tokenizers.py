@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from della.checkpoint.layout import WEIGHTS
@@ -18,6 +19,7 @@ from della.checkpoint.vocabulary import (
 from della.errors import Collector, Problem, some
 from della.output.place import MANIFEST
 from della.planning.heads import EMBEDDINGS
+from della.recipe.tokens import Tokenizer
 
 _OF_WEIGHTS = (*WEIGHTS, ".index.json")
 BESIDE = ("generation_config.json", "additional_chat_templates")
@@ -32,11 +34,19 @@ FILES = (
 )  # fmt: skip
 
 
-def compare(base: Source, models: Sequence[Source], problems: Collector) -> list[str]:
-    """A line on each model whose tokenizer is another than the base's; ids without a row are ``problems``."""
+def compare(
+    base: Source, models: Sequence[Source], problems: Collector, choice: Tokenizer | None = None
+) -> list[str]:
+    """A line on each model whose tokenizer is another than the base's; ids without a row are ``problems``.
+
+    With a ``choice`` rows follow tokens, so that other ids are no difference; that of a model is written, and
+    nothing is held against the base's.
+    """
+    if choice and choice.source not in ("base", "union"):
+        return []
     ours, template = read_vocabulary(base.folder), chat_template(base.folder)
     raw = {name: _raw(base.folder / name) for name in FILES}
-    notes = [f"{p.subject}: {p.said}" for p in _beyond_rows(base, ours)]
+    notes = [f"{p.subject}: {p.said}" for p in _beyond_rows(base, ours)] if choice is None else []
     if moved := moved_ids(base.folder):
         token, number, gets = moved[0]
         text = f"{len(moved)} added tokens of tokenizer.json follow a hole in its ids ({token!r} is {number})"
@@ -47,7 +57,9 @@ def compare(base: Source, models: Sequence[Source], problems: Collector) -> list
         changed = [name for name in FILES if _raw(model.folder / name) != raw[name]]
         if changed:
             theirs = read_vocabulary(model.folder)
-            if theirs.tokens != ours.tokens:
+            if choice:
+                ours, theirs = replace(ours, tokens={}), replace(theirs, tokens={})
+            elif theirs.tokens != ours.tokens:
                 problems.extend(_beyond_rows(model, theirs))
             if said := "; ".join((*_differences(ours, theirs), *_opaque(model, raw, changed))):
                 notes.append(

@@ -14,6 +14,7 @@ from della.dtypes import DType
 from della.errors import Location, Problem, RecipeError, clip, some, suggest
 from della.merging.method import Method
 from della.recipe.settings import Filtered, Gradient, Scalar, Setting, choose, possible
+from della.recipe.tokens import Tokenizer
 
 _MOST_COMPLAINTS = 5
 
@@ -45,7 +46,7 @@ class Recipe:
     Settings that the method does not use are in neither.  What to do about unfit inputs: ``nonfinite``
     ("error", "keep", "zero"), ``missing`` ("error", "base"), ``extra`` ("error", "ignore", "copy"),
     ``mismatch`` of model types ("error", "ignore");
-    ``plain_fp8``: float8 tensors are values, no codes.
+    ``plain_fp8``: float8 tensors are values, no codes; ``tokenizer``: the one that the result shall have.
     """
 
     path: Path | None
@@ -65,6 +66,7 @@ class Recipe:
     extra: str
     mismatch: str
     plain_fp8: bool
+    tokenizer: Tokenizer | None
     notes: tuple[str, ...]
     location: Location = field(compare=False, repr=False)
 

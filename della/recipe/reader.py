@@ -23,6 +23,7 @@ from della.recipe.overrides import apply_overrides
 from della.recipe.references import identities, named_model, same
 from della.recipe.settings import Setting, read_setting, read_value
 from della.recipe.text import dump, load_text, parse
+from della.recipe.tokens import read_tokenizer
 from della.recipe.tree import Items, Leaf, Node, Table, from_objects, refusal, show
 
 __all__ = ["DEFAULT_SEED", "ModelEntry", "Recipe", "read_recipe"]
@@ -37,7 +38,6 @@ _MODEL_KEYS = ("model", "parameters", "input_norms")
 _LATER_KEYS = {
     "slices": "list whole models under 'models' instead",
     "modules": "list whole models under 'models' instead",
-    "tokenizer": "write 'tokenizer_source: base' instead to keep the base model's tokenizer",
     "chat_template": "remove it, and the chat template is the base model's",
 }
 _BESIDE = "names a file of one model, so it belongs beside 'model:' in an entry of 'models'"
@@ -116,7 +116,7 @@ class _Reader:
             if self._entry(root, key):
                 said, at = f"{key!r} is not part of this version yet", root.entries[key].key
                 self._tell(at, key, said, instead)
-        self._tokenizer_source(root)
+        tokenizer = read_tokenizer(root, self.problems)
         self._method(root)
         base = self._named(root, "base_model", "'base_model'")
         if base is not None:
@@ -153,6 +153,7 @@ class _Reader:
             seed=DEFAULT_SEED if seed is None else int(seed),
             compat=compat is not None,
             plain_fp8=bool(self._value(root, _PLAIN_FP8)),
+            tokenizer=tokenizer,
             **policies,
             notes=tuple(self.notes),
             location=location,
@@ -229,13 +230,6 @@ class _Reader:
         strange = [k for k in table.entries if k not in _TOP_KEYS and k not in ALL_PARAMETERS]
         if self._entry(table, key) is None and not any(suggest(k, (key,)) for k in strange):
             self._tell(location, key, said, fix)
-
-    def _tokenizer_source(self, root: Table) -> None:
-        key = "tokenizer_source"
-        node = self._entry(root, key)
-        if node is not None and not (isinstance(node, Leaf) and node.text == "base"):
-            said = f"{key!r} can only be base in this version, found {show(node)}"
-            self._tell(node.location, key, said, f"write '{key}: base'")
 
     def _method(self, root: Table) -> None:
         key, there_is = "merge_method", f"there is {', '.join(METHODS)}"

@@ -196,7 +196,8 @@ def _check_unchanged(plan: Plan, stamps: Mapping[str, str]) -> None:
 def _key(plan: Plan, stamps: Mapping[str, str]) -> str:
     """What the bytes of the weights depend on."""
     identities = [model.identity for model in plan.recipe.models]
-    parts = [__version__, versions(), plan.recipe.text, identities, list(stamps.values())]
+    keys = sorted({view.key for job in plan.jobs for view in job.views})
+    parts = [__version__, versions(), plan.recipe.text, identities, list(stamps.values()), keys]
     return json.dumps(parts, sort_keys=True)
 
 
@@ -242,6 +243,7 @@ def _complete(plan: Plan, staged: StagedOutput, room: int, auto_map: bool) -> di
     if plan.base.config:
         files["config.json"] = config_json(plan.base.config, plan.jobs, auto_map)
     files |= {path.name: side_file(path, auto_map) for path in plan.base.side_files()}
+    files |= {name: made for name, made in plan.base.instead.items() if isinstance(made, bytes)}
     for name, content in files.items():
         staged.add_file(name, content)
     table = {shard.name: _entry(shard.header, shard.size) for shard in staged.shards}

@@ -18,7 +18,8 @@ import xxhash
 from della.checkpoint.header import Header, read_header
 from della.checkpoint.layout import MOST_INDEX_BYTES, confined, read_small, why_no_file
 from della.checkpoint.pickles import PICKLES
-from della.checkpoint.source import SIDE_FILES, Source
+from della.checkpoint.sides import SIDE_FILES
+from della.checkpoint.source import Source
 from della.checkpoint.strict import json_object
 from della.errors import CheckpointError, DellaError, OutputError, Problem, RecipeError, printable
 from della.options import Checks, Execution, Permissions, spelt

@@ -121,15 +121,13 @@ def test_all_problems_are_told_at_once_in_the_order_of_lines_with_the_file(tmp_p
         ("modules: {}\n", ("6:1: 'modules' is not part of this version yet; list whole models under "
                            "'models' instead")),
         (
-            "tokenizer:\n  source: union\n",
-            ("6:1: 'tokenizer' is not part of this version yet; write 'tokenizer_source: base' instead to "
-             "keep the "
-            "base model's tokenizer"),
+            "tokenizer:\n  source: union\ntokenizer_source: base\n",
+            "6:1: 'tokenizer' and 'tokenizer_source' say the same; keep 'tokenizer' alone, with its 'source'",
         ),
         (
-            "tokenizer_source: union\n",
-            ("6:19: 'tokenizer_source' can only be base in this version, found 'union'; "
-            "write 'tokenizer_source: base'"),
+            "tokenizer: union\n",
+            ("6:12: 'tokenizer' must be a mapping with 'source', found 'union'; write 'tokenizer: {source: "
+             "union}', or 'tokenizer_source: base'"),
         ),
         (
             "chat_template: auto\n",
