@@ -17,6 +17,7 @@ from della.planning.planner import make_plan
 from della.recipe.reader import Recipe, read_recipe
 
 if TYPE_CHECKING:
+    from della.running.bar import Asked
     from della.running.run import Progress, Result
     from della.running.verify import Verdict
 
@@ -29,7 +30,7 @@ def merge(
     overrides: Sequence[str] | str = (), compat: bool = False, fsync: bool = True,
     shard_bytes: int = 5_000_000_000, tile: int = TILE, part: tuple[int, int] = (1, 1), finish: bool = False,
     allow_pickle: bool = False, keep_auto_map: bool = False, allow_idle: bool = False,
-    progress: Callable[[Progress], None] | None = None, tell: Callable[[str], None] | None = None,
+    progress: Asked = None, tell: Callable[[str], None] | None = None,
 ) -> Result:  # fmt: skip
     """Merge as ``recipe`` says and write the model to ``out``; until the last step ``out`` is what it was.
 
@@ -51,7 +52,8 @@ def merge(
         allow_pickle: read .bin and .pt files too, by torch and as weights only.
         keep_auto_map: keep what the base's configuration says of code of its own.
         allow_idle: merge although a model takes no part, or changes nothing.
-        progress: called with a Progress after every piece, from worker threads, one at a time.
+        progress: True shows a bar, in notebooks too; a function is called with a Progress after every piece,
+            from worker threads, one at a time.
         tell: called with notes on resuming.
 
     Returns:
@@ -71,7 +73,10 @@ def merge(
     target, changes = Target(Path(out), overwrite), Changes(seed, _several(overrides), compat)
     execution = Execution(threads, shard_bytes, Share(*part), finish, fsync, tile)
     permissions = Permissions(allow_pickle, keep_auto_map, allow_idle)
-    return run_merge(recipe, target, changes, execution, permissions, progress=progress, tell=tell)
+    from della.running.bar import shown
+
+    with shown(progress, "merging") as update:
+        return run_merge(recipe, target, changes, execution, permissions, progress=update, tell=tell)
 
 
 def plan(
@@ -119,7 +124,7 @@ def verify(
     base_dir: str | Path | None = None,
     allow_pickle: bool = False,
     threads: int | None = None,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Asked = None,
 ) -> Verdict:
     """Compare every byte of a merged model with its manifest.
 
@@ -132,8 +137,7 @@ def verify(
         base_dir: where its relative paths start, by default the working directory.
         allow_pickle: as for `merge`.
         threads: by default as many as there are processors.
-        progress: called with a Progress, from worker threads, one at a time; it begins anew for what is
-            computed again.
+        progress: as for `merge`; it begins anew for what is computed again.
 
     Returns:
         A Verdict: is_well, bad (what is wrong), notes, counts.
@@ -152,7 +156,10 @@ def verify(
     """
     checks = Checks(sources, inputs, strict, None if base_dir is None else Path(base_dir))
     permissions = Permissions(allow_pickle=allow_pickle)
-    return run_verify(Path(out), checks, permissions, Execution(threads), progress=progress)
+    from della.running.bar import shown
+
+    with shown(progress, "verifying") as update:
+        return run_verify(Path(out), checks, permissions, Execution(threads), progress=update)
 
 
 # ---- the drivers: options as values -----------------------------------------------------------------------

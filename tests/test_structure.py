@@ -31,6 +31,7 @@ FENCES = {
     "numba": ["merging.kernels.compile"],
     "typer": ["cli.main", "cli.options"],
     "rich": ["cli.console"],
+    "tqdm": ["running.bar"],
     "openai": ["evaluate.endpoint"],
     "tokenizers": ["evaluate.tokenizer", "planning.retokenized"],
     "torch": ["checkpoint.pickles", "evaluate.calibration", "evaluate.hf", "experiments.small_model"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -307,6 +308,50 @@ def test_progress_counts_every_byte_and_ends_at_the_total(models: Trio, tmp_path
     assert [event.done for event in events] == sorted(event.done for event in events)
     assert (events[-1].done, events[-1].tensors) == (total, count)
     assert len(events) > 2 * count
+
+
+def test_a_bar_in_a_script_or_notebook_without_widgets(
+    models: Trio, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _ = models
+    made = recipe(folder, "della", own_of("della"), {})
+    with della.plan(made) as plan:
+        total = plan.bytes_read + plan.bytes_written
+    for progress in (False, None):
+        della.merge(made, tmp_path / "quiet", fsync=False, progress=progress, overwrite=True)
+        assert capsys.readouterr() == ("", "")
+    result = della.merge(made, tmp_path / "out", fsync=False, progress=True, threads=2)
+    out, shown = capsys.readouterr()
+    assert out == ""
+    *_, last = shown.rstrip("\n").split("\r")
+    assert re.match(rf"merging: 100%\|.*\| {total / 1000:.0f}k/{total / 1000:.0f}k \[", last), shown
+    quiet = json.loads((tmp_path / "quiet/della.json").read_text())
+    assert result.manifest["tensors"] == quiet["tensors"]
+    assert della.verify(result.out, sources=0.5, progress=True).is_well
+    assert "verifying: 100%" in capsys.readouterr().err
+    with pytest.raises(della.OutputError):
+        della.merge(made, tmp_path / "out", fsync=False, progress=True)
+    *_, last, end = capsys.readouterr().err.split("\r")
+    assert (last.strip(), end) == ("", ""), "of a merge that was refused nothing stays"
+
+
+def test_a_bar_of_widgets_in_a_notebook(
+    models: Trio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """tqdm.auto takes the widget by itself; what it is told is the same: all bytes, once."""
+    import tqdm.auto
+
+    told: list[tuple[str, float, float]] = []
+
+    class Widget(tqdm.std.tqdm):  # type: ignore[misc]
+        def display(self, *_: Any, **__: Any) -> None:
+            told.append((self.desc, self.n, self.total or 0))
+
+    monkeypatch.setattr("tqdm.auto.tqdm", Widget)
+    made = recipe(models[0], "della", own_of("della"), {})
+    della.merge(made, tmp_path / "out", fsync=False, progress=True)
+    assert told[-1][0].startswith("merging")
+    assert told[-1][1] == told[-1][2] > 0
 
 
 def test_a_recipe_that_was_read_repeats_itself(models: Trio, tmp_path: Path) -> None:
