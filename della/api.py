@@ -17,7 +17,6 @@ from della.planning.planner import make_plan
 from della.recipe.reader import Recipe, read_recipe
 
 if TYPE_CHECKING:
-    from della.running.bar import Asked
     from della.running.run import Progress, Result
     from della.running.verify import Verdict
 
@@ -30,7 +29,7 @@ def merge(
     overrides: Sequence[str] | str = (), compat: bool = False, fsync: bool = True,
     shard_bytes: int = 5_000_000_000, tile: int = TILE, part: tuple[int, int] = (1, 1), finish: bool = False,
     allow_pickle: bool = False, keep_auto_map: bool = False, allow_idle: bool = False,
-    progress: Asked = None, tell: Callable[[str], None] | None = None,
+    progress: Callable[[Progress], None] | bool | None = None, tell: Callable[[str], None] | None = None,
 ) -> Result:  # fmt: skip
     """Merge as ``recipe`` says and write the model to ``out``; until the last step ``out`` is what it was.
 
@@ -124,7 +123,7 @@ def verify(
     base_dir: str | Path | None = None,
     allow_pickle: bool = False,
     threads: int | None = None,
-    progress: Asked = None,
+    progress: Callable[[Progress], None] | bool | None = None,
 ) -> Verdict:
     """Compare every byte of a merged model with its manifest.
 

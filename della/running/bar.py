@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from della.running.run import Progress
 
-    Asked = Callable[[Progress], None] | bool | None
-
 
 @contextmanager
-def shown(progress: Asked, doing: str) -> Iterator[Callable[[Progress], None] | None]:
+def shown(
+    progress: Callable[[Progress], None] | bool | None, doing: str
+) -> Iterator[Callable[[Progress], None] | None]:
     """What to call with each Progress: ``progress`` itself, nothing, or for True what draws a bar on stderr.
 
     In a notebook it is a widget, or text where ipywidgets is missing.
