@@ -19,6 +19,12 @@ WRAPPED = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_mod
 ONE_BY_ONE = re.compile(r"\.experts\.\d+\.")
 FUSED = re.compile(r"\.experts\.[a-z_]*(gate_up|down|w1|w2|w3|input|output)[a-z_]*")
 MOST_PAIRS = 40  # of names that are looked at for a rule
+SIZES = (
+    "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "intermediate_size", "vocab_size", "num_experts", "num_local_experts", "n_routed_experts",
+    "moe_intermediate_size", "n_embd", "n_layer", "n_head", "d_model", "d_ff", "num_layers",
+)  # fmt: skip
+FEW = 3  # tensors that do not fit are told one by one
 MANY = 6  # such facts are told
 MOST_COMPARED = 1 << 20  # bytes of a buffer
 
@@ -104,10 +110,11 @@ def strangers(base: Source, model: Source, lacks: bool) -> Iterator[Problem]:
     if not model.tensors:
         yield Problem("holds no tensor", "give a model with weights", model.reference)
         return
-    unlike = [name for name in common if model.tensors[name].shape != base.tensors[name].shape]
+    unlike = [name for name in base.tensors if name in common and _shapes(base, model, name)]
+    resized = [name for name in unlike if not of_vocabulary(base.tensors[name], model.tensors[name])]
     is_near = 2 * len(common) > len(ours) or (lacks and common) or not ours
     is_fused = _is_fused(base, model)
-    if is_near and not is_fused and 2 * len(unlike) <= len(common):
+    if is_near and not is_fused and 2 * len(unlike) <= len(common) and len(resized) <= FEW:
         return
     differs = _different(base, model)
     said = f"against {base.reference}: {len(common)} of {len(ours)} names in common"
@@ -116,7 +123,9 @@ def strangers(base: Source, model: Source, lacks: bool) -> Iterator[Problem]:
     said += f" ({differs})" if differs else ""
     here = next((name for name in model.tensors if name not in base.tensors), "")
     there = next((name for name in base.tensors if name not in model.tensors), "")
-    if here and there:
+    if resized:
+        said += f": {resized[0]} has {_shapes(base, model, resized[0])}"
+    elif here and there:
         said += f": {here} here, {there} there"
     fix = "all models must be fine-tunes of one base"
     if is_fused:
@@ -127,18 +136,21 @@ def strangers(base: Source, model: Source, lacks: bool) -> Iterator[Problem]:
     yield Problem(said, fix, model.reference, there or None)
 
 
+def _shapes(base: Source, model: Source, name: str) -> str:
+    """The two shapes of a tensor, where they differ."""
+    theirs, ours = model.tensors[name].shape, base.tensors[name].shape
+    return "" if theirs == ours else f"shape {list(theirs)}, expected {list(ours)}"
+
+
+def of_vocabulary(ours: TensorView, theirs: TensorView) -> bool:
+    """Whether two shapes differ by the rows of a vocabulary alone."""
+    rows_alone = len(ours.shape) == 2 and theirs.shape[1:] == ours.shape[1:]
+    return rows_alone and ("embed" in ours.name or "lm_head" in ours.name)
+
+
 def _different(base: Source, model: Source) -> str:
     """The sizes that the two configurations tell otherwise."""
-    keys = (
-        "model_type",
-        "hidden_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "vocab_size",
-        "n_embd",
-        "n_layer",
-    )
-    pairs = [(key, _size(model.config, key), _size(base.config, key)) for key in keys]
+    pairs = [(key, _size(model.config, key), _size(base.config, key)) for key in SIZES]
     return ", ".join(
         f"{key} {a} against {b}" for key, a, b in pairs if a is not None and b is not None and a != b
     )

@@ -8,6 +8,7 @@ from dataclasses import replace
 from della.checkpoint.source import Source
 from della.checkpoint.view import TensorView
 from della.errors import Collector, Problem, clip, some
+from della.planning.alignment import FEW, of_vocabulary
 from della.planning.configs import NUMBER, depths
 from della.planning.heads import HEAD, is_tied
 from della.recipe.reader import Recipe
@@ -50,7 +51,7 @@ def check_fit(recipe: Recipe, base: Source, models: Sequence[Source], problems: 
         why = _why_no_copy(base, model, extra)
         if extra and recipe.extra == "error":
             fix = "write 'extra: ignore' to leave that out, or 'extra: copy' to take it over"
-            said = f"has {some(extra, 20)} beyond the base's{f' ({why})' * bool(why)}"
+            said = f"has {some(extra, FEW if why else 20)} beyond the base's{f' ({why})' * bool(why)}"
             if why:
                 fix = "all models must be fine-tunes of one base; 'extra: ignore' leaves that out"
             problems.extend(_against(model, base, [Problem(said, fix, tensor=extra[0])]))
@@ -103,7 +104,7 @@ def _lacking(recipe: Recipe, base: Source, model: Source, missing: Sequence[str]
         yield Problem(said, fix, tensor=heads[0])
     elif missing:
         depth, more = depths(base, model), extras(base, model)
-        said = f"lacks {some(missing, 20)}{f' ({depth})' * bool(depth)}"
+        said = f"lacks {some(missing, FEW if depth else 20)}{f' ({depth})' * bool(depth)}"
         said += f", and has {some(more)} instead: another kind of head" if heads and more else ""
         fix = "all models must be fine-tunes of one base"
         fix += "; or 'missing: base' to take the base's" if recipe.method.needs_base else ""
@@ -123,20 +124,22 @@ def _claimed_twice(base: Source, models: Sequence[Source]) -> Iterator[Problem]:
 
 
 def _misfits(base: Source, model: Source) -> Iterator[Problem]:
+    kinds = list[Problem]()
     for name, ours in base.tensors.items():
         theirs = model.tensors.get(name)
         if theirs is None:
             continue
         if theirs.shape != ours.shape:
-            rows_alone = len(ours.shape) == 2 and theirs.shape[1:] == ours.shape[1:]
-            grown = rows_alone and ("embed" in name or "lm_head" in name)
             whose = "this model's" if theirs.shape > ours.shape else "the base's"
             fix = f"{whose} vocabulary is larger: merge a version of it without the added rows"
             said = f"{name} has shape {list(theirs.shape)}, expected {list(ours.shape)}"
-            yield Problem(said, fix if grown else None, tensor=name)
+            yield Problem(said, fix if of_vocabulary(ours, theirs) else None, tensor=name)
         elif theirs.dtype.is_float != ours.dtype.is_float:
             said = f"{name} is stored as {theirs.dtype.name}, expected {ours.dtype.name}"
-            yield Problem(said, tensor=name)
+            kinds.append(Problem(said, tensor=name))
+    if len(kinds) > FEW:
+        kinds = [replace(kinds[0], said=f"{kinds[0].said}, and {len(kinds) - 1} more alike")]
+    yield from kinds
 
 
 def foreign_code(base: Source, kept: bool) -> list[str]:

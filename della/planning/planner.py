@@ -177,7 +177,7 @@ def _check_models(section: Section, fitting: list[Source], check: Collector) -> 
         if not found:
             mine.append(source)
             notes += filter(None, (differing_buffers(base, source, check), configs.note(base, source)))
-        if recipe.mismatch == "error":
+        if recipe.mismatch == "error" and not found:
             check.extend(configs.other_type(base, source))
     fitting += mine
     return notes + check_fit(recipe, base, mine, check)
