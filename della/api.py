@@ -29,6 +29,7 @@ def merge(
     overrides: Sequence[str] | str = (), compat: bool = False, fsync: bool = True,
     shard_bytes: int = 5_000_000_000, tile: int = TILE, part: tuple[int, int] = (1, 1), finish: bool = False,
     allow_pickle: bool = False, keep_auto_map: bool = False, allow_idle: bool = False,
+    record_paths: bool = False,
     progress: Callable[[Progress], None] | bool | None = None, tell: Callable[[str], None] | None = None,
 ) -> Result:  # fmt: skip
     """Merge as ``recipe`` says and write the model to ``out``; until the last step ``out`` is what it was.
@@ -51,6 +52,7 @@ def merge(
         allow_pickle: read .bin and .pt files too, by torch and as weights only.
         keep_auto_map: keep what the base's configuration says of code of its own.
         allow_idle: merge although a model takes no part, or changes nothing.
+        record_paths: keep absolute paths of models in della.json and README.md.
         progress: True shows a bar, in notebooks too; a function is called with a Progress after every piece,
             from worker threads, one at a time.
         tell: called with notes on resuming.
@@ -69,7 +71,7 @@ def merge(
         >>> sorted(path.name for path in result.out.iterdir())
         ['README.md', 'della.json', 'model.safetensors']
     """
-    target, changes = Target(Path(out), overwrite), Changes(seed, _several(overrides), compat)
+    target, changes = Target(Path(out), overwrite, record_paths), Changes(seed, _several(overrides), compat)
     execution = Execution(threads, shard_bytes, Share(*part), finish, fsync, tile)
     permissions = Permissions(allow_pickle, keep_auto_map, allow_idle)
     from della.running.bar import shown
@@ -133,7 +135,8 @@ def verify(
         inputs: also compare the inputs with what was read when they were merged.  Both open the models that
             the recipe in the manifest names.
         strict: a model card that was edited is a fault, too, and not only told.
-        base_dir: where its relative paths start, by default the working directory.
+        base_dir: where its relative paths start, by default the working directory, or the nearest folder
+            above ``out`` that holds them all.
         allow_pickle: as for `merge`.
         threads: by default as many as there are processors.
         progress: as for `merge`; it begins anew for what is computed again.

@@ -278,6 +278,7 @@ class Target:
         "Replace OUT, in one step, when all is done: what della has made, or any model.", False,
         metavar="[any]", read=overwriting, bare="della",
     )  # fmt: skip
+    record_paths: bool = option("Keep absolute paths of models in della.json and README.md.", False)
 
     @property
     def is_single(self) -> bool:
@@ -359,8 +360,9 @@ class Checks:
     inputs: bool = option("Check that the inputs are still what was merged.", False)
     strict: bool = option("A model card that was edited is a fault too.", False)
     base_dir: Path | None = option(
-        "Where relative paths of the recipe start. [default: the working directory]", None, "--from",
-        metavar="FOLDER",
+        "Where relative paths of the recipe start. "
+        "[default: the working directory, or the nearest folder above OUT that holds them all]", None,
+        "--from", metavar="FOLDER",
     )  # fmt: skip
 
     def __post_init__(self) -> None:

@@ -22,7 +22,7 @@ from della.checkpoint.source import Source
 from della.checkpoint.strict import json_object
 from della.checkpoint.view import Stored
 from della.errors import CheckpointError, OutputError, Problem
-from della.output.disk import is_name_below
+from della.output.disk import can_be_called
 from della.output.place import KEY, MANIFEST
 from della.version import __version__
 
@@ -78,7 +78,9 @@ def recorded(source: Source, hashes: Mapping[Stored, str]) -> dict[str, Any]:
     return {
         "reference": source.reference,
         "revision": source.revision,
-        "files": [{"name": f.name, "size": f.size, "fingerprint": f.fingerprint} for f in source.files],
+        "files": [
+            {"name": f.name, "size": f.size, "header_fingerprint": f.fingerprint} for f in source.files
+        ],
         "tensors": {name: hashes[part] for name, part in sorted(source.parts.items()) if part in hashes},
     }
 
@@ -226,7 +228,7 @@ def _parse(found: Mapping[str, Any]) -> Manifest:
 
 
 def _entry(name: str, entry: object) -> Entry:
-    if not is_name_below(name):
+    if name in ("", ".", "..") or set(name) & set("/\\:\0") or not can_be_called(name):
         raise _NotOurs(f"{name[:80]!r} is no name of a file in a model's folder")
     size = _part(entry, "size", int)
     assert isinstance(entry, dict)
@@ -235,13 +237,17 @@ def _entry(name: str, entry: object) -> Entry:
 
 
 def _recorded(found: object) -> Recorded:
-    files = {
-        _part(file, "name", str): _part(file, "fingerprint", str) for file in _part(found, "files", list)
-    }
+    files = {_part(file, "name", str): _fingerprint(file) for file in _part(found, "files", list)}
     assert isinstance(found, dict)
     revision = None if found.get("revision") is None else _part(found, "revision", str)
     norms = _recorded(_part(found, "input_norms", dict)) if "input_norms" in found else None
     return Recorded(_part(found, "reference", str), revision, files, _texts(found, "tensors"), norms)
+
+
+def _fingerprint(file: object) -> str:
+    """Of size and header alone; earlier builds called it fingerprint, as if it were of the whole file."""
+    is_old = isinstance(file, dict) and "header_fingerprint" not in file and "fingerprint" in file
+    return str(_part(file, "fingerprint" if is_old else "header_fingerprint", str))
 
 
 def _part(table: object, key: str, kind: type) -> Any:

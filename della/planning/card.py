@@ -67,8 +67,7 @@ def side_file(path: Path, auto_map: bool = False) -> bytes:
             Problem(f"cannot be copied to the result ({error.strerror})", subject=str(path))
         ) from error
     names_code = any(key.encode() in raw for key in (*CODE, "\\u"))  # an escape may hide a key
-    is_config = path.name == "config.json" or path.name.endswith("_config.json")
-    if auto_map or not is_config or not names_code:
+    if auto_map or not path.name.endswith("_config.json") or not names_code:
         return raw
     config = json_object(raw, str(path))
     kept = _without_code(config)
@@ -79,7 +78,7 @@ def _json(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def model_card(plan: Plan) -> bytes:
+def model_card(plan: Plan, record_paths: bool = False) -> bytes:
     """README.md: the recipe's name (or its models'), front matter for the Hub, how the model was made, and
     the recipe.  It does not depend on where the result is written.
 
@@ -89,7 +88,7 @@ def model_card(plan: Plan) -> bytes:
     recipe, made_with = plan.recipe, {"della": __version__, **versions()}
     sources = (plan.base, *(model.source for model in plan.models))
     on_hub = list(dict.fromkeys(name for source in sources if (name := hub_name(source))))
-    names = shown_references(plan)
+    names = {} if record_paths else shown_references(recipe)
     text = shown_text(recipe.text, names)
     library = "diffusers" if "_class_name" in plan.base.config else "transformers"
     front: dict[str, Any] = {"base_model": on_hub} if on_hub else {}
@@ -122,7 +121,7 @@ def model_card(plan: Plan) -> bytes:
     return "\n".join(lines).encode(errors="replace")  # the name of a folder need not be text
 
 
-def _models(plan: Plan, names: dict[str, str]) -> Iterable[str]:
+def _models(plan: Plan, names: Mapping[str, str]) -> Iterable[str]:
     """A line for each model, with how much of it takes part."""
     if plan.recipe.base_model:
         yield f"- base: {_plain(shown_text(plan.recipe.base_model, names))}"

@@ -18,15 +18,13 @@ from della.dtypes import RECIPE_NAMES, DType
 from della.errors import Collector, Location, RecipeError, clip, suggest
 from della.merging.random import DEFAULT_SEED
 from della.merging.registry import ALL_PARAMETERS, LATER_METHODS, METHODS, Method, Parameter
-from della.recipe.models import ModelEntry, Part, Recipe
+from della.recipe.models import ModelEntry, Recipe
 from della.recipe.overrides import apply_overrides
 from della.recipe.references import identities, named_model, same
-from della.recipe.remarks import told_twice, without_effect
 from della.recipe.settings import Setting, read_setting, read_value
-from della.recipe.slices import check_lengths, is_parted, joined, layer_range, pieces
 from della.recipe.text import dump, load_text, parse
 from della.recipe.tokens import read_tokenizer
-from della.recipe.tree import Items, Leaf, Node, Table, example, from_objects, refusal, show
+from della.recipe.tree import Items, Leaf, Node, Table, from_objects, refusal, show
 
 __all__ = ["DEFAULT_SEED", "ModelEntry", "Recipe", "read_recipe"]
 
@@ -38,6 +36,8 @@ _TOP_KEYS = (
 _MIXTURE = {"experts", "gate_mode", "experts_per_token", "shared_experts", "positive_prompts"}
 _MODEL_KEYS = ("model", "parameters", "input_norms")
 _LATER_KEYS = {
+    "slices": "list whole models under 'models' instead",
+    "modules": "list whole models under 'models' instead",
     "chat_template": "remove it, and the chat template is the base model's",
 }
 _BESIDE = "names a file of one model, so it belongs beside 'model:' in an entry of 'models'"
@@ -95,16 +95,13 @@ def read_recipe(
 class _Reader:
     """Walks the tree of one recipe: what is wrong goes to ``problems``, what deserves a word to ``notes``."""
 
-    def __init__(self, problems: Collector, notes: list[str], of: str = "", is_cut: bool = False) -> None:
+    def __init__(self, problems: Collector, notes: list[str]) -> None:
         self.problems, self.notes = problems, notes
-        self.of, self.is_cut = of, is_cut  # the part, as " of slice 2"; whether its models give layers
-        self.base_layers: tuple[int, int] | None = None
         self.method: type[Method] | None = None
         self.known: Mapping[str, Parameter] = {}
         self.folder = Path()  # where relative references start
         self.later = False
         self.bases = 0
-        self.ranges: list[tuple[str, tuple[int, int] | None, Location]] = []
         self.unused: dict[str, list[Location]] = {}
 
     def recipe(self, root: Table, path: Path | None, text: str | None) -> Recipe:
@@ -115,8 +112,6 @@ class _Reader:
             raise refusal(root.location, said, fix)
         self.folder = path.parent if path else self.folder
         self._refuse_strange_keys(root, _TOP_KEYS, "at the top level", "")
-        if is_parted(root):
-            return self._parted(root, path, dump(root) if text is None else text)
         for key, instead in _LATER_KEYS.items():
             if self._entry(root, key):
                 said, at = f"{key!r} is not part of this version yet", root.entries[key].key
@@ -143,7 +138,7 @@ class _Reader:
             self._tell(at, "missing", said, "remove it")
         self.problems.raise_any()
         assert self.method is not None
-        self.notes += without_effect(self.method, self.unused, base, models)
+        self._tell_unused(self.method, base, models)
         recipe = Recipe(
             path=path,
             text=dump(root) if text is None else text,
@@ -164,19 +159,6 @@ class _Reader:
             location=location,
         )
         return recipe
-
-    def _parted(self, root: Table, path: Path | None, text: str) -> Recipe:
-        """The Recipe of slices or modules, each of which is read as a recipe of its own."""
-        parts = []
-        for table, label, module, at, is_cut in pieces(root, self._tell, self._refuse_strange_keys):
-            reader = _Reader(Collector(RecipeError), [], f" of {label}", is_cut)
-            with self.problems:
-                made = reader.recipe(table, path, text)
-                parts.append(Part(label, made, module, is_cut, reader.base_layers, at))
-        name, base = self._text(root, "name", "'name'"), self._entry(root, "base_model")
-        self.problems.raise_any()
-        top = named_model(base, "'base_model'", lambda *_: None) if base else None
-        return joined(parts, top.text if top else None, name.text if name else None, text, self.notes)
 
     def _refuse_strange_keys(self, table: Table, allowed: Sequence[str], where: str, owner: str) -> None:
         """Tell of every key that may not stand in ``table``; ``owner`` is "model 2", or "" for the recipe."""
@@ -203,9 +185,9 @@ class _Reader:
         names = ", ".join(repr(key) for key in nodes)
         verb = "belongs" if len(nodes) == 1 else "belong"
         target = f"the parameters of {owner}" if owner else "the recipe's own parameters"
-        lines = "".join(f"\n        {key}: {example(node)}" for key, node in nodes.items())
+        example = "".join(f"\n        {key}: {_example(node)}" for key, node in nodes.items())
         key = next(iter(nodes))
-        said = f"{names} {verb} under {target}{why}:\n      parameters:{lines}"
+        said = f"{names} {verb} under {target}{why}:\n      parameters:{example}"
         self._tell(table.entries[key].key, key, said)
 
     def _tell(self, location: Location, key: str, said: str, fix: str | None = None) -> None:
@@ -292,7 +274,7 @@ class _Reader:
 
     def _parameters(self, table: Table, number: int | None, *, counts: bool = True) -> dict[str, Setting]:
         node = self._entry(table, "parameters")
-        of = f" of model {number}{self.of}" if number else ""
+        of = f" of model {number}" if number else ""
         if node is None or self.later:
             return {}
         if not isinstance(node, Table):
@@ -324,14 +306,15 @@ class _Reader:
                         self.unused.setdefault(key, []).append(entry.key)
                 elif setting is not None:
                     settings[key] = setting
-        self._belongs(node, misplaced, "", f", not under model {number}{self.of}")
+        self._belongs(node, misplaced, "", f", not under model {number}")
         return settings
 
     def _models(self, root: Table, base: str | None) -> tuple[ModelEntry, ...]:
         node = self._entry(root, "models")
         if node is None:
-            location = root.entries["models"].key if "models" in root.entries else root.location
-            self._missing(root, "models", location, "the recipe lists no 'models' to merge")
+            if not self._entry(root, "slices") and not self._entry(root, "modules"):
+                location = root.entries["models"].key if "models" in root.entries else root.location
+                self._missing(root, "models", location, "the recipe lists no 'models' to merge")
             return ()
         if not isinstance(node, Items) or not node.nodes:
             found = "an empty list" if isinstance(node, Items) else show(node)
@@ -341,24 +324,21 @@ class _Reader:
         read = [self._model(child, number, base) for number, child in enumerate(node.nodes, 1)]
         experts = [entry for entry in read if entry is not None]
         if self.bases == len(read):
-            key = "sources" if self.is_cut else "models"
             fix = "add at least one expert to merge into it"
-            self._tell(node.location, key, f"{key!r}{self.of} lists only the base model", fix)
-        check_lengths(self.ranges, self._tell)
+            self._tell(node.location, "models", "'models' lists only the base model", fix)
         names = identities([entry.reference for entry in experts])
-        self.notes += told_twice(experts)
+        self._tell_twice(experts)
         return tuple(replace(entry, identity=name) for entry, name in zip(experts, names, strict=True))
 
     def _model(self, node: Node, number: int, base: str | None) -> ModelEntry | None:
         """One entry of ``models``; None if it is the base's own, or faulty."""
-        owner = f"model {number}{self.of}"
+        owner = f"model {number}"
         if not isinstance(node, Table):
             example = f"write '- model: {clip(node.text)}'" if isinstance(node, Leaf) and node.value else None
             said = f"{owner} must be a mapping that begins with 'model:', found {show(node)}"
             self._tell(node.location, "models", said, example)
             return None
-        keys = (*_MODEL_KEYS, "layer_range") if self.is_cut else _MODEL_KEYS
-        self._refuse_strange_keys(node, keys, f"in {owner}", owner)
+        self._refuse_strange_keys(node, _MODEL_KEYS, f"in {owner}", owner)
         leaf = self._named(node, "model", f"'model' of {owner}")
         is_base = base is not None and leaf is not None and same(leaf.text, base)
         is_base = is_base and self.method is not None and self.method.needs_base
@@ -369,24 +349,39 @@ class _Reader:
             self._missing(node, "model", node.location, said, "add 'model: NAME'")
             return None
         self._reference(leaf, "model", f"'model' of {owner}")
-        layers = self._layers(node, owner) if self.is_cut else None
         if is_base:
             self.bases += 1
-            self.base_layers = layers
-            if self.is_cut and self.bases > 1:
-                said = f"{owner} is the base model a second time"
-                self._tell(leaf.location, "model", said, "name another model, or use merge_method: linear")
             for key, of in (("parameters", "parameters have"), ("input_norms", "input norms have")):
                 if self._entry(node, key):
                     said = f"{owner} is the base model itself, so its {of} no effect"
                     self.notes.append(f"{node.entries[key].key}: {said}")
             return None
         file, at = (norms.text, norms.location) if norms else (None, None)
-        return ModelEntry(leaf.text, "", parameters, file, node.location, at, layers)
+        return ModelEntry(leaf.text, "", parameters, file, node.location, at)
 
-    def _layers(self, node: Table, owner: str) -> tuple[int, int] | None:
-        """Which layers a source of a slice gives."""
-        at = node.entries["layer_range"].node.location if "layer_range" in node.entries else node.location
-        found = layer_range(self._entry(node, "layer_range"), owner, at, self._tell)
-        self.ranges.append((owner, found, at))
-        return found
+    def _tell_twice(self, experts: Sequence[ModelEntry]) -> None:
+        first: dict[str, ModelEntry] = {}
+        for entry in experts:
+            earlier = first.setdefault(entry.reference.rstrip("/\\"), entry)
+            if earlier is not entry:
+                at = f", first in line {earlier.line}" if earlier.line else ""
+                said = f"{entry.reference} is listed twice{at}; it counts as two experts"
+                self.notes.append(f"{entry.location}: {said}")
+
+    def _tell_unused(self, method: type[Method], base: Leaf | None, models: Sequence[ModelEntry]) -> None:
+        for key, locations in self.unused.items():
+            more = f" (it is set in {len(locations)} locations)" if len(locations) > 1 else ""
+            self.notes.append(f"{locations[0]}: {key!r} has no effect with merge_method {method.name}{more}")
+        if (
+            base is not None
+            and not method.needs_base
+            and not any(same(m.reference, base.text) for m in models)
+        ):
+            said = f"base_model has no part in merge_method {method.name} unless 'models' lists it too"
+            self.notes.append(f"{base.location}: {said}")
+
+
+def _example(node: Node) -> str:
+    if isinstance(node, Items) and all(isinstance(child, Leaf) for child in node.nodes):
+        return clip("[" + ", ".join(child.text for child in node.nodes if isinstance(child, Leaf)) + "]")
+    return clip(node.text) if isinstance(node, Leaf) and node.text else "..."

@@ -20,8 +20,9 @@ import xxhash
 
 from della.checkpoint.files import readable
 from della.checkpoint.layout import STEMS
+from della.checkpoint.source import Source
 from della.checkpoint.view import Hashes, Stored
-from della.errors import CheckpointError, DellaError, OutputError, Problem, either
+from della.errors import CheckpointError, DellaError, OutputError, Problem, distinct, either
 from della.merging.kernels import cast
 from della.options import Execution, Permissions, Target, spelt
 from della.output.journal import Done
@@ -29,6 +30,7 @@ from della.output.manifest import MANIFEST, UNKNOWN, build_manifest, dump, embed
 from della.output.writer import StagedOutput
 from della.planning.card import config_json, model_card, side_file
 from della.planning.job import Job, Plan, html_table
+from della.planning.published import portable_references, portable_text
 from della.running import measure
 from della.running.compute import Compute
 from della.running.workers import each
@@ -113,13 +115,14 @@ def run(
     started = time.monotonic()
     out, single, part = target.out, target.is_single, execution.part
     stamps = _stamps(plan)
-    metadata, room = _embedded(plan) if single else (None, 0)
+    names = {} if target.record_paths else portable_references(plan.recipe)
+    metadata, room = _embedded(plan, names) if single else (None, 0)
     staged = StagedOutput(
         out, _tensors(plan), execution.shard_bytes, target.overwrite, single, execution.fsync,
         metadata=metadata,
         inputs=[path for source in plan.sources for path in source.paths],
         stem=next((s for s in STEMS if plan.base.files[0].name.startswith(s)), STEMS[0]),
-        key=_key(plan, stamps),
+        key=_key(plan, stamps, room),
         part=(part.number, part.count),
         finish=execution.finish,
     )  # fmt: skip
@@ -136,7 +139,7 @@ def run(
                 staged.end_part()
             else:
                 plan = _measured(plan, staged, permissions, tell)
-                manifest = _complete(plan, staged, room, permissions.keep_auto_map)
+                manifest = _complete(plan, staged, room, permissions.keep_auto_map, names)
                 staged.commit()
     except (DellaError, KeyboardInterrupt) as error:
         if isinstance(error, KeyboardInterrupt) and staged.committed:
@@ -193,63 +196,76 @@ def _check_unchanged(plan: Plan, stamps: Mapping[str, str]) -> None:
         raise CheckpointError(Problem("changed while it was merged", fix, names))
 
 
-def _key(plan: Plan, stamps: Mapping[str, str]) -> str:
-    """What the bytes of the weights depend on."""
+def _key(plan: Plan, stamps: Mapping[str, str], room: int) -> str:
+    """What the bytes of the weights depend on, and where they stand in a single file."""
     identities = [model.identity for model in plan.recipe.models]
     keys = sorted({view.key for job in plan.jobs for view in job.views})
-    parts = [__version__, versions(), plan.recipe.text, identities, list(stamps.values()), keys]
+    parts = [__version__, versions(), plan.recipe.text, identities, list(stamps.values()), keys, room]
     return json.dumps(parts, sort_keys=True)
 
 
-def _manifest(plan: Plan, done: Mapping[str, Done], files: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def _manifest(
+    plan: Plan, done: Mapping[str, Done], files: Mapping[str, Mapping[str, Any]], names: Mapping[str, str]
+) -> dict[str, Any]:
+    """The manifest, in which models are called as ``names`` has them, or else as in the recipe."""
+
+    def record(source: Source) -> dict[str, Any]:
+        found = recorded(source, hashes)
+        return found | {"reference": names.get(source.reference, source.reference)}
+
     hashes: dict[Stored, str] = {}
     for job in plan.jobs:
         hashes.update(zip(job.parts, done[job.name].inputs, strict=True))
     models = []
     for model in plan.models:
-        models.append(recorded(model.source, hashes) | {"identity": model.entry.identity})
-        models[-1] |= {"input_norms": recorded(model.norms, hashes)} if model.norms else {}
+        models.append(record(model.source) | {"identity": model.entry.identity})
+        models[-1] |= {"input_norms": record(model.norms)} if model.norms else {}
+    called = distinct(names.get(model.entry.reference, model.entry.reference) for model in plan.models)
     return build_manifest(
-        recipe=plan.recipe.text,
+        recipe=portable_text(plan.recipe, names),
         method=plan.recipe.merge_method,
         seed=plan.recipe.seed,
-        base=recorded(plan.base, hashes),
+        base=record(plan.base),
         models=models,
-        coverage={each.reference: each.as_dict for each in plan.coverage},
+        coverage={name: each.as_dict for name, each in zip(called, plan.coverage, strict=True)},
         hashes={job.name: done[job.name].hash for job in plan.jobs},
         departures=plan.departures,
         files=files,
     )
 
 
-def _embedded(plan: Plan) -> tuple[dict[str, str], int]:
+def _embedded(plan: Plan, names: Mapping[str, str]) -> tuple[dict[str, str], int]:
     """Metadata of a single file before anything is known, and the bytes that it takes in the header: as many
     as what is measured may need."""
     manifest = _manifest(
-        plan, {job.name: Done(UNKNOWN, (UNKNOWN,) * len(job.parts)) for job in plan.jobs}, {}
+        plan, {job.name: Done(UNKNOWN, (UNKNOWN,) * len(job.parts)) for job in plan.jobs}, {}, names
     )
     room = max(map(len, map(json.dumps, embed(manifest).values()))) + _MEASURED * len(plan.models)
     return embed(manifest, room), room
 
 
-def _complete(plan: Plan, staged: StagedOutput, room: int, auto_map: bool) -> dict[str, Any]:
+def _complete(
+    plan: Plan, staged: StagedOutput, room: int, auto_map: bool, names: Mapping[str, str]
+) -> dict[str, Any]:
     """Everything but the weights: side files and the manifest, which in a single file has ``room`` bytes of
     the header.  Returns the manifest."""
     if room:
-        manifest = _manifest(plan, staged.done, {})
+        manifest = _manifest(plan, staged.done, {}, names)
         staged.rewrite_header(_tensors(plan), embed(manifest, room), sealed)
         return manifest
-    files = {"README.md": model_card(plan)}
+    files = {
+        "README.md": model_card(plan, record_paths=not names)
+    }  # without them none is absolute, or all are kept
     if plan.base.config:
         files["config.json"] = config_json(plan.base.config, plan.jobs, auto_map)
-    files |= {name: side_file(path, auto_map) for name, path in plan.base.side_files().items()}
+    files |= {path.name: side_file(path, auto_map) for path in plan.base.side_files()}
     files |= {name: made for name, made in plan.base.instead.items() if isinstance(made, bytes)}
     for name, content in files.items():
         staged.add_file(name, content)
     table = {shard.name: _entry(shard.header, shard.size) for shard in staged.shards}
     index = dict([found]) if (found := staged.index()) else {}
     table |= {name: _entry(content) for name, content in sorted({**files, **index}.items())}
-    manifest = _manifest(plan, staged.done, table)
+    manifest = _manifest(plan, staged.done, table, names)
     staged.add_file(MANIFEST, dump(manifest))
     return manifest
 

@@ -18,8 +18,8 @@ import xxhash
 from della.checkpoint.header import Header, read_header
 from della.checkpoint.layout import MOST_INDEX_BYTES, confined, read_small, why_no_file
 from della.checkpoint.pickles import PICKLES
-from della.checkpoint.sides import SIDE_FILES, TEMPLATES
-from della.checkpoint.source import Source
+from della.checkpoint.sides import SIDE_FILES
+from della.checkpoint.source import HUB_ID, Source, plain
 from della.checkpoint.strict import json_object
 from della.errors import CheckpointError, DellaError, OutputError, Problem, RecipeError, printable
 from della.options import Checks, Execution, Permissions, spelt
@@ -28,6 +28,7 @@ from della.output.shards import INDEX
 from della.output.staging import unfinished
 from della.planning.job import Job, Plan
 from della.planning.planner import make_plan
+from della.planning.published import is_absolute
 from della.recipe.reader import Recipe, read_recipe
 from della.running.compute import Compute
 from della.running.hashing import Check, Hashing, of_file
@@ -168,7 +169,7 @@ class _Model:
 
     def _file(self, named: Path, entry: Entry) -> list[Check]:
         """The check of a side file; of a file of tensors the header is read, and checked at once."""
-        path = confined(self.out, named.relative_to(self.out).as_posix())
+        path = confined(self.out, named.name)
         if not os.path.lexists(named):
             raise CheckpointError(Problem("missing", subject=str(named)))
         if not path.is_file():
@@ -223,33 +224,19 @@ class _Model:
 
     def _strangers(self) -> None:
         """Files that were not merged."""
-        ours = {*self.manifest.files, MANIFEST}
-        folders = {home for name in ours for home in _homes(name)}
-        for home in sorted(folders):
-            try:
-                names = sorted(home + entry.name for entry in (self.out / home).iterdir())
-            except OSError as error:
-                if not home:
-                    self.verdict.tell(f"cannot be listed ({error.strerror})", self.out)
-                continue  # what is missing is told of each file
-            for name in names:
-                if name not in ours and f"{name}/" not in folders:
-                    self._stranger(name)
-
-    def _stranger(self, name: str) -> None:
-        last = name.rpartition("/")[2]
-        is_template = name.startswith(f"{TEMPLATES}/") and name.endswith(".jinja")
-        if is_template or name.endswith(_LOADED) or last in _LOADED_NAMES:
-            said = "not part of this model, but programs may load it"
-            self.verdict.tell(said, self.out / name, fix="move it away")
-        else:
-            self.verdict.notes.append(f"{self.out / name}: not part of what was merged, and not verified")
-
-
-def _homes(name: str) -> Iterator[str]:
-    """The folders that lead to a file, from "" on, each with its "/"."""
-    parts = name.split("/")
-    return ("".join(f"{part}/" for part in parts[:count]) for count in range(len(parts)))
+        try:
+            names = sorted(entry.name for entry in self.out.iterdir())
+        except OSError as error:
+            self.verdict.tell(f"cannot be listed ({error.strerror})", self.out)
+            return
+        for name in names:
+            if name in self.manifest.files or name == MANIFEST:
+                continue
+            if name.endswith(_LOADED) or name in _LOADED_NAMES:
+                said = "not part of this model, but programs may load it"
+                self.verdict.tell(said, self.out / name, fix="move it away")
+            else:
+                self.verdict.notes.append(f"{self.out / name}: not part of what was merged, and not verified")
 
 
 # ---- its inputs -------------------------------------------------------------------------------------------
@@ -260,31 +247,37 @@ def _plan(out: Path, manifest: Manifest, base_dir: Path | None, permissions: Per
     text = manifest.recipe
     try:
         recipe = read_recipe(text if "\n" in text else text + "\n")
-        if base_dir is not None:
-            recipe = replace(recipe, path=base_dir / "recipe.yml")
+        paths = list(_relative(recipe))
+        tried = [Path()] if base_dir else [Path(), *out.absolute().parents]
+        holds_all = (each for each in tried if all(os.path.lexists(each / path) for path in paths))
+        folder = base_dir or next(holds_all, None)
+        if folder is not None:
+            recipe = replace(recipe, path=folder / "recipe.yml")
         try:
             return make_plan(recipe, permissions=replace(permissions, allow_idle=True))  # it was merged so
         except CheckpointError as error:
-            raise CheckpointError(*error.problems, *_hint(recipe, base_dir)) from error
+            raise CheckpointError(*error.problems, *_hint(paths, base_dir)) from error
     except RecipeError as error:
         raise RecipeError(*(p.within(f"{out}: in its manifest") for p in error.problems)) from error
     except OSError as error:
         raise CheckpointError(Problem(f"an input cannot be opened ({error})", subject=str(out))) from error
 
 
-def _hint(recipe: Recipe, base_dir: Path | None) -> Iterator[Problem]:
+def _relative(recipe: Recipe) -> Iterator[str]:
+    """The relative paths of a recipe."""
+    norms = (model.input_norms for model in recipe.models)
+    for reference in filter(None, (recipe.base_model, *(m.reference for m in recipe.models), *norms)):
+        may_be_of_hub = HUB_ID.fullmatch(plain(reference)) and not reference.startswith(".")
+        if not may_be_of_hub and not is_absolute(reference):
+            yield reference
+
+
+def _hint(paths: Sequence[str], base_dir: Path | None) -> Iterator[Problem]:
     """What to do where a relative path leads nowhere."""
-    references = filter(None, (recipe.base_model, *(model.reference for model in recipe.models)))
-    for reference in references:
-        path = Path(reference)
-        is_path = reference.startswith(".") or len(path.parts) != 2  # two parts may be a model of the Hub
-        is_relative = is_path and not path.is_absolute() and not reference.startswith("~")
-        if is_relative and not any(os.path.lexists(Path(root) / path) for root in (base_dir or "", "")):
-            yield Problem(
-                "a path that starts where the recipe was",
-                f"name that folder: {spelt(Checks, 'base_dir', 'FOLDER')}",
-                reference,
-            )
+    for path in paths:
+        if not any(os.path.lexists(root / path) for root in (base_dir or Path(), Path())):
+            said = "it starts where the recipe was, or in a folder that holds all inputs"
+            yield Problem(said, f"name that folder: {spelt(Checks, 'base_dir', 'FOLDER')}", path)
             return
 
 

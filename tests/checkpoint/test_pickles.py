@@ -441,7 +441,9 @@ def test_a_merge_of_pickles_is_that_of_their_twins(tmp_path: Path) -> None:
         della.merge(made("pickles"), tmp_path / "out", fsync=False)
     result = della.merge(made("pickles"), tmp_path / "out", fsync=False, allow_pickle=True)
     assert result.manifest["tensors"] == twin.manifest["tensors"]
-    verdict = della.verify(tmp_path / "out", sources=1.0, inputs=True, allow_pickle=True)
+    verdict = della.verify(
+        tmp_path / "out", sources=1.0, inputs=True, allow_pickle=True, base_dir=tmp_path / "pickles"
+    )
     assert (verdict.bad, verdict.recomputed, verdict.inputs) == ([], 2, 6)
     with della.plan(made("pickles"), allow_pickle=True) as plan:
         assert plan.bytes_read == 2 * 3 * 8 * 6 * 4

@@ -148,7 +148,7 @@ def test_it_is_planned_run_and_verified(
     assert {key: found[key] for key in expected} == expected
     della.merge(made, tmp_path / "again", fsync=False)
     assert load(tmp_path / "again") == found
-    assert della.verify(tmp_path / "out", sources=1, inputs=True).is_well
+    assert della.verify(tmp_path / "out", sources=1, inputs=True, base_dir=models).is_well
 
 
 def test_what_it_learnt_of_the_model_is_kept_for_a_resumed_run(

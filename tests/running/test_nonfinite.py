@@ -137,7 +137,7 @@ def test_overflow_in_the_result(tmp_path: Path, row: Any) -> None:
 def test_what_is_zeroed_is_still_hashed_as_it_was_read(tmp_path: Path) -> None:
     save(tmp_path / "models", spoilt(small(np.float32), "code"))
     della.merge(of(tmp_path, "della", nonfinite="zero"), tmp_path / "out", fsync=False)
-    verdict = della.verify(tmp_path / "out", inputs=True, sources=1.0)
+    verdict = della.verify(tmp_path / "out", inputs=True, sources=1.0, base_dir=tmp_path / "models")
     assert (verdict.bad, verdict.recomputed, verdict.inputs) == ([], 1, 4)
 
 

@@ -327,7 +327,7 @@ def test_a_bar_in_a_script_or_notebook_without_widgets(
     assert re.match(rf"merging: 100%\|.*\| {total / 1000:.0f}k/{total / 1000:.0f}k \[", last), shown
     quiet = json.loads((tmp_path / "quiet/della.json").read_text())
     assert result.manifest["tensors"] == quiet["tensors"]
-    assert della.verify(result.out, sources=0.5, progress=True).is_well
+    assert della.verify(result.out, sources=0.5, base_dir=folder, progress=True).is_well
     assert "verifying: 100%" in capsys.readouterr().err
     with pytest.raises(della.OutputError):
         della.merge(made, tmp_path / "out", fsync=False, progress=True)
@@ -354,16 +354,27 @@ def test_a_bar_of_widgets_in_a_notebook(
     assert told[-1][1] == told[-1][2] > 0
 
 
-def test_a_recipe_that_was_read_repeats_itself(models: Trio, tmp_path: Path) -> None:
+@pytest.mark.parametrize("record_paths", [True, False])
+def test_a_recipe_that_was_read_repeats_itself(
+    models: Trio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_paths: bool
+) -> None:
     """What the manifest calls the recipe is the whole recipe, with every change of the caller in it."""
     folder, _ = models
     path = tmp_path / "recipe.yml"
     path.write_text(json.dumps(recipe(folder, "della", own_of("della"), {})))
-    changed = della.merge(path, tmp_path / "a/x", seed=7, overrides="lambda=0.5", compat=True, fsync=False)
-    again = della.merge(changed.manifest["recipe"], tmp_path / "b/x", fsync=False)
-    assert again.manifest == changed.manifest
-    assert (changed.manifest["seed"], "lambda: 0.5" in changed.manifest["recipe"]) == (7, True)
-    read = read_recipe(path)
-    third = della.merge(read, tmp_path / "c/x", seed=7, overrides=["lambda=0.5"], compat=True, fsync=False)
-    assert third.manifest["tensors"] == changed.manifest["tensors"]
-    assert della.merge(third.manifest["recipe"], tmp_path / "d/x", fsync=False).manifest == third.manifest
+    if not record_paths:
+        monkeypatch.chdir(folder)  # where the paths of the manifest start
+
+    def merged(what: Any, name: str, **changes: Any) -> dict[str, Any]:
+        out = tmp_path / name / "x"
+        found = della.merge(what, out, fsync=False, record_paths=record_paths, **changes).manifest
+        if not record_paths:
+            del found["files"]["README.md"]  # it shows a recipe as it is written, but for its paths
+        return found
+
+    changed = merged(path, "a", seed=7, overrides="lambda=0.5", compat=True)
+    assert merged(changed["recipe"], "b") == changed
+    assert (changed["seed"], "lambda: 0.5" in changed["recipe"]) == (7, True)
+    third = merged(read_recipe(path), "c", seed=7, overrides=["lambda=0.5"], compat=True)
+    assert third["tensors"] == changed["tensors"]
+    assert merged(third["recipe"], "d") == third

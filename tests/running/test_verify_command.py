@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -94,17 +95,19 @@ def test_damage_is_told_line_by_line(out: Path, della_verify: Run) -> None:
     }  # fmt: skip
 
 
-def test_exit_codes(made: Path, della_verify: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exit_codes(made: Path, tmp_path: Path, della_verify: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(made.parent)
     assert della_verify("no") == (4, "", "della: no: nothing is there\n")
     said = "holds no della.json; only what della has merged can be verified\n"
     assert della_verify(made / "base") == (4, "", f"della: {made}/base: {said}")
     assert della_verify(made / FOLDER, "--from", made, "--inputs", "-q") == (0, "", "")
     assert della_verify("--inputs", "--sources", "--from", made, made / FILE, "-q") == (0, "", "")
-    code, stdout, stderr = della_verify(made / FOLDER, "--inputs")
+    alone = shutil.copytree(made / FOLDER, tmp_path / "alone")
+    code, stdout, stderr = della_verify(alone, "--inputs")
     assert (code, stdout) == (3, "")
     assert "name that folder: --from FOLDER\n" in stderr
-    code, stdout, _ = della_verify(made / FOLDER, "--sources", "--json")
+    assert della_verify(alone, "--inputs", "--from", made, "-q") == (0, "", "")
+    code, stdout, _ = della_verify(alone, "--sources", "--json")
     assert (code, json.loads(stdout)["exit_code"]) == (3, 3)
     monkeypatch.chdir(made)
     assert della_verify(FOLDER, "--inputs", "-q") == (0, "", "")

@@ -132,7 +132,7 @@ WRONG: list[tuple[Path_, object, str]] = [
     (("inputs", "base", "files"), {}, "files"),
     (("inputs", "base", "files", 0), "x", "name"),
     (("inputs", "base", "files", 0, "name"), [], "name"),
-    (("inputs", "models", 1, "files", 0, "fingerprint"), 0, "fingerprint"),
+    (("inputs", "models", 1, "files", 0, "header_fingerprint"), 0, "header_fingerprint"),
     (("inputs", "models", 2, "revision"), 3, "revision"),
     (("inputs", "models", 2, "reference"), None, "reference"),
 ]
@@ -307,3 +307,14 @@ def test_any_manifest_is_survived(merged: Path, made: Path) -> None:
             endings[type(error).__name__] += 1
     assert endings["bad"] > 10
     assert endings.total() == 60
+
+
+def test_the_older_name_of_a_fingerprint_is_read(made: Path, tmp_path: Path) -> None:
+    merged = Path(shutil.copytree(made / FOLDER, tmp_path / "out"))
+    told = json.loads((merged / "della.json").read_text())["inputs"]
+    files = [file for each in (told["base"], *told["models"]) for file in each["files"]]
+    assert [key for file in files for key in file] == ["name", "size", "header_fingerprint"] * 4
+    earlier = json.dumps(told).replace("header_fingerprint", "fingerprint")
+    reseal(merged, put_at(("inputs",), json.loads(earlier)))
+    found = verify(merged, inputs=True, base_dir=made)
+    assert (found.bad, found.inputs) == ([], 151)

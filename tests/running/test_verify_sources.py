@@ -27,15 +27,34 @@ def whole(made: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made, tmp_path / "own"))
 
 
-def test_relative_paths_start_from_the_base_dir(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relative_paths_start_from_the_base_dir(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = Path(shutil.copytree(made / FOLDER, tmp_path / "out"))
     monkeypatch.chdir(made.parent)
-    assert verify(made / FOLDER, inputs=True, sources=0.01, base_dir=made).recomputed == 1
-    said = refused(CheckpointError, made / FOLDER, inputs=True)
+    assert verify(out, inputs=True, sources=0.01, base_dir=made).recomputed == 1
+    said = refused(CheckpointError, out, inputs=True)
     assert f"  - ./base: not found; tried {made.parent}/base" in said
-    hint = "  - ./base: a path that starts where the recipe was; name that folder: base_dir=FOLDER"
-    assert said.splitlines()[-1] == hint
+    hint = said.splitlines()[-1]
+    assert hint.startswith("  - ./base: it starts where the recipe was")
+    assert hint.endswith("name that folder: base_dir=FOLDER")
     monkeypatch.chdir(made)
-    assert verify(made / FOLDER, inputs=True).inputs == 151
+    assert verify(out, inputs=True).inputs == 151
+
+
+def test_inputs_are_found_beside_the_model_or_above_it(
+    made: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert verify(whole / FOLDER, inputs=True, sources=0.01).inputs == 151
+    (whole / "merges/of today").mkdir(parents=True)
+    out = (whole / FOLDER).rename(whole / "merges/of today/out")
+    assert verify(out.relative_to(tmp_path), inputs=True).inputs == 151
+    (out.parent / "base").mkdir()  # a folder that holds one of them is not where they are
+    assert verify(out, inputs=True).inputs == 151
+    shutil.rmtree(whole / "story")
+    assert "name that folder: base_dir=FOLDER" in refused(CheckpointError, out, inputs=True)
+    assert verify(out, inputs=True, base_dir=made).inputs == 151
 
 
 def test_an_input_with_other_bytes(whole: Path) -> None:
