@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
@@ -62,21 +63,23 @@ def evaluate(
 
 
 def _text(progress: Progress) -> str:
-    return f"{progress.model}, {progress.task}: {progress.done} of {progress.of} answers"
+    what = "texts" if progress.task == "loss" else "answers"
+    return f"{progress.model}, {progress.task}: {progress.done} of {progress.of} {what}"
 
 
 def table(results: Sequence[Result]) -> str:
-    """Aligned text: a line a score, in per cent."""
+    """Aligned text: a line a score, in per cent but where it has a unit."""
     rows = [("model", "task", "metric", "score", "95 % interval", "items")]
     for result in results:
         for score in result.scores:
+            scale, digits = (1, 4) if score.unit else (100, 1)
             value, low, high = (
-                100 * share for share in (score.interval.value, score.interval.low, score.interval.high)
+                f"{scale * number:.{digits}f}"
+                for number in (score.interval.value, score.interval.low, score.interval.high)
             )
+            span = "unknown" if math.isnan(score.interval.low) else f"{low} to {high}"
             counted = f"{len(score.items)} of {result.problems}" if score.items else f"{result.problems}"
-            rows.append(
-                (result.model, result.task, score.metric, f"{value:.1f}", f"{low:.1f} to {high:.1f}", counted)
-            )
+            rows.append((result.model, result.task, score.metric, value, span, counted))
     widths = [max(len(row[at]) for row in rows) for at in range(len(rows[0]))]
     lines = []
     for row in rows:

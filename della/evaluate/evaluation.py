@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from della.errors import EvaluationError, Problem
+from della.evaluate import loss, scoring
 from della.evaluate import problems as benchmarks
-from della.evaluate import scoring
 from della.evaluate.backends import Backend, Model
 from della.evaluate.generations import Store
 from della.evaluate.options import EvaluationOptions, opt
@@ -84,7 +84,9 @@ def evaluate(
 
 
 def differences(results: Sequence[Result], seed: int = 42) -> list[Difference]:
-    """Every further model against the first one, task by task."""
+    """Every further model against the first one, task by task; a loss that is no number, or of other tokens,
+    with none.
+    """
     tasks = dict.fromkeys(result.task for result in results)
     return [
         difference
@@ -111,6 +113,7 @@ def report(results: Sequence[Result], settings: EvaluationOptions) -> dict[str, 
             {
                 "model": result.model, "task": result.task, "metric": score.metric,
                 **_numbers(score.interval), "items": len(score.items), "problems": result.problems,
+                **({"tokens": sum(score.weights.values())} if score.weights else {}),
             }
             for result in results
             for score in result.scores
@@ -140,7 +143,7 @@ class _Run:
             task: benchmarks.load(task, settings.data.get(task), settings.limit) for task in settings.tasks
         }
         self._prompts = {
-            task: [prompt_of(problem, settings.template(task), settings.prompt) for problem in problems]
+            task: [_prompt(problem, settings) for problem in problems]
             for task, problems in self._problems.items()
         }
         self._sandbox = _sandbox() if "mbpp" in settings.tasks else None
@@ -208,7 +211,8 @@ class _Run:
     def _generate(
         self, model: Model, stores: Mapping[str, Store], missing: Mapping[str, Sequence[Prompt]]
     ) -> None:
-        with _backend(model, self._settings) as backend:
+        with ExitStack() as stack:
+            backend: Backend | None = None
             for task, prompts in missing.items():
                 store, asked = stores[task], {prompt.id: prompt for prompt in prompts}
                 of = len(self._prompts[task])
@@ -225,7 +229,12 @@ class _Run:
                         done = sum(prompt.id in store.records for prompt in self._prompts[task])
                         self._progress(Progress(model.name, task, done, of))
 
-                if prompts:
+                if prompts and task == "loss":
+                    settings, items = self._settings, [p for p in self._problems[task] if p.id in asked]
+                    scorer = loss.scorer(model, settings.backend, settings.dtype)
+                    loss.answer(scorer, items, keep, window=settings.window, batch=settings.batch)
+                elif prompts:
+                    backend = backend or stack.enter_context(_backend(model, self._settings))
                     backend.answer(prompts, keep)
 
     def _score(
@@ -236,6 +245,11 @@ class _Run:
             return scoring.score_mbpp(problems, answers, self._sandbox)
         if task == "gsm8k":
             return scoring.score_gsm8k(problems, answers, self._verdicts(problems, answers, folder))
+        if task == "loss":
+            scored = scoring.score_loss(problems, answers, self._settings.seed)
+            for note in scoring.notes_of_loss(scored):
+                self._tell(f"{model.name}, loss: {note}")
+            return scored
         return self._score_alpaca_eval(problems, answers, folder, model)
 
     def _verdicts(
@@ -342,14 +356,20 @@ def _judge(settings: EvaluationOptions) -> Endpoint | None:
     return Endpoint(settings.judge_url or OPENAI_URL, settings.judge, key_env=settings.judge_key_env)
 
 
+def _prompt(problem: Item, settings: EvaluationOptions) -> Prompt:
+    if problem.task == "loss":  # nothing is asked; the text is what the store compares
+        return Prompt(problem.id, json.dumps([problem.instruction, problem.reference]))
+    return prompt_of(problem, settings.template(problem.task), settings.prompt)
+
+
 def _key(prompt: Prompt) -> str:
     """What tells one prompt from another under the same id."""
     told = json.dumps([prompt.text, prompt.is_chat, prompt.stops])
     return xxhash.xxh3_64_hexdigest(told.encode())
 
 
-def _numbers(interval: Interval) -> dict[str, float]:
-    return {"value": interval.value, "low": interval.low, "high": interval.high}
+def _numbers(interval: Interval) -> dict[str, float | None]:
+    return loss.plain({"value": interval.value, "low": interval.low, "high": interval.high})
 
 
 def _share(percent: Interval) -> Interval:

@@ -1,4 +1,4 @@
-"""Answers of any causal model that transformers loads: greedy, in batches, on a GPU where there is one."""
+"""Answers, greedy, and losses of any causal model that transformers loads; on a GPU where there is one."""
 
 from __future__ import annotations
 
@@ -140,6 +140,57 @@ class HfModel:
 
     def _decoded(self, ids: Any) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+class HfScorer:
+    """How likely texts are by a model, loaded; logits are widened to float32, sums are float64's."""
+
+    def __init__(self, model: Model, dtype: str) -> None:
+        self._name = model.reference
+        self._tokenizer, self._model, self._device = load(model, dtype)
+        known = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        self.context: int | None = known if isinstance(known, int) and known > 0 else None
+        self.rows = int(self._model.get_input_embeddings().weight.shape[0])
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, with what the tokenizer adds to one."""
+        return [int(token) for token in self._tokenizer(text)["input_ids"]]
+
+    def sums(self, windows: Sequence[tuple[Sequence[int], int]]) -> list[float]:
+        """The loss in nats of the last so many tokens of each window, padded on the right, where no token
+        of theirs looks.
+        """
+        import torch
+
+        longest = max(len(ids) for ids, _ in windows)
+        padded = [[*ids, *[0] * (longest - len(ids))] for ids, _ in windows]
+        seen = [[1] * len(ids) + [0] * (longest - len(ids)) for ids, _ in windows]
+        try:
+            with torch.inference_mode():
+                logits = self._model(
+                    input_ids=torch.tensor(padded, device=self._device),
+                    attention_mask=torch.tensor(seen, device=self._device), use_cache=False,
+                ).logits  # fmt: skip
+                return [_loss(logits[row], ids, count) for row, (ids, count) in enumerate(windows)]
+        except (RuntimeError, IndexError, ValueError) as error:
+            said = f"cannot read {len(windows)} texts of up to {longest} tokens: {_first_line(error)}"
+            raise EvaluationError(
+                Problem(said, f"a smaller {opt('batch')} or {opt('window')} may help", self._name)
+            ) from error
+
+
+def _loss(logits: Any, ids: Sequence[int], count: int) -> float:
+    import torch
+
+    total = 0.0
+    for begin in range(len(ids) - count, len(ids), 256):  # of few at a time: as float32 they take room
+        end = min(begin + 256, len(ids))
+        chosen = torch.tensor(ids[begin:end], device=logits.device)
+        found = torch.nn.functional.cross_entropy(
+            logits[begin - 1 : end - 1].float(), chosen, reduction="none"
+        )
+        total += float(found.double().sum())
+    return total
 
 
 def _first_line(error: Exception) -> str:

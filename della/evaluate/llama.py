@@ -109,6 +109,11 @@ class Llama:
         half = self.shape.head // 2
         self._frequencies = self.shape.theta ** (-np.arange(half, dtype=np.float64) / half)
 
+    @property
+    def vocabulary(self) -> int:
+        """How many token ids have a row of embeddings."""
+        return len(self._embedding)
+
     @staticmethod
     def from_folder(path: str | Path) -> Llama:
         """Load an ordinary Hugging Face folder: config.json and safetensors."""

@@ -1,9 +1,12 @@
-"""Answers of a small Llama by the demo's forward pass: NumPy in float32, no torch."""
+"""Answers and losses of a small Llama by the demo's forward pass: NumPy in float32, no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from della.errors import CheckpointError, DellaError, EvaluationError, Problem
 from della.evaluate.backends import Keep, batches
@@ -73,6 +76,36 @@ class NumpyModel:
                 prompts[at].id: self._tokenizer.decode(_until(answer, self._ends))
                 for at, answer in zip(chosen, answers, strict=True)
             })  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class NumpyScorer:
+    """How likely texts are by a Llama in memory; ``context``: how many positions it knows."""
+
+    tokenizer: Tokenizer
+    llama: Llama
+    context: int | None = None
+
+    @staticmethod
+    def of(folder: str) -> NumpyScorer:
+        """From a folder with a Llama and its tokenizer.json."""
+        tokenizer, llama = load(folder)
+        path = Path(folder) / "config.json"
+        known = parsed(read_limited(path), str(path)).get("max_position_embeddings")
+        return NumpyScorer(tokenizer, llama, known if isinstance(known, int) and known > 0 else None)
+
+    @property
+    def rows(self) -> int:
+        return self.llama.vocabulary
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text).ids
+
+    def sums(self, windows: Sequence[tuple[Sequence[int], int]]) -> list[float]:
+        """The loss in nats of the last so many tokens of each window."""
+        pairs = [(ids[:-count], ids[-count:]) for ids, count in windows]
+        with np.errstate(over="ignore", invalid="ignore"):  # a loss that is no number is told as such
+            return [float(one.sum(dtype=np.float64)) for one in self.llama.losses(pairs, len(pairs))]
 
 
 def _ends(folder: Path) -> list[int]:

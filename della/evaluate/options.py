@@ -80,7 +80,7 @@ class EvaluationOptions:
     and of the bootstrap.  ``score_only`` takes stored answers whatever they were made with.
     """
 
-    tasks: tuple[str, ...] = option("gsm8k, mbpp, alpaca_eval.", metavar="TASK,...", read=_tasks)
+    tasks: tuple[str, ...] = option("gsm8k, mbpp, alpaca_eval, loss.", metavar="TASK,...", read=_tasks)
     data: Mapping[str, Path] = option(
         "Problems from a local file. [default: the Hub]", dict, metavar="[TASK=]FILE", many=True,
         read=_files, after="tasks",
@@ -97,6 +97,7 @@ class EvaluationOptions:
     seed: int = option("Seed of the server and of the bootstrap.", 42, least=0)
     dtype: str = option("hf, vllm: bfloat16, float16, float32.", "bfloat16", metavar="NAME")
     batch: int = option("hf, numpy: prompts at a time.", 8, least=1)
+    window: int = option("loss: most tokens a model sees at once.", 2048, least=2)
     base_url: str | None = option("openai: the server's address, mostly with /v1.", None, metavar="URL")
     model_name: str | None = option("openai: what it calls MODEL. [default: MODEL]", None, metavar="NAME")
     key_env: str = option("openai: environment variable of its key.", "OPENAI_API_KEY", metavar="NAME")
@@ -121,10 +122,10 @@ class EvaluationOptions:
     score_only: bool = option("Score stored answers; load no model.", False)
 
     def template(self, task: str) -> str:
-        """The template of a task."""
+        """The template of a task; "" of loss, which has none."""
         from della.evaluate.templates import DEFAULTS
 
-        return self.templates.get(task, DEFAULTS[task])
+        return self.templates.get(task, DEFAULTS.get(task, ""))
 
 
 def opt(name: str, value: bool | str | None = None) -> str:

@@ -1,4 +1,4 @@
-"""The problems of the benchmarks, from local files or from the Hub: GSM8K, MBPP, AlpacaEval.
+"""The problems of the benchmarks, from local files or the Hub: GSM8K, MBPP, AlpacaEval; and texts for loss.
 
 A file may come from anywhere: every line is checked, and every complaint names file and line.
 """
@@ -19,6 +19,8 @@ from della.errors import CheckpointError, EvaluationError, Problem, either, unkn
 MOST_BYTES = 256_000_000
 MBPP_TEST = range(11, 511)  # the task ids of the test split, by MBPP's own README
 FIX = "correct the file, or take the published one"
+FORM = "expected a JSON object a line, with 'text', or with 'prompt' and 'response'; or texts in a .txt file"
+RESPONSES = ("response", "answer", "completion")
 
 _NUMBER = re.compile(r"-?\$?\d[\d,]*(\.\d+)?", re.ASCII)
 
@@ -26,7 +28,8 @@ _NUMBER = re.compile(r"-?\$?\d[\d,]*(\.\d+)?", re.ASCII)
 @dataclass(frozen=True, slots=True)
 class Item:
     """One problem of a benchmark.  ``reference`` is the solution to compare with ("" where there is none),
-    ``tests`` and ``setup`` are the asserts of a programming problem and what must run before them.
+    ``tests`` and ``setup`` are the asserts of a programming problem and what must run before them.  Of
+    loss the response, or the whole text, is the reference, and the prompt, if any, the instruction.
     """
 
     id: str
@@ -40,13 +43,14 @@ class Item:
 @dataclass(frozen=True, slots=True)
 class Task:
     """Where a benchmark is published, and how a record of it is read: (record, its position) -> Item, or
-    None for one of another split.
+    None for one of another split.  ``fix`` is what to do about a bad one.
     """
 
     name: str
     read: Callable[[_Record, int], Item | None]
     published: str
-    hub: tuple[str, str | None, str]  # the arguments of load_dataset: path, name or file, split
+    hub: tuple[str, str | None, str] | None  # the arguments of load_dataset: path, name or file, split
+    fix: str = FIX
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +59,10 @@ class _Record:
 
     where: str
     values: Mapping[str, Any]
+    fix: str = FIX
 
     def bad(self, what: str) -> EvaluationError:
-        return EvaluationError(Problem(what, FIX, self.where))
+        return EvaluationError(Problem(what, self.fix, self.where))
 
     def text(self, key: str, default: str | None = None) -> str:
         value = self.values.get(key, default)
@@ -77,7 +82,7 @@ def load(task: str, path: Path | None = None, limit: int | None = None) -> list[
     if known is None:
         raise EvaluationError(unknown("task", task, TASKS))
     found: dict[str, Item] = {}
-    for position, record in enumerate(_file(path) if path else _hub(known)):
+    for position, record in enumerate(_file(path, known) if path else _hub(known)):
         problem = known.read(record, position)
         if problem is None:
             continue
@@ -85,7 +90,8 @@ def load(task: str, path: Path | None = None, limit: int | None = None) -> list[
             raise record.bad(f"the problem {problem.id} stands twice")
         found[problem.id] = problem
     if not found:
-        raise EvaluationError(Problem(f"no test problem of {task} in it", FIX, str(path or known.hub[0])))
+        said = f"no test problem of {task} in it" if known.hub else "no text in it"
+        raise EvaluationError(Problem(said, known.fix, str(path or (known.hub or [task])[0])))
     return list(islice(found.values(), limit))
 
 
@@ -114,23 +120,39 @@ def read_limited(path: Path) -> bytes:
     return raw
 
 
-def _file(path: Path) -> Iterator[_Record]:
-    """JSON Lines, or one JSON array of objects."""
-    raw = read_limited(path)
+def _file(path: Path, task: Task) -> Iterator[_Record]:
+    """JSON Lines, or one JSON array of objects; of loss, a .txt file too, whose texts blank lines divide."""
+    raw = read_limited(path).removeprefix(b"\xef\xbb\xbf")
+    if path.suffix == ".txt" and task.hub is None:
+        yield from (_Record(str(path), {"text": text}) for text in _paragraphs(raw, path))
+        return
     if raw.lstrip()[:1] == b"[":
-        values = ((f"{path}: item {n}", value) for n, value in enumerate(parsed(raw, str(path)), 1))
+        values = ((f"{path}: item {n}", value) for n, value in enumerate(parsed(raw, str(path), task.fix), 1))
     else:
         lines = ((f"{path}:{n}", line) for n, line in enumerate(raw.split(b"\n"), 1) if line.strip())
-        values = ((where, parsed(line, where)) for where, line in lines)
+        values = ((where, parsed(line, where, task.fix)) for where, line in lines)
     for where, value in values:
         if not isinstance(value, dict):
-            raise EvaluationError(Problem(f"expected a JSON object, found {_shown(value)}", FIX, where))
-        yield _Record(where, value)
+            raise EvaluationError(Problem(f"expected a JSON object, found {_shown(value)}", task.fix, where))
+        yield _Record(where, value, task.fix)
+
+
+def _paragraphs(raw: bytes, path: Path) -> list[str]:
+    try:
+        text = raw.decode()
+    except UnicodeError as error:
+        raise EvaluationError(
+            Problem(f"text is not UTF-8 ({error})", "save it as UTF-8", str(path))
+        ) from None
+    parts = re.split(r"\n[^\S\n]*\n", text.replace("\r\n", "\n"))
+    return [part.strip("\n") for part in parts if part.strip()]
 
 
 def _hub(task: Task) -> Iterator[_Record]:
-    path, name, split = task.hub
     option = either(f"--data {task.name}=FILE", f'data={{"{task.name}": FILE}}')
+    if task.hub is None:
+        raise EvaluationError(Problem("needs a file of texts", f"give {option}", task.name))
+    path, name, split = task.hub
     give = f"give a local file with {option}; it is published at {task.published}"
     try:
         import datasets
@@ -176,6 +198,15 @@ def _alpaca_eval(record: _Record, position: int) -> Item:
     return Item(str(position), "alpaca_eval", record.text("instruction"), record.text("output", ""))
 
 
+def _loss(record: _Record, position: int) -> Item:
+    keys = [key for key in ("text", "prompt", *RESPONSES) if key in record.values]
+    if keys == ["text"]:
+        return Item(str(position), "loss", "", record.text("text"))
+    if len(keys) != 2 or keys[0] != "prompt":
+        raise record.bad(f"cannot tell text, prompt and response by its keys {_shown(list(record.values))}")
+    return Item(str(position), "loss", record.text("prompt", ""), record.text(keys[1]))
+
+
 def _shown(value: Any) -> str:
     text = json.dumps(value, default=repr)
     return text if len(text) <= 80 else f"...{text[-77:]}" if isinstance(value, str) else f"{text[:77]}..."
@@ -198,5 +229,6 @@ TASKS = {
             "https://huggingface.co/datasets/tatsu-lab/alpaca_eval (alpaca_eval.json)",
             ("tatsu-lab/alpaca_eval", "alpaca_eval", "eval"),
         ),
+        Task("loss", _loss, "", None, FORM),
     )
 }  # fmt: skip

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from della.evaluate import loss as measured
 from della.evaluate.problems import Item
 from della.evaluate.templates import program_in
 from della.report.intervals import Interval, paired_bootstrap, side, wilson
@@ -20,14 +22,17 @@ Answers = Mapping[str, str]  # by the ids of the problems
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """One number of a model on a task, a share from 0 to 1 with its interval.
+    """One number of a model on a task with its interval: a share from 0 to 1, unless it has a ``unit``.
 
-    ``items`` has what each problem that counts adds to it, by id: 1 for right, 0 for wrong, .5 for a draw.
+    ``items`` has what each problem that counts adds to it, by id: 1 for right, 0 for wrong, .5 for a draw; of
+    a loss its nats a token, and ``weights`` the tokens.
     """
 
     metric: str
     interval: Interval
     items: Mapping[str, float]
+    weights: Mapping[str, int] = field(default_factory=dict)
+    unit: str = ""
 
     @staticmethod
     def of(metric: str, items: Mapping[str, bool]) -> Score:
@@ -46,8 +51,8 @@ class Scored:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """How far model ``b`` is above model ``a`` on the same problems, as a share, by the paired bootstrap;
-    ``differing`` of the ``items`` are not scored alike.
+    """How far model ``b`` is above model ``a`` on the same problems, as a share or in ``unit``, by the paired
+    bootstrap; ``differing`` of the ``items`` are not scored alike.
     """
 
     task: str
@@ -57,6 +62,7 @@ class Difference:
     interval: Interval
     items: int
     differing: int
+    unit: str = ""
 
     @property
     def within_noise(self) -> bool:
@@ -64,18 +70,18 @@ class Difference:
         return side(self.interval, differing=self.differing) == 0
 
     def __str__(self) -> str:
-        points = [100 * value for value in (self.interval.value, self.interval.low, self.interval.high)]
+        scale, digits = (1, 4) if self.unit else (100, 1)
+        points = [scale * value for value in (self.interval.value, self.interval.low, self.interval.high)]
+        by = f"{abs(points[0]):.{digits}f} {self.unit or 'points'}"
         known = (
-            f"95 % interval {points[1]:+.1f} to {points[2]:+.1f}, {self.items} items, {self.differing} differ"
+            f"95 % interval {points[1]:+.{digits}f} to {points[2]:+.{digits}f}, {self.items} items, "
+            f"{self.differing} differ"
         )
         where = f"{self.task}, {self.metric}"
         if self.within_noise:
-            return (
-                f"{where}: {self.a} and {self.b} differ by {abs(points[0]):.1f} points, which is within "
-                f"noise ({known})"
-            )
+            return f"{where}: {self.a} and {self.b} differ by {by}, which is within noise ({known})"
         side = "above" if points[0] > 0 else "below"
-        return f"{where}: {self.b} is {abs(points[0]):.1f} points {side} {self.a} ({known})"
+        return f"{where}: {self.b} is {by} {side} {self.a} ({known})"
 
 
 def score_gsm8k(
@@ -121,15 +127,58 @@ def score_mbpp(problems: Sequence[Item], answers: Answers, sandbox: Sandbox) -> 
     return Scored((Score.of("pass@1", {key: d["pass@1"] for key, d in details.items()}),), details)
 
 
+def score_loss(problems: Sequence[Item], answers: Answers, seed: int) -> Scored:
+    """Nats a token by the bootstrap over texts, and its perplexity; by text loss, tokens and windows."""
+    loss = measured.loss_of(answers[problem.id] for problem in problems)
+    details: dict[str, dict[str, Any]] = {
+        p.id: {"loss": measured.said(s / n) if n else None, "tokens": n, "windows": w}
+        for p, s, n, w in zip(problems, loss.sums, loss.tokens, loss.windows, strict=True)
+    }  # fmt: skip
+    items = {key: float(one["loss"]) for key, one in details.items() if one["tokens"]}
+    weights = {key: details[key]["tokens"] for key in items}
+    found = loss.interval(seed)
+    wide = Interval(*(measured.perplexity(nats) for nats in (found.value, found.low, found.high)))
+    unit = "nats a token"
+    scores = (Score("loss", found, items, weights, unit), Score("perplexity", wide, {}, unit="perplexity"))
+    return Scored(scores, details)
+
+
+def notes_of_loss(scored: Scored) -> list[str]:
+    """What must be known of a loss: texts that are no number, that do not count, that were cut in windows."""
+    told = scored.details
+    kinds = {
+        "have a loss that is no finite number, and so has the mean": [
+            key for key, one in told.items() if isinstance(one["loss"], str)
+        ],
+        "do not count, as nothing precedes their only token": [
+            key for key, one in told.items() if not one["tokens"]
+        ],
+        "are longer than a window, and read in several": [
+            key for key, one in told.items() if one["windows"] > 1
+        ],
+    }
+    return [
+        f"{len(ids)} of {len(told)} texts {what} (such as {ids[0]})" for what, ids in kinds.items() if ids
+    ]
+
+
 def differences(task: str, scores: Mapping[str, Sequence[Score]], seed: int) -> list[Difference]:
-    """Every further model against the first, for each metric that both have, on the problems both have."""
+    """Every further model against the first, for each metric that both have, on the problems both have;
+    losses only where they are numbers, of as many tokens.
+    """
     (first, others), found = (next(iter(scores.items())), list(scores.items())[1:]), []
     for name, theirs in others:
         for ours, score in ((o, s) for o in first[1] for s in theirs if o.metric == s.metric):
             shared = [key for key in ours.items if key in score.items]
-            if shared:
+            weights = [ours.weights.get(key, 1) for key in shared]
+            known = all(map(math.isfinite, (ours.interval.value, score.interval.value)))
+            if shared and known and weights == [score.weights.get(key, 1) for key in shared]:
                 b, a = [score.items[key] for key in shared], [ours.items[key] for key in shared]
                 differing = sum(x != y for x, y in zip(a, b, strict=True))
-                interval = paired_bootstrap(b, a, seed=seed)
-                found.append(Difference(task, score.metric, first[0], name, interval, len(shared), differing))
+                interval = paired_bootstrap(b, a, weights=weights if ours.weights else None, seed=seed)
+                found.append(
+                    Difference(
+                        task, score.metric, first[0], name, interval, len(shared), differing, score.unit
+                    )
+                )
     return found

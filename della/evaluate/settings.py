@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from della.errors import EvaluationError, Problem, unknown
+from della.errors import EvaluationError, Problem, either, unknown
 from della.evaluate.backends import BACKENDS, DTYPES, Model
 from della.evaluate.endpoint import public
+from della.evaluate.loss import BACKENDS as BACKENDS_OF_LOSS
 from della.evaluate.options import EvaluationOptions, opt
 from della.evaluate.problems import TASKS
 from della.evaluate.templates import check_template
@@ -29,7 +30,10 @@ def check(models: Sequence[Model], settings: EvaluationOptions) -> None:
         if value not in known:
             raise EvaluationError(unknown(what, value, known))
     for task in settings.tasks:
-        check_template(settings.template(task), settings.prompt)
+        if task != "loss":
+            check_template(settings.template(task), settings.prompt)
+    if "loss" in settings.tasks:
+        _check_loss(settings)
     for name in ("max_tokens", "batch", "limit", "concurrency"):
         if (getattr(settings, name) or 1) < 1 or getattr(settings, name) == 0:
             raise refused(EvaluationError, name, getattr(settings, name), "expected at least 1")
@@ -56,6 +60,19 @@ def check(models: Sequence[Model], settings: EvaluationOptions) -> None:
         raise EvaluationError(Problem(said, "leave one out", parameter="fresh"))
 
 
+def _check_loss(settings: EvaluationOptions) -> None:
+    if "loss" in settings.templates:
+        option = either("--template TASK=NAME", 'templates={"TASK": NAME}')
+        fix = f"write the prompts out in its file; {option} gives one to another task"
+        raise EvaluationError(Problem("takes its texts as they are, and no template", fix, "loss"))
+    if settings.backend not in BACKENDS_OF_LOSS and not settings.score_only:
+        said = f"needs the probability of every token, which the backend {settings.backend} does not tell"
+        fix = f"give {opt('backend', 'hf')}, or {opt('backend', 'numpy')} for a folder with a small Llama"
+        raise EvaluationError(Problem(said, fix, "loss"))
+    if settings.window < 2:
+        raise refused(EvaluationError, opt("window"), settings.window, "expected at least 2")
+
+
 def depends(model: Model, task: str, settings: EvaluationOptions) -> dict[str, Any]:
     """What the answers to a task depend on, beside the prompts, which are compared one by one."""
     own: dict[str, dict[str, Any]] = {
@@ -64,6 +81,10 @@ def depends(model: Model, task: str, settings: EvaluationOptions) -> dict[str, A
         "vllm": {"dtype": settings.dtype, "vllm_arguments": settings.vllm_arguments},
         "openai": {"base_url": public(settings.base_url or ""), "model_name": settings.model_name},
     }
+    if task == "loss":  # which batches do not change
+        dtype = {"dtype": settings.dtype} if settings.backend == "hf" else {}
+        told = {"task": task, "model": model.identity, "backend": settings.backend}
+        return {**told, "window": settings.window, **dtype}
     return {
         "task": task, "model": model.identity, "backend": settings.backend,
         "template": settings.template(task), "prompt": settings.prompt, "max_tokens": settings.max_tokens,

@@ -34,5 +34,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         raise DellaError(
             Problem("the demo needs the package tokenizers", "pip install '.[demo]' in della's checkout")
         ) from error
-    loaded: Tokenizer = tokenizers.Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
-    return loaded
+    loaded = tokenizers.Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
+    loaded.no_truncation()  # a setting of the training that saved the file; transformers drops it too
+    loaded.no_padding()
+    found: Tokenizer = loaded
+    return found

@@ -409,7 +409,8 @@ def as_dict(settings: EvaluationOptions) -> dict[str, Any]:
 REFUSED: dict[str, tuple[Mapping[str, Any], str]] = {
     "no task": ({"tasks": ()}, "nothing to score: expected at least one model and one task"),
     "task": (
-        {"tasks": ("gsm",)}, "task 'gsm': expected one of gsm8k, mbpp, alpaca_eval; did you mean 'gsm8k'?",
+        {"tasks": ("gsm",)},
+        "task 'gsm': expected one of gsm8k, mbpp, alpaca_eval, loss; did you mean 'gsm8k'?",
     ),
     "backend": (
         {"backend": "vlm"}, "backend 'vlm': expected one of hf, vllm, openai, numpy; did you mean 'vllm'?",

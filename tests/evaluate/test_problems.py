@@ -117,7 +117,7 @@ def test_an_unknown_task_is_told_with_the_nearest() -> None:
     with pytest.raises(EvaluationError) as error:
         load("gsmk8")
     assert str(error.value) == (
-        "task 'gsmk8': expected one of gsm8k, mbpp, alpaca_eval; did you mean 'gsm8k'?"
+        "task 'gsmk8': expected one of gsm8k, mbpp, alpaca_eval, loss; did you mean 'gsm8k'?"
     )
 
 
