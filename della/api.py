@@ -29,7 +29,7 @@ def merge(
     overrides: Sequence[str] | str = (), compat: bool = False, fsync: bool = True,
     shard_bytes: int = 5_000_000_000, tile: int = TILE, part: tuple[int, int] = (1, 1), finish: bool = False,
     allow_pickle: bool = False, keep_auto_map: bool = False, allow_idle: bool = False,
-    record_paths: bool = False,
+    record_paths: bool = False, lenient: bool = False,
     progress: Callable[[Progress], None] | bool | None = None, tell: Callable[[str], None] | None = None,
 ) -> Result:  # fmt: skip
     """Merge as ``recipe`` says and write the model to ``out``; until the last step ``out`` is what it was.
@@ -53,6 +53,7 @@ def merge(
         keep_auto_map: keep what the base's configuration says of code of its own.
         allow_idle: merge although a model takes no part, or changes nothing.
         record_paths: keep absolute paths of models in della.json and README.md.
+        lenient: ignore keys of the recipe that are not known, with a note.
         progress: True shows a bar, in notebooks too; a function is called with a Progress after every piece,
             from worker threads, one at a time.
         tell: called with notes on resuming.
@@ -71,7 +72,8 @@ def merge(
         >>> sorted(path.name for path in result.out.iterdir())
         ['README.md', 'della.json', 'model.safetensors']
     """
-    target, changes = Target(Path(out), overwrite, record_paths), Changes(seed, _several(overrides), compat)
+    target = Target(Path(out), overwrite, record_paths)
+    changes = Changes(seed, _several(overrides), compat, lenient)
     execution = Execution(threads, shard_bytes, Share(*part), finish, fsync, tile)
     permissions = Permissions(allow_pickle, keep_auto_map, allow_idle)
     from della.running.bar import shown
@@ -88,6 +90,7 @@ def plan(
     compat: bool = False,
     allow_pickle: bool = False,
     allow_idle: bool = False,
+    lenient: bool = False,
 ) -> Plan:
     """What `merge` would do, from headers alone.
 
@@ -98,6 +101,7 @@ def plan(
         compat: follow mergekit's rules.
         allow_pickle: read .bin and .pt files too.
         allow_idle: as for `merge`.
+        lenient: as for `merge`.
 
     Returns:
         A Plan (jobs, bytes, notes, departures); close it, or use it in a with-block.
@@ -113,7 +117,7 @@ def plan(
         ('w', 8)
     """
     permissions = Permissions(allow_pickle=allow_pickle, allow_idle=allow_idle)
-    return run_plan(recipe, Changes(seed, _several(overrides), compat), permissions)
+    return run_plan(recipe, Changes(seed, _several(overrides), compat, lenient), permissions)
 
 
 def verify(
@@ -209,7 +213,8 @@ def read(recipe: Source, changes: Changes) -> Recipe:
     lines += [] if changes.seed is None else [f"seed={changes.seed}"]
     lines += ["compat=mergekit"] if changes.compat else []
     if not isinstance(recipe, Recipe):
-        return read_recipe(recipe, overrides=lines, check=False)  # make_plan does, with all other checks
+        # make_plan checks, with all other checks
+        return read_recipe(recipe, overrides=lines, check=False, lenient=changes.lenient)
     if not lines:
         return recipe
     return replace(read_recipe(recipe.text + "\n", overrides=lines, check=False), path=recipe.path)

@@ -252,7 +252,7 @@ class Changes:
     """What the caller changes in a recipe.
 
     >>> Changes(overrides=("lambda=0.8",))
-    Changes(seed=None, overrides=('lambda=0.8',), compat=False)
+    Changes(seed=None, overrides=('lambda=0.8',), compat=False, lenient=False)
     """
 
     seed: int | None = option("Seed of the random draws, instead of the recipe's.", None)
@@ -263,6 +263,7 @@ class Changes:
     compat: bool = option(
         "Follow mergekit's rules where they differ.", False, metavar="mergekit", read=is_mergekit
     )
+    lenient: bool = option("Ignore keys of the recipe that are not known, with a note.", False)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from della.dtypes import RECIPE_NAMES, DType
 from della.errors import Collector, Location, RecipeError, clip, suggest
 from della.merging.random import DEFAULT_SEED
 from della.merging.registry import ALL_PARAMETERS, LATER_METHODS, METHODS, Method, Parameter
+from della.recipe.dialect import COMPAT, PLAIN_FP8, POLICIES, SEED, WITHOUT_EFFECT, no_mapping, other_tool
 from della.recipe.models import ModelEntry, Recipe
 from della.recipe.overrides import apply_overrides
 from della.recipe.references import identities, named_model, same
@@ -33,7 +34,6 @@ _TOP_KEYS = (
     "name", "seed", "compat", "nonfinite", "plain_fp8", "missing", "extra", "mismatch", "slices", "modules",
     "tokenizer", "chat_template",
 )  # fmt: skip
-_MIXTURE = {"experts", "gate_mode", "experts_per_token", "shared_experts", "positive_prompts"}
 _MODEL_KEYS = ("model", "parameters", "input_norms")
 _LATER_KEYS = {
     "slices": "list whole models under 'models' instead",
@@ -41,32 +41,20 @@ _LATER_KEYS = {
     "chat_template": "remove it, and the chat template is the base model's",
 }
 _BESIDE = "names a file of one model, so it belongs beside 'model:' in an entry of 'models'"
-_SEED = Parameter("seed", "shared", int, DEFAULT_SEED, "", low=0, high=2**64 - 1)
-_PLAIN_FP8 = Parameter("plain_fp8", "shared", bool, False, "")
-_COMPAT = Parameter("compat", "shared", str, None, "", choices=("mergekit",))
-# What to do about inputs that are not as they should be; the first choice is the default.
-_POLICIES = {
-    name: Parameter(name, "shared", str, choices[0], "", choices=choices)
-    for name, choices in (
-        ("nonfinite", ("error", "keep", "zero")),
-        ("missing", ("error", "base")),
-        ("extra", ("error", "ignore", "copy")),
-        ("mismatch", ("error", "ignore")),
-    )
-}
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 def read_recipe(
-    source: str | Path | Mapping[str, Any], *, overrides: Sequence[str] = (), check: bool = True
-) -> Recipe:
+    source: str | Path | Mapping[str, Any], *, overrides: Sequence[str] = (), check: bool = True,
+    lenient: bool = False,
+) -> Recipe:  # fmt: skip
     """Read a recipe: a path, YAML text (a str with a line break in it), or the same as Python objects.
 
     ``overrides`` are ``KEY=VALUE``: KEY is a dotted path into the recipe (``models.0.parameters.weight``), or
     the bare name of a parameter, which then has this value for every model; VALUE is YAML.
 
     ``check=False`` leaves the rules that join several parameters to `planning.make_plan`, which tells of them
-    together with what is wrong about the models.
+    together with what is wrong about the models.  ``lenient`` ignores keys that are not known, with a note.
 
     Raises RecipeError, which lists everything that is wrong, each with ``file:line:column``.
     """
@@ -78,15 +66,13 @@ def read_recipe(
         path, name, text = load_text(source)
         root = parse(text, name, problems)
     if not isinstance(root, Table):
-        said = "a recipe is a mapping that begins with a key such as 'models:'"
-        found = "empty" if isinstance(root, Leaf) and root.value is None else show(root)
-        raise refusal(root.location, f"{said}, but this is {found}")
+        raise refusal(root.location, *no_mapping(root))
     if isinstance(overrides, str):
         overrides = (overrides,)
     notes = apply_overrides(root, overrides, _TOP_KEYS, problems)
     if overrides:
         text = None
-    recipe = _Reader(problems, notes).recipe(root, path, text)
+    recipe = _Reader(problems, notes, lenient).recipe(root, path, text)
     if check:
         recipe.check_at_once()
     return recipe
@@ -95,8 +81,9 @@ def read_recipe(
 class _Reader:
     """Walks the tree of one recipe: what is wrong goes to ``problems``, what deserves a word to ``notes``."""
 
-    def __init__(self, problems: Collector, notes: list[str]) -> None:
-        self.problems, self.notes = problems, notes
+    def __init__(self, problems: Collector, notes: list[str], lenient: bool) -> None:
+        self.problems, self.notes, self.lenient = problems, notes, lenient
+        self.ignored: list[tuple[Table, str]] = []
         self.method: type[Method] | None = None
         self.known: Mapping[str, Parameter] = {}
         self.folder = Path()  # where relative references start
@@ -106,10 +93,8 @@ class _Reader:
 
     def recipe(self, root: Table, path: Path | None, text: str | None) -> Recipe:
         """The Recipe in ``root``; ``text`` is its YAML, None where that must be made from ``root``."""
-        if _MIXTURE & root.entries.keys():
-            said = "a recipe of mergekit-moe, which joins models as the experts of one mixture"
-            fix = "della merges models into one of their own size: list them under 'models'"
-            raise refusal(root.location, said, fix)
+        if found := other_tool(root):
+            raise refusal(root.location, *found)
         self.folder = path.parent if path else self.folder
         self._refuse_strange_keys(root, _TOP_KEYS, "at the top level", "")
         for key, instead in _LATER_KEYS.items():
@@ -124,8 +109,8 @@ class _Reader:
         shared = self._parameters(root, None)
         models = self._models(root, base.text if base else None)
         dtypes = [self._dtype(root, key) for key in ("dtype", "out_dtype")]
-        seed, compat = self._value(root, _SEED), self._value(root, _COMPAT)
-        policies = {name: self._value(root, row) or row.default for name, row in _POLICIES.items()}
+        seed, compat = self._value(root, SEED), self._value(root, COMPAT)
+        policies = {name: self._value(root, row) or row.default for name, row in POLICIES.items()}
         name = self._text(root, "name", "'name'")
         location = (
             root.entries["merge_method"].node.location if "merge_method" in root.entries else root.location
@@ -139,9 +124,11 @@ class _Reader:
         self.problems.raise_any()
         assert self.method is not None
         self._tell_unused(self.method, base, models)
+        for table, key in self.ignored:
+            del table.entries[key]
         recipe = Recipe(
             path=path,
-            text=dump(root) if text is None else text,
+            text=dump(root) if text is None or self.ignored else text,
             name=name.text if name else None,
             base_model=base.text if base else None,
             models=models,
@@ -152,7 +139,7 @@ class _Reader:
             out_dtype=dtypes[1],
             seed=DEFAULT_SEED if seed is None else int(seed),
             compat=compat is not None,
-            plain_fp8=bool(self._value(root, _PLAIN_FP8)),
+            plain_fp8=bool(self._value(root, PLAIN_FP8)),
             tokenizer=tokenizer,
             **policies,
             notes=tuple(self.notes),
@@ -164,7 +151,7 @@ class _Reader:
         """Tell of every key that may not stand in ``table``; ``owner`` is "model 2", or "" for the recipe."""
         misplaced: dict[str, dict[str, Node]] = {"model": {}, "shared": {}}
         for key, entry in table.entries.items():
-            if key in allowed:
+            if key in allowed or self._has_no_effect(key, entry.key):
                 continue
             if key in ALL_PARAMETERS:
                 misplaced[ALL_PARAMETERS[key].scope if owner else "shared"][key] = entry.node
@@ -174,8 +161,7 @@ class _Reader:
             elif key == "input_norms":
                 self._tell(entry.key, key, f"{key!r} {_BESIDE}")
             else:
-                hint = suggest(key, (*allowed, *ALL_PARAMETERS))
-                self._tell(entry.key, key, f"unknown key {clip(key)!r} {where}", hint)
+                self._unknown(table, key, where, (*allowed, *ALL_PARAMETERS))
         for scope, nodes in misplaced.items():
             self._belongs(table, nodes, owner if scope == "model" else "", "")
 
@@ -189,6 +175,20 @@ class _Reader:
         key = next(iter(nodes))
         said = f"{names} {verb} under {target}{why}:\n      parameters:{example}"
         self._tell(table.entries[key].key, key, said)
+
+    def _has_no_effect(self, key: str, location: Location) -> bool:
+        """Whether it is a key of mergekit's that changes nothing here; a note says why."""
+        if key in WITHOUT_EFFECT:
+            self.notes.append(f"{location}: {key!r} has no effect here: {WITHOUT_EFFECT[key]}")
+        return key in WITHOUT_EFFECT
+
+    def _unknown(self, table: Table, key: str, where: str, known: Iterable[str]) -> None:
+        said, hint = f"unknown key {clip(key)!r} {where}", suggest(key, known)
+        if not self.lenient:
+            self._tell(table.entries[key].key, key, said, hint)
+            return
+        self.ignored.append((table, key))
+        self.notes.append(f"{table.entries[key].key}: {said}, ignored{f'; {hint}' if hint else ''}")
 
     def _tell(self, location: Location, key: str, said: str, fix: str | None = None) -> None:
         self.problems.add(said, fix, location=location, parameter=key)
@@ -228,7 +228,8 @@ class _Reader:
     def _missing(self, table: Table, key: str, location: Location, said: str, fix: str | None = None) -> None:
         """Tell that ``key`` is missing, unless a fault or a misspelling of it is told already."""
         strange = [k for k in table.entries if k not in _TOP_KEYS and k not in ALL_PARAMETERS]
-        if self._entry(table, key) is None and not any(suggest(k, (key,)) for k in strange):
+        told = not self.lenient and any(suggest(k, (key,)) for k in strange)
+        if self._entry(table, key) is None and not told:
             self._tell(location, key, said, fix)
 
     def _method(self, root: Table) -> None:
@@ -288,15 +289,13 @@ class _Reader:
         for key, entry in node.entries.items():
             parameter = self.known.get(key)
             if parameter is None:
-                hint = None
                 if key in _TOP_KEYS and key != "parameters":
                     said = f"{key!r} belongs at the top level of the recipe, not in parameters{of}"
+                    self._tell(entry.key, key, said)
                 elif key == "input_norms":
-                    said = f"{key!r} {_BESIDE}"
-                else:
-                    said = f"unknown key {clip(key)!r} in parameters{of}"
-                    hint = suggest(key, self.known)
-                self._tell(entry.key, key, said, hint)
+                    self._tell(entry.key, key, f"{key!r} {_BESIDE}")
+                elif not self._has_no_effect(key, entry.key):
+                    self._unknown(node, key, f"in parameters{of}", self.known)
             elif number and parameter.scope == "shared":
                 misplaced[key] = entry.node
             else:

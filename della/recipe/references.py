@@ -38,6 +38,11 @@ def named_model(node: Node, subject: str, tell: Tell) -> Leaf | None:
         said = f"{subject} names a LoRA adapter ('lora'), which is not part of this version yet"
         tell(found["lora"], said, "merge the adapter into its base first")
         return None
+    if "override_architecture" in found:
+        said = f"'override_architecture' of {subject} cannot be followed"
+        fix = "remove it: names and shapes of tensors are those in the files"
+        tell(found["override_architecture"], said, fix)
+        return None
     homes = [key for key in ("path", "model") if key in found]
     if len(homes) != 1:
         tell(node, f"{subject} is a mapping that needs one of 'path' and 'model'", "write the model as text")

@@ -167,6 +167,8 @@ def _meant(parameter: Parameter, leaf: Leaf) -> Value | None:
     value, text = leaf.value, leaf.text.lower()
     if takes(parameter, bool) and text in _TRUTH:
         return _TRUTH[text]
+    if takes(parameter, bool) and not takes(parameter, int, float) and number(text) in (0, 1):
+        return number(text) == 1
     if isinstance(value, str) and takes(parameter, int, float) and (found := number(value)) is not None:
         return found
     return value

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from della.errors import Collector, Location, Problem, RecipeError, clip
+from della.recipe.dialect import other_text
 from della.recipe.tree import (
     FORBIDDEN,
     MAX_DEPTH,
@@ -82,6 +83,8 @@ def _decode(data: bytes, name: str) -> str:
         said = "a recipe is a mapping that begins with a key such as 'models:', but this begins with"
         fix = f"remove the line with {fence} at the beginning and the one at the end"
         raise refusal(location, f"{said} {first!r}", fix)
+    if foreign := other_text(text):
+        raise refusal(_location_at(text, foreign[0], name), *foreign[1:])
     return text
 
 
