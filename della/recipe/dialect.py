@@ -50,6 +50,8 @@ WITHOUT_EFFECT = {
     **dict.fromkeys(("quiet", "verbose", "verbosity"), _OUTPUT),
 }
 """mergekit's keys and options that change no result of ours, each with the reason."""
+RENAMED = {"random_seed": "mergekit's option; here write 'seed' at the top level"}
+"""mergekit's options that would change the result, each with what to write instead."""
 
 # Keys of which one is enough to tell the recipe of another tool; what that is; and what to do.
 _LIST_MODELS = "list the models under 'models', and say how in 'merge_method'"

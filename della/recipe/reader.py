@@ -18,7 +18,16 @@ from della.dtypes import RECIPE_NAMES, DType
 from della.errors import Collector, Location, RecipeError, clip, suggest
 from della.merging.random import DEFAULT_SEED
 from della.merging.registry import ALL_PARAMETERS, LATER_METHODS, METHODS, Method, Parameter
-from della.recipe.dialect import COMPAT, PLAIN_FP8, POLICIES, SEED, WITHOUT_EFFECT, no_mapping, other_tool
+from della.recipe.dialect import (
+    COMPAT,
+    PLAIN_FP8,
+    POLICIES,
+    RENAMED,
+    SEED,
+    WITHOUT_EFFECT,
+    no_mapping,
+    other_tool,
+)
 from della.recipe.models import ModelEntry, Recipe
 from della.recipe.overrides import apply_overrides
 from della.recipe.references import identities, named_model, same
@@ -183,8 +192,8 @@ class _Reader:
         return key in WITHOUT_EFFECT
 
     def _unknown(self, table: Table, key: str, where: str, known: Iterable[str]) -> None:
-        said, hint = f"unknown key {clip(key)!r} {where}", suggest(key, known)
-        if not self.lenient:
+        said, hint = f"unknown key {clip(key)!r} {where}", RENAMED.get(key) or suggest(key, known)
+        if not self.lenient or key in RENAMED:
             self._tell(table.entries[key].key, key, said, hint)
             return
         self.ignored.append((table, key))
