@@ -16,6 +16,7 @@ import numpy as np
 
 from della.errors import EvaluationError, Problem, unknown
 from della.evaluate.backends import DTYPES, Keep, Model
+from della.evaluate.options import opt
 from della.evaluate.problems import Item, load, parsed
 from della.report.intervals import Interval, paired_bootstrap
 
@@ -139,7 +140,8 @@ def answer(model: Scorer, items: Sequence[Item], keep: Keep, *, window: int = WI
     """Give what `loss_of` reads to ``keep``, by item, as soon as it is there: the longest first."""
     size = min(window, model.context or window)
     if size < 2:
-        raise EvaluationError(Problem(f"a window of {size} tokens holds none that another precedes"))
+        said = f"a window of {size} tokens holds none that another precedes"
+        raise EvaluationError(Problem(said, f"give {opt('window', 'N')} of at least 2", parameter="window"))
     lead = model.encode("")
     texts = [_tokenised(model, item) for item in items]
     sums, left, done = [0.0] * len(items), [0] * len(items), [0] * len(items)

@@ -259,6 +259,12 @@ def test_texts_of_which_no_token_counts() -> None:
     assert measure(Told(), [item("pr", "a"), item("", "b", "1")]).tokens == (1, 0)
 
 
+def test_a_window_that_holds_no_pair() -> None:
+    with pytest.raises(EvaluationError, match=r"window of 1 tokens .*give window=N of at least 2"):
+        measure(Told(), [item("", "abcdef")], window=1)
+    assert measure(Told(), [item("", "abcdef")], window=2).windows == (2,)
+
+
 def test_an_id_without_a_row_of_embeddings_is_refused() -> None:
     config = make_config(CONFIGS["plain"]) | {"vocab_size": 20}
     model = NumpyScorer(Letters(), Llama(config, random_tensors(config)))
