@@ -7,6 +7,7 @@ import ast
 import dataclasses
 import inspect
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -225,13 +226,16 @@ def test_shards(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert not told
 
 
-def test_where_paths_of_a_recipe_start(do: Do, site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_paths_of_a_recipe_start(
+    do: Do, site: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert do("merge", "recipe.yml", "out") == ""
-    (site / "elsewhere").mkdir()
-    monkeypatch.chdir(site / "elsewhere")
-    said = do("verify", "../out", sources=1.0)
+    away = tmp_path_factory.mktemp("away")  # della looks in the folders above OUT by itself
+    shutil.move("out", away / "out")
+    monkeypatch.chdir(away)
+    said = do("verify", "out", sources=1.0)
     assert says(do, said, "--from FOLDER", "base_dir=FOLDER")
-    assert do("verify", "../out", sources=1.0, base_dir=str(site)) == ""
+    assert do("verify", "out", sources=1.0, base_dir=str(site)) == ""
 
 
 def test_compat(do: Do) -> None:
