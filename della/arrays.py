@@ -114,7 +114,7 @@ def merge_tensors(
     root = models[0] if base is None else _as_array(base, f"{name} of the base")
     picked = row(shared)
     if why := picked.whole_model:
-        fix = f"merge checkpoints instead, or use {why.instead}"
+        fix = 'merge checkpoints instead, or give {}="{}"'.format(*why.instead.split(": "))
         raise RecipeError(Problem(f"{why.option} needs the whole model", fix, parameter=why.option.parameter))
     for k, model in enumerate(models, 1):
         if model.shape != root.shape:

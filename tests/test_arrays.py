@@ -196,7 +196,7 @@ def said(kind: type[DellaError], call: Callable[[], object]) -> str:
         ([W], {"density": 0.9}, "expert1: density 0.9 with epsilon 0.15 gives keep probabilities from 0.75 "
          "to 1.05, which leave [0, 1]; use an epsilon of at most 0.1"),
         ([W], {"method": "ties", "scope": "model"}, "scope: model needs the whole model; merge checkpoints "
-         "instead, or use scope: tensor"),
+         "instead, or give scope=\"tensor\""),
         ([W, W], {"method": "linear", "weights": [1, -1]}, "the weights 1, -1 add up to 0, so they have no "
          "mean; use normalize: false"),
     ],

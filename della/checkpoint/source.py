@@ -292,7 +292,7 @@ def fetch(repo_id: str, revision: str | None, *, weights: bool) -> tuple[Path, d
         from huggingface_hub import HfFileSystem, snapshot_download
     except ImportError:
         raise CheckpointError(
-            Problem("models of the Hub need huggingface_hub", "pip install it", repo_id)
+            Problem("models of the Hub need huggingface_hub", "pip install huggingface_hub", repo_id)
         ) from None
     try:
         # Patterns match across "/"; the second one keeps to the top folder.

@@ -14,8 +14,10 @@ from della.recipe.reader import Recipe
 ABSENT = "not in the result"
 
 
-def cure() -> str:
-    """What to do about a model that takes no part, or changes nothing."""
+def cure(each: Coverage, coverage: Sequence[Coverage]) -> str:
+    """What to do about a model that takes no part, or changes nothing; without it a merge must be left."""
+    if not any(other.changed for other in coverage if other is not each):
+        return "nothing would be merged: give models and parameters that change something"
     return f"take it out of the recipe; or {spelt(Permissions, 'allow_idle', True)} lets it pass"
 
 
@@ -82,9 +84,11 @@ def check_idle(
         mine = ((job, own) for job in jobs for own in job.operands if own.model is model)
         parameters = (job.method.idle_by(own.expert) for job, own in mine if job.method)
         if parameter := next(filter(None, parameters), None):
-            at = recipe.located(Problem(said, cure(), model.entry.identity, parameter=parameter))
+            at = recipe.located(
+                Problem(said, cure(each, coverage), model.entry.identity, parameter=parameter)
+            )
             with check:
                 raise RecipeError(replace(at, subject=each.reference))
         else:
-            check.add(said, cure(), each.reference)
+            check.add(said, cure(each, coverage), each.reference)
     check.raise_any()

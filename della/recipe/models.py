@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -191,10 +192,16 @@ class Recipe:
         return tuple(plans)
 
 
+_SIGNS = r"[*?\[\]^$|\\]"
+
+
 def _in_a_name(part: str, names: Sequence[str]) -> str:
     """What to write instead of a filter that is in no name."""
-    if set(part) & set("*?[]^$|\\"):
-        return "a filter is a part of a tensor's name, and no pattern: write it without such signs"
+    if set(part) & set(_SIGNS):
+        counts = {piece: sum(piece in name for name in names) for piece in re.split(_SIGNS, part) if piece}
+        rarest = min((piece for piece, count in counts.items() if count), key=counts.__getitem__, default="")
+        such = f", such as {rarest!r}" if rarest else ""
+        return f"a filter is a part of a tensor's name, and no pattern: write a part without such signs{such}"
     parts = {piece for name in names for piece in name.split(".") if not piece.isdigit()}
     return suggest(part, parts) or f"a filter is a part of a tensor's name, such as {names[0]}"
 

@@ -168,11 +168,11 @@ def check_changes(plan: Plan, coverage: Sequence[Coverage], done: Mapping[str, D
         if not each.changed and model.source is not plan.base:
             base = plan.base.reference
             said = f"changes nothing: its {each.merged} merged tensors are equal to those of {base}"
-            check.add(said, cure(), each.reference)
+            check.add(said, cure(each, coverage), each.reference)
     check.raise_any()
     for source in _alike(plan, done):
         said = f"the result is this model, byte for byte: {len(plan.models)} models change nothing in it"
-        check.add(said, f"larger weights, or a wider dtype; {cure()}", source.reference)
+        check.add(said, "give larger weights, or a wider dtype", source.reference)
     check.raise_any()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -249,10 +250,14 @@ class Magprune(Bernoulli):
         low, high = d - e, d + e
         # Of density 0 or 1 nothing or everything is kept, whatever epsilon says.
         if d not in (0.0, 1.0) and (low < -TOLERANCE or high > 1 + TOLERANCE):
+            name, times = ("epsilon", 1) if own.get("window_size") is None else ("window_size", 2)
+            most = times * min(d, 1 - d)
+            if float(f"{most:g}") > most + TOLERANCE:  # rounded up
+                most = math.floor(most * 1e6) / 1e6
             yield Problem(
                 f"density {d:g} with epsilon {e:g} gives keep probabilities from {low:g} to "
                 f"{high:g}, which leave [0, 1]",
-                f"use an epsilon of at most {min(d, 1 - d):g}",
+                f"use {'an' if times == 1 else 'a'} {name} of at most {most:g}",
                 identity,
                 parameter="density",
             )

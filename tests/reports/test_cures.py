@@ -1,0 +1,141 @@
+"""Every cure that a message of della names is carried out by a test, which then gets a right result or
+a right refusal: in tests/reports/test_cures_*.py, in a test named here, or it is told here why not."""
+
+from __future__ import annotations
+
+import ast
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from cures import named, tried
+
+TESTS = Path(__file__).parents[1]
+
+# Tests that carry out cures anyway.
+ELSEWHERE: dict[str, tuple[str, ...]] = {}
+
+# What no test carries out, and why; a key for each cure.
+UNTRIED: dict[str, str] = {
+    "not yet": """
+        checkpoint/adapters.py:factors checkpoint/header.py:_check_layout
+        checkpoint/header.py:_check_layout checkpoint/header.py:_metadata checkpoint/header.py:_metadata
+        checkpoint/header.py:_read_exactly checkpoint/header.py:build_header
+        checkpoint/header.py:header_length checkpoint/header.py:header_length
+        checkpoint/header.py:header_length checkpoint/header.py:header_length
+        checkpoint/header.py:parse_header checkpoint/layout.py:_against checkpoint/layout.py:_against
+        checkpoint/layout.py:_against checkpoint/layout.py:_assemble checkpoint/layout.py:_homes
+        checkpoint/layout.py:_read_index checkpoint/layout.py:_read_index
+        checkpoint/layout.py:_why_no_weights checkpoint/layout.py:_why_no_weights
+        checkpoint/layout.py:_why_no_weights checkpoint/layout.py:check_small
+        checkpoint/layout.py:confined checkpoint/layout.py:confined checkpoint/layout.py:weight_files
+        checkpoint/layout.py:weight_files checkpoint/layout.py:weight_files checkpoint/norms.py:checked
+        checkpoint/norms.py:misfits checkpoint/pickles.py:_load checkpoint/pickles.py:_load
+        checkpoint/pickles.py:_mapped_at checkpoint/pickles.py:_records
+        checkpoint/pickles.py:_state_dict checkpoint/pickles.py:_state_dict
+        checkpoint/pickles.py:_state_dict checkpoint/pickles.py:_state_dict checkpoint/pickles.py:_torch
+        checkpoint/pickles.py:pickle_refusal checkpoint/pickles.py:read_pickle
+        checkpoint/pickles.py:read_pickle checkpoint/quantised.py:_codes checkpoint/quantised.py:codes
+        checkpoint/quantised.py:refuse_quantised_config checkpoint/sides.py:checked_side_files
+        checkpoint/source.py:_hub_refusal checkpoint/source.py:_hub_refusal
+        checkpoint/source.py:_not_found checkpoint/source.py:_not_found checkpoint/source.py:_not_found
+        checkpoint/source.py:_not_found checkpoint/source.py:_snapshot checkpoint/source.py:fetch
+        checkpoint/source.py:open_file checkpoint/source.py:open_source checkpoint/strict.py:json_object
+        checkpoint/strict.py:json_value checkpoint/strict.py:json_value checkpoint/strict.py:json_value
+        checkpoint/weights.py:_open_unchanged checkpoint/weights.py:_open_unchanged
+        checkpoint/weights.py:_shrank evaluate/alpaca.py:_compared evaluate/alpaca.py:_not_run
+        evaluate/alpaca.py:_result evaluate/alpaca.py:_run evaluate/calibration.py:calibrate
+        evaluate/calibration.py:read_texts evaluate/endpoint.py:Endpoint.__init__
+        evaluate/endpoint.py:Endpoint._ask evaluate/endpoint.py:Endpoint._ask
+        evaluate/endpoint.py:Endpoint._ask evaluate/endpoint.py:Endpoint._refused
+        evaluate/endpoint.py:key_in evaluate/evaluation.py:_Run._check_annotator
+        evaluate/evaluation.py:_Run._missing evaluate/evaluation.py:_Run._missing
+        evaluate/evaluation.py:_Run._store evaluate/generations.py:Store.__init__
+        evaluate/generations.py:Store._open evaluate/generations.py:Store._other_settings
+        evaluate/generations.py:Store._read evaluate/generations.py:Store._read
+        evaluate/generations.py:Store._record evaluate/hf.py:HfModel._encoded
+        evaluate/hf.py:HfModel._encoded evaluate/hf.py:HfModel.answer evaluate/hf.py:HfScorer.sums
+        evaluate/hf.py:load evaluate/loss.py:_tokenised evaluate/loss.py:loss_of
+        evaluate/numpy_backend.py:NumpyModel.answer evaluate/numpy_backend.py:_ends
+        evaluate/numpy_backend.py:load evaluate/numpy_backend.py:load evaluate/numpy_backend.py:load
+        evaluate/numpy_backend.py:load evaluate/numpy_backend.py:load evaluate/options.py:_files
+        evaluate/problems.py:_Record.bad evaluate/problems.py:_file evaluate/problems.py:_file
+        evaluate/problems.py:_file evaluate/problems.py:_hub evaluate/problems.py:_hub
+        evaluate/problems.py:_paragraphs evaluate/problems.py:load evaluate/problems.py:read_limited
+        evaluate/settings.py:_check_loss evaluate/settings.py:_check_loss evaluate/settings.py:check
+        evaluate/settings.py:check evaluate/settings.py:check evaluate/settings.py:check
+        evaluate/tokenizer.py:load_tokenizer evaluate/vllm_server.py:_wait evaluate/vllm_server.py:_wait
+        evaluate/vllm_server.py:vllm_server experiments/bench.py:Bench.shares
+        experiments/full.py:_check_settings experiments/full.py:_mean experiments/full_data.py:_records
+        experiments/full_data.py:_write experiments/full_data.py:calibration
+        experiments/full_models.py:prepare experiments/options.py:read_file
+        experiments/options.py:read_file experiments/small.py:run_small experiments/small.py:run_small
+        experiments/small.py:run_small experiments/small_data.py:check_data
+        experiments/small_model.py:base_folder experiments/small_train.py:train_experts
+        options.py:Execution.__post_init__ options.py:is_mergekit output/disk.py:explained
+        output/journal.py:_open output/manifest.py:read_manifest output/manifest.py:read_manifest
+        output/manifest.py:read_manifest output/manifest.py:read_manifest
+        output/manifest.py:read_manifest output/place.py:_complaints output/place.py:_complaints
+        output/place.py:_complaints output/place.py:_complaints output/place.py:_complaints
+        output/place.py:_complaints output/place.py:_complaints output/place.py:_complaints
+        output/place.py:_taken output/place.py:_taken output/place.py:_taken output/place.py:_taken
+        output/place.py:_taken output/place.py:check_space output/place.py:refusal_to_replace
+        output/staging.py:Staging._busy output/staging.py:Staging._make_ready
+        output/staging.py:Staging._make_ready output/staging.py:Staging._make_ready
+        output/staging.py:Staging._make_ready output/staging.py:Staging._recover
+        output/staging.py:Staging._refuse_strangers output/staging.py:Staging._take
+        output/writer.py:StagedOutput._check_files output/writer.py:StagedOutput._create
+        output/writer.py:StagedOutput.add_file output/writer.py:StagedOutput.add_file
+        planning/alignment.py:differing_buffers planning/alignment.py:strangers
+        planning/alignment.py:strangers planning/alignment.py:strangers
+        planning/compatibility.py:_claimed_twice planning/compatibility.py:_lacking
+        planning/compatibility.py:_lacking planning/compatibility.py:_lacking
+        planning/compatibility.py:_lacking planning/compatibility.py:_misfits
+        planning/compatibility.py:check_fit planning/compatibility.py:check_fit
+        planning/compatibility.py:check_fit planning/configs.py:other_type
+        planning/coverage.py:check_idle planning/coverage.py:check_idle planning/planner.py:_fp8
+        planning/planner.py:_without_base planning/retokenized.py:_check planning/retokenized.py:_check
+        planning/retokenized.py:with_added planning/tokenizers.py:_beyond_rows
+        planning/vocabularies.py:_Follower._check_named planning/vocabularies.py:_Follower._check_named
+        planning/vocabularies.py:_Follower._check_named planning/vocabularies.py:_Follower._check_named
+        planning/vocabularies.py:_Follower._comparable planning/vocabularies.py:_Follower._known
+        planning/vocabularies.py:_Follower._view planning/vocabularies.py:_Follower._wanted
+        planning/vocabularies.py:_Follower.all recipe/reader.py:_Reader._unknown
+        recipe/reader.py:_Reader._unknown recipe/references.py:named_model recipe/tokens.py:_Reader.row
+        recipe/tokens.py:_Reader.row recipe/tokens.py:_Reader.source recipe/tokens.py:_Reader.source
+        recipe/tokens.py:_Reader.source recipe/tokens.py:_Reader.strange
+        recipe/tokens.py:_Reader.strange recipe/tokens.py:_Reader.table recipe/tokens.py:read_tokenizer
+        recipe/tokens.py:read_tokenizer running/hashing.py:of_file running/measure.py:check_changes
+        running/measure.py:check_changes running/run.py:_Run.all running/run.py:_check_unchanged
+        running/run.py:run running/run.py:run running/verify.py:_Model._strangers
+        running/verify.py:_hint running/verify.py:verify sandbox/walls.py:open_sandbox
+    """,
+}
+
+
+def lists() -> dict[str, Counter[str]]:
+    """How many cures of each function the two lists stand for."""
+    elsewhere = Counter({key: len(tests) for key, tests in ELSEWHERE.items()})
+    return {"elsewhere": elsewhere, "untried": Counter(" ".join(UNTRIED.values()).split())}
+
+
+def test_every_cure_is_tried() -> None:
+    known = sum(lists().values(), tried())
+    lacking = {key: count - known[key] for key, count in named().items() if known[key] < count}
+    assert not lacking, "cures that no test carries out"
+
+
+def test_the_lists_are_of_today() -> None:
+    found = named()
+    gone = [key for each in lists().values() for key in each if key not in found]
+    assert not gone, "these functions name no cure"
+    spared = tried() + lists()["elsewhere"]
+    more = [key for key, count in lists()["untried"].items() if spared[key] + count > found[key]]
+    assert not more, "these are tried by now"
+
+
+@pytest.mark.parametrize("name", sorted({name for names in ELSEWHERE.values() for name in names}))
+def test_tests_that_are_named_exist(name: str) -> None:
+    path, _, test = name.partition("::")
+    tree = ast.parse((TESTS / path).read_text())
+    assert test in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
