@@ -293,7 +293,7 @@ def listing(problems: Sequence[Problem], most: int = 20) -> str:
     return f"{len(problems)} problems:\n" + "\n".join(shown)
 
 
-def some(names: Sequence[str], most: int = 3) -> str:
+def some(names: Sequence[str], most: int = 3, what: str = "tensors") -> str:
     """Names in words: all of a few, the first ones and their number of many."""
     shown = ", ".join(names[:most])
-    return f"{len(names)} tensors ({shown}, ...)" if len(names) > most else shown
+    return f"{len(names)} {what} ({shown}, ...)" if len(names) > most else shown

@@ -123,7 +123,7 @@ def read_folder(
     config = read_config(folder)
     found = _assemble(folder, files, index, config, remote, kind)
     if left := [name for name in names if name not in files and name.endswith(WEIGHTS)]:
-        found.notes.append(f"{some(left)} beside {some(files)}: not read")
+        found.notes.append(f"{some(left, what='files')} beside {some(files, what='files')}: not read")
     return found
 
 

@@ -28,7 +28,7 @@ from della.checkpoint.layout import (
     weight_files,
 )
 from della.checkpoint.pickles import PICKLES
-from della.checkpoint.sides import SIDE_FILES, TEXTS, checked_side_files
+from della.checkpoint.sides import HUB_FILES, below, checked_side_files
 from della.checkpoint.view import Renamed, Stored, TensorView
 from della.checkpoint.weights import Weights
 from della.errors import CheckpointError, Problem, suggest
@@ -41,15 +41,6 @@ HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>\w[\w./-]*))?"
 WINDOWS_PATH = re.compile(r"[A-Za-z]:/|.*\\")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 FIRST_READ = 1 << 17  # holds the whole header of most files, so most need one request
-
-HUB_FILES = (
-    *SIDE_FILES,
-    *TEXTS,
-    "*.tiktoken",
-    "config.json",
-    "adapter_config.json",
-    "*.safetensors.index.json",
-)
 
 
 class _Absent(CheckpointError):
@@ -128,15 +119,13 @@ class Source:
         parts = (part for view in self.tensors.values() for part in view.parts)
         return {part.name: part for part in parts if part.weights is self._weights}  # rows may be another's
 
-    def side_files(self) -> list[Path]:
-        """Files of the tokenizer, the chat template and the generation settings, sorted by name.
-
-        Old files that contradict newer ones are not among them.  Raises CheckpointError for a link that
-        leaves the folder, and for what is not a file.
-        """
-        others = [path for path in self.instead.values() if isinstance(path, Path)]
-        own = (path for path in checked_side_files(self.folder) if path.name not in self.instead)
-        return sorted([*own, *others], key=lambda path: path.name)
+    def side_files(self) -> dict[str, Path]:
+        """Files of the tokenizer, the chat template and the generation settings, by name, also in subfolders:
+        as `sides.checked_side_files`, but for ``instead``.  Raises CheckpointError."""
+        own = checked_side_files(self.folder).items()
+        files = {name: path for name, path in own if name not in self.instead}
+        files |= {name: path for name, path in self.instead.items() if isinstance(path, Path)}
+        return dict(sorted(files.items()))
 
     def close(self) -> None:
         """Close the files of weights."""
@@ -306,6 +295,8 @@ def fetch(repo_id: str, revision: str | None, *, weights: bool) -> tuple[Path, d
         there, unreachable = _listing(hub, root)
         if unreachable and not any(name.endswith((".safetensors", INDEX)) for name in here):
             raise unreachable
+        if beside := [name for name in below(folder, there) if name not in here]:
+            snapshot_download(repo_id, revision=folder.name, allow_patterns=beside)
         wanted = [name for name in weight_files(folder, here | there, on_hub=True)[0] if name not in here]
         if wanted and unreachable:
             raise unreachable

@@ -12,7 +12,8 @@ from typing import Protocol
 
 import xxhash
 
-from della.checkpoint.source import HUB_FILES, HUB_ID
+from della.checkpoint.sides import HUB_FILES
+from della.checkpoint.source import HUB_ID
 from della.errors import EvaluationError, Problem
 from della.evaluate.templates import Prompt
 from della.output.manifest import MANIFEST

@@ -137,8 +137,8 @@ def _copy(
         if "vocab_size" in config:
             config["vocab_size"] = _rows(base)
         staged.add_file("config.json", (json.dumps(config, indent=2) + "\n").encode())
-        for path in base.side_files():
-            staged.add_file(path.name, path.read_bytes())
+        for name, path in base.side_files().items():
+            staged.add_file(name, path.read_bytes())
         staged.add_file(MARK, (json.dumps(mark, indent=1) + "\n").encode())
         staged.commit()
 

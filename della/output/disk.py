@@ -163,6 +163,14 @@ def can_be_called(name: str) -> bool:
     return sys.platform != "win32" or is_windows_name(name)
 
 
+def is_name_below(name: str) -> bool:
+    """Whether a file of a folder can have this name, in which "/" leads into subfolders."""
+    parts = name.split("/")
+    return all(
+        part not in ("", ".", "..") and not set(part) & set("\\:\0") and can_be_called(part) for part in parts
+    )
+
+
 def open_plain(path: Path, flags: int) -> int | None:
     """A descriptor of a plain file; None for all else: a pipe would hang, a link lead elsewhere."""
     if sys.platform == "win32":

@@ -22,7 +22,7 @@ from della.checkpoint.source import Source
 from della.checkpoint.strict import json_object
 from della.checkpoint.view import Stored
 from della.errors import CheckpointError, OutputError, Problem
-from della.output.disk import can_be_called
+from della.output.disk import is_name_below
 from della.output.place import KEY, MANIFEST
 from della.version import __version__
 
@@ -228,7 +228,7 @@ def _parse(found: Mapping[str, Any]) -> Manifest:
 
 
 def _entry(name: str, entry: object) -> Entry:
-    if name in ("", ".", "..") or set(name) & set("/\\:\0") or not can_be_called(name):
+    if not is_name_below(name):
         raise _NotOurs(f"{name[:80]!r} is no name of a file in a model's folder")
     size = _part(entry, "size", int)
     assert isinstance(entry, dict)

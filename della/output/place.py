@@ -141,17 +141,34 @@ def _foreign(out: Path) -> list[str]:
 
     A folder that may be replaced is empty, or a model and nothing else; della.json tells of more files.
     """
-    with explained(out):
-        names = [entry.name + "/" * entry.is_dir() for entry in os.scandir(out)]
+    names = _listed(out)
     ours: set[str] = set()
     if MANIFEST in names:
         with explained(out / MANIFEST):
             raw = (out / MANIFEST).read_bytes()
         with suppress(ValueError, LookupError, TypeError):  # of another version, or damaged
-            ours = set(json.loads(raw)["files"])
+            ours = {str(name) for name in json.loads(raw)["files"]}
+    for name in list(names):  # a folder of ours is looked into
+        if name.endswith("/") and any(file.startswith(name) for file in ours):
+            names.remove(name)
+            names += (f"{name}{below}" for below in _listed(out / name, deep=True))
     foreign = [name for name in names if not name.endswith(MODEL_FILES) and name not in ours]
     a_model = MANIFEST in names or "config.json" in names or any(n.endswith(".safetensors") for n in names)
     return foreign if a_model else names
+
+
+def _listed(folder: Path, deep: bool = False) -> list[str]:
+    """What stands in a folder, a "/" behind the names of folders; if ``deep``, with what stands in them
+    instead."""
+    found: list[str] = []
+    with explained(folder):
+        for entry in os.scandir(folder):
+            is_folder = entry.is_dir(follow_symlinks=not deep)
+            if is_folder and deep:
+                found += (f"{entry.name}/{name}" for name in _listed(folder / entry.name, deep))
+            else:
+                found.append(entry.name + "/" * is_folder)
+    return found
 
 
 def _inside(path: Path, place: Path) -> bool:

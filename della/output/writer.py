@@ -180,9 +180,9 @@ class StagedOutput:
             disk.write_at(self._fds[shard.name], memoryview(last(shard.header)), 0)
 
     def add_file(self, name: str, content: bytes) -> None:
-        """Adds a side file.  Raises OutputError."""
+        """Adds a side file; a "/" in its name leads into a subfolder.  Raises OutputError."""
         taken = {self._index, *(shard.name for shard in self.shards)}
-        if name in ("", ".", "..", *taken) or set(name) & set("/\\:\0") or not disk.can_be_called(name):
+        if name.partition("/")[0] in taken or not disk.is_name_below(name):
             raise OutputError(
                 Problem(
                     f"{name!r} cannot be the name of a side file", "a plain name is needed", str(self.out)
@@ -214,8 +214,10 @@ class StagedOutput:
         self._sync_files()
         model, replaces = self._staging.model, os.path.lexists(self.out)
         with explained(self.out):
-            if self._fsync:
-                disk.sync_folder(model)
+            for folder in (
+                (*(path for path in model.rglob("*") if path.is_dir()), model) if self._fsync else ()
+            ):
+                disk.sync_folder(folder)
             self._check_place()
             self._check_files()
             self._close_files()
@@ -301,6 +303,8 @@ class StagedOutput:
 
     def _add(self, name: str, content: bytes) -> None:
         path = self._staging.model / name
+        with explained(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
         with explained(path), open(path, "xb") as file:
             file.write(content)
             file.flush()

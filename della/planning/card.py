@@ -67,7 +67,8 @@ def side_file(path: Path, auto_map: bool = False) -> bytes:
             Problem(f"cannot be copied to the result ({error.strerror})", subject=str(path))
         ) from error
     names_code = any(key.encode() in raw for key in (*CODE, "\\u"))  # an escape may hide a key
-    if auto_map or not path.name.endswith("_config.json") or not names_code:
+    is_config = path.name == "config.json" or path.name.endswith("_config.json")
+    if auto_map or not is_config or not names_code:
         return raw
     config = json_object(raw, str(path))
     kept = _without_code(config)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from della.checkpoint.layout import read_small
-from della.checkpoint.sides import checked_side_files
+from della.checkpoint.sides import TEMPLATES, checked_side_files
 from della.checkpoint.source import Source
 from della.checkpoint.strict import json_object
 from della.checkpoint.vocabulary import MOST_BYTES, read_vocabulary
@@ -78,7 +78,9 @@ def other_files(base: Source, own: Path, folder: Path) -> None:
     Raises CheckpointError.
     """
     names = {*FILES, *OF_TEXT}
-    theirs = {path.name: path for path in checked_side_files(folder) if path.name in names}
+    templates = f"{TEMPLATES}/"
+    found = checked_side_files(folder).items()
+    theirs = {name: path for name, path in found if name in names or name.startswith(templates)}
     ours, now = read_vocabulary(own), read_vocabulary(folder)
     if ours.tokens == now.tokens:
         theirs.pop("generation_config.json", None)
@@ -90,6 +92,7 @@ def other_files(base: Source, own: Path, folder: Path) -> None:
         said = json_object(read_small(config, MOST_BYTES), str(config)) if config.is_file() else {}
         base.config = _renumbered(base.config, said, ours.tokens, ids)
     gone: dict[str, Path | bytes | None] = {name: None for name in names - keep if (own / name).is_file()}
+    gone |= {name: None for name in checked_side_files(own) if name.startswith(templates)}
     base.instead = {**gone, **theirs}
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import filecmp
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from della.checkpoint.layout import WEIGHTS
+from della.checkpoint.pickles import PICKLES
+from della.checkpoint.sides import MODULES
 from della.checkpoint.source import Source
 from della.checkpoint.vocabulary import (
     Vocabulary,
@@ -16,13 +19,13 @@ from della.checkpoint.vocabulary import (
     read_eos,
     read_vocabulary,
 )
-from della.errors import Collector, Problem, some
+from della.errors import CheckpointError, Collector, Problem, some
 from della.output.place import MANIFEST
 from della.planning.heads import EMBEDDINGS
 from della.recipe.tokens import Tokenizer
 
 _OF_WEIGHTS = (*WEIGHTS, ".index.json")
-BESIDE = ("generation_config.json", "additional_chat_templates")
+BESIDE = ("generation_config.json", "additional_chat_templates", "modules.json")
 # Files of vocabularies whose bytes are compared, as they are not read.
 OPAQUE = (
     "tokenizer.model", "spm.model", "spiece.model", "sentencepiece.bpe.model", "source.spm", "target.spm",
@@ -73,8 +76,30 @@ def compare(
             notes.append(
                 f"{model.reference}: another chat template than {base.reference}'s, which is written"
             )
-        notes += _ends(base, model)
+        notes += [*_ends(base, model), *_subfolders(base, model)]
     return notes
+
+
+def _subfolders(base: Source, model: Source) -> Iterator[str]:
+    """A line on files in subfolders that differ from the base's, which are written."""
+    ours, theirs = (_nested(source) for source in (base, model))
+    differ = [
+        name
+        for name, path in ours.items()
+        if name in theirs and not filecmp.cmp(path, theirs[name], shallow=False)
+    ]
+    if differ:
+        said = f"{', '.join(differ)} differ from {base.reference}'s, which are written"
+        yield f"{model.reference}: {said}"
+
+
+def _nested(source: Source) -> dict[str, Path]:
+    """What of a source's subfolders goes beside the weights, and modules.json, by name."""
+    try:
+        files = source.side_files()
+    except CheckpointError:  # the base's is told, and others' are not written
+        return {}
+    return {name: path for name, path in files.items() if "/" in name or name == MODULES}
 
 
 def _opaque(model: Source, raw: Mapping[str, bytes], changed: Sequence[str]) -> Iterator[str]:
@@ -105,14 +130,26 @@ def left_behind(base: Source) -> list[str]:
     """A line on the files beside the base's weights that the result does not get; none where it is a file."""
     if base.path != base.folder:
         return []
-    stale = contradicting(base.folder)
-    kept = {path.name for path in base.side_files()} | {"config.json", "README.md", MANIFEST, *stale}
+    stale, nested = contradicting(base.folder), _nested(base)
+    kept = base.side_files().keys() | {"config.json", "README.md", MANIFEST, *stale}
+    homes = {name.partition("/")[0] for name in nested if "/" in name}
     left = [
         entry.name + "/" * entry.is_dir()
         for entry in sorted(base.folder.iterdir())
-        if entry.name not in kept and not entry.name.startswith(".") and not entry.name.endswith(_OF_WEIGHTS)
+        if entry.name not in kept | homes
+        and not entry.name.startswith(".")
+        and not entry.name.endswith(_OF_WEIGHTS)
     ]
-    notes = [f"{base.reference}: {some(left)} left behind"] if left else []
+    inner = (path for home in sorted(homes) for path in sorted((base.folder / home).rglob("*")))
+    names = (path.relative_to(base.folder).as_posix() for path in inner if path.is_file())
+    left += [name for name in names if name not in nested]
+    notes = [f"{base.reference}: {some(left, what='files')} left behind"] if left else []
+    if own := [name for name in nested if name.endswith(WEIGHTS)]:
+        said = f"{', '.join(own)}: weights of what follows the model are copied from it, and not merged"
+        notes.append(f"{base.reference}: {said}")
+    if any("/" in name and name.endswith(tuple(PICKLES)) for name in left):
+        said = "sentence-transformers may not load the result without the pickles that are left behind"
+        notes.append(f"{base.reference}: {said}; its save_pretrained writes them as safetensors")
     if stale:
         said = f"{', '.join(stale)} contradicts tokenizer_config.json or tokenizer.json, and is left out"
         notes.append(f"{base.reference}: {said}; transformers 5 would believe it")

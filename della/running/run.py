@@ -258,7 +258,7 @@ def _complete(
     }  # without them none is absolute, or all are kept
     if plan.base.config:
         files["config.json"] = config_json(plan.base.config, plan.jobs, auto_map)
-    files |= {path.name: side_file(path, auto_map) for path in plan.base.side_files()}
+    files |= {name: side_file(path, auto_map) for name, path in plan.base.side_files().items()}
     files |= {name: made for name, made in plan.base.instead.items() if isinstance(made, bytes)}
     for name, content in files.items():
         staged.add_file(name, content)

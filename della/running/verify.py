@@ -18,7 +18,7 @@ import xxhash
 from della.checkpoint.header import Header, read_header
 from della.checkpoint.layout import MOST_INDEX_BYTES, confined, read_small, why_no_file
 from della.checkpoint.pickles import PICKLES
-from della.checkpoint.sides import SIDE_FILES
+from della.checkpoint.sides import SIDE_FILES, TEMPLATES
 from della.checkpoint.source import HUB_ID, Source, plain
 from della.checkpoint.strict import json_object
 from della.errors import CheckpointError, DellaError, OutputError, Problem, RecipeError, printable
@@ -169,7 +169,7 @@ class _Model:
 
     def _file(self, named: Path, entry: Entry) -> list[Check]:
         """The check of a side file; of a file of tensors the header is read, and checked at once."""
-        path = confined(self.out, named.name)
+        path = confined(self.out, named.relative_to(self.out).as_posix())
         if not os.path.lexists(named):
             raise CheckpointError(Problem("missing", subject=str(named)))
         if not path.is_file():
@@ -224,19 +224,33 @@ class _Model:
 
     def _strangers(self) -> None:
         """Files that were not merged."""
-        try:
-            names = sorted(entry.name for entry in self.out.iterdir())
-        except OSError as error:
-            self.verdict.tell(f"cannot be listed ({error.strerror})", self.out)
-            return
-        for name in names:
-            if name in self.manifest.files or name == MANIFEST:
-                continue
-            if name.endswith(_LOADED) or name in _LOADED_NAMES:
-                said = "not part of this model, but programs may load it"
-                self.verdict.tell(said, self.out / name, fix="move it away")
-            else:
-                self.verdict.notes.append(f"{self.out / name}: not part of what was merged, and not verified")
+        ours = {*self.manifest.files, MANIFEST}
+        folders = {home for name in ours for home in _homes(name)}
+        for home in sorted(folders):
+            try:
+                names = sorted(home + entry.name for entry in (self.out / home).iterdir())
+            except OSError as error:
+                if not home:
+                    self.verdict.tell(f"cannot be listed ({error.strerror})", self.out)
+                continue  # what is missing is told of each file
+            for name in names:
+                if name not in ours and f"{name}/" not in folders:
+                    self._stranger(name)
+
+    def _stranger(self, name: str) -> None:
+        last = name.rpartition("/")[2]
+        is_template = name.startswith(f"{TEMPLATES}/") and name.endswith(".jinja")
+        if is_template or name.endswith(_LOADED) or last in _LOADED_NAMES:
+            said = "not part of this model, but programs may load it"
+            self.verdict.tell(said, self.out / name, fix="move it away")
+        else:
+            self.verdict.notes.append(f"{self.out / name}: not part of what was merged, and not verified")
+
+
+def _homes(name: str) -> Iterator[str]:
+    """The folders that lead to a file, from "" on, each with its "/"."""
+    parts = name.split("/")
+    return ("".join(f"{part}/" for part in parts[:count]) for count in range(len(parts)))
 
 
 # ---- its inputs -------------------------------------------------------------------------------------------

@@ -149,7 +149,7 @@ for reference, weights, name in json.loads(sys.argv[1]):
             results.append({
                 "tensors": {t.name: [t.dtype.name, *t.shape] for t in source.tensors.values()},
                 "revision": source.revision, "config": source.config, "folder": str(source.folder),
-                "side": [path.name for path in source.side_files()],
+                "side": list(source.side_files()),
                 "files": {file.name: [file.size, file.fingerprint] for file in source.files},
                 "read": source.tensors[name].read().tolist() if name else None,
             })

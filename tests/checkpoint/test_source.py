@@ -116,7 +116,7 @@ def test_side_files_come_from_a_list(tmp_path: Path) -> None:
     unwanted = ["modeling_x.py", "README.md", "optimizer.bin", "tokenizer.py", "secrets.json"]
     put(tmp_path, {"model.safetensors": ONE, **dict.fromkeys(wanted + unwanted, b"{}")})
     with open_source(str(tmp_path)) as source:
-        assert source.side_files() == [tmp_path / name for name in wanted]
+        assert source.side_files() == {name: tmp_path / name for name in wanted}
 
 
 def test_references_that_lead_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

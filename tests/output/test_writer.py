@@ -147,13 +147,18 @@ def test_an_incomplete_model_is_not_committed(tmp_path: Path) -> None:
 def test_side_files(tmp_path: Path) -> None:
     with StagedOutput(tmp_path / "out", []) as output:
         output.add_file("tokenizer.json", b"{1}")
+        output.add_file("1_Pooling/deeper/config.json", b"{2}")
         for name in (
             "",
             ".",
             "..",
             "../x",
             "/x",
-            "a/b",
+            "a/../b",
+            "a//b",
+            "a/",
+            "a/.",
+            "model.safetensors/b",
             "a\\b",
             "C:x",
             "x\0",
@@ -173,7 +178,9 @@ def test_side_files(tmp_path: Path) -> None:
     assert {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {
         "tokenizer.json": 0o644,
         "model.safetensors": 0o644,
+        "1_Pooling": 0o755,
     }
+    assert (tmp_path / "out/1_Pooling/deeper/config.json").read_bytes() == b"{2}"
     assert (tmp_path / "out").stat().st_mode & 0o777 == 0o755
     assert (tmp_path / "out/tokenizer.json").read_bytes() == b"{1}"
 
