@@ -234,6 +234,9 @@ def _why_no_weights(folder: Path, names: Collection[str], kind: Kind, on_hub: bo
         of_what = said_kind(folder)
         said = f"an adapter{f' ({of_what})' if of_what else ''}, not a whole model"
         return Problem(said, f"adapters come in a later version: {cure(folder, of_what)}", where)
+    if "model_index.json" in names:
+        said = "a pipeline of diffusers, of several models"
+        return Problem(said, "name one of them, such as its transformer/ or unet/", where)
     pickles = [name for name in names if name.endswith((*PICKLES, ".bin.index.json"))]
     if pickles and kind is PICKLE:
         wanted = f"expected {kind.stems[0]}{kind.suffix} or {kind.stems[0]}{kind.index}"

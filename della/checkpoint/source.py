@@ -295,7 +295,8 @@ def fetch(repo_id: str, revision: str | None, *, weights: bool) -> tuple[Path, d
         there, unreachable = _listing(hub, root)
         if unreachable and not any(name.endswith((".safetensors", INDEX)) for name in here):
             raise unreachable
-        if beside := [name for name in below(folder, there) if name not in here]:
+        beside = [name for name in below(folder, there) if name not in here]
+        if beside := [name for name in beside if weights or not name.endswith(".safetensors")]:
             snapshot_download(repo_id, revision=folder.name, allow_patterns=beside)
         wanted = [name for name in weight_files(folder, here | there, on_hub=True)[0] if name not in here]
         if wanted and unreachable:

@@ -279,3 +279,29 @@ def test_bad_models_on_the_hub(hub: Hub, tmp_path: Path, weights: bool) -> None:
     assert "model.safetensors.index.json: names '../../x.safetensors', which is not" in hostile[1]
     assert "truncated: the header alone takes 1,008 bytes, found 10" in lying[1]
     assert "pytorch_model.bin" not in hub.names("GET")
+
+
+def test_what_stands_in_subfolders_is_downloaded_by_the_list(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modules = [{"path": ""}, {"path": "2_Dense"}]
+    small = {
+        "modules.json": json.dumps(modules).encode(), "2_Dense/config.json": b"{}",
+        "additional_chat_templates/tool.jinja": b"x",
+    }  # fmt: skip
+    dense = {"2_Dense/model.safetensors": save({"w": np.ones(1)})}
+    others = {
+        "2_Dense/run.py": b"",
+        "3_Other/config.json": b"{}",
+        "onnx/model.onnx": b"",
+        "2_Dense/pytorch_model.bin": b"",
+    }
+    monkeypatch.setitem(
+        REPOS, "o/embedder", {**small, **dense, **others, "model.safetensors": save({"a": np.ones(1)})}
+    )
+    (planned,) = run(tmp_path, hub.url, ("o/embedder", False, None))
+    assert set(planned["side"]) == set(small)
+    (merged,) = run(tmp_path, hub.url, ("o/embedder", True, "a"))
+    assert set(merged["side"]) == set(small | dense)
+    assert stored(tmp_path) == {*small, *dense, "model.safetensors"}
+    assert run(tmp_path, hub.url, ("o/embedder", True, "a"), HF_HUB_OFFLINE="1") == [merged]

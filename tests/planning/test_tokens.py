@@ -47,3 +47,14 @@ def test_each_row_is_its_token_s(tmp_path: Path, kind: str, source: str) -> None
     for text in TEXTS:
         assert ours.encode(text).ids == theirs.encode(text).ids
         assert ours.decode(ours.encode(text).ids) == theirs.decode(theirs.encode(text).ids)
+
+
+def test_further_chat_templates_are_those_of_the_tokenizer(tmp_path: Path) -> None:
+    family(tmp_path, KINDS[0])
+    for name, files in {"base": ["tool", "rag"], "one": ["tool"]}.items():
+        for file in files:
+            (tmp_path / name / "additional_chat_templates").mkdir(exist_ok=True)
+            (tmp_path / name / "additional_chat_templates" / f"{file}.jinja").write_text(name)
+    out = merge(tmp_path, tokenizer_source=str(tmp_path / "one")) / "additional_chat_templates"
+    assert {path.name: path.read_text() for path in out.iterdir()} == {"tool.jinja": "one"}
+    assert della.verify(tmp_path / "out").is_well

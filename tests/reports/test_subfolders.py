@@ -236,6 +236,21 @@ def test_a_file_that_is_too_large_is_refused(tmp_path: Path, monkeypatch: pytest
         della.plan(pair(tmp_path))
 
 
+def test_a_pipeline_of_diffusers_is_merged_part_by_part(tmp_path: Path) -> None:
+    for seed, name in enumerate(("BASE", "FT")):
+        put(tmp_path, {
+            f"{name}/model_index.json": {}, f"{name}/scheduler/scheduler_config.json": {},
+            f"{name}/unet/diffusion_pytorch_model.safetensors": weights(seed),
+            f"{name}/unet/config.json": {"_class_name": "UNet2DModel"},
+        })  # fmt: skip
+    path = recipe(tmp_path)
+    with pytest.raises(CheckpointError, match=r"pipeline of diffusers.* unet/"):
+        della.plan(path)
+    path.write_text(path.read_text().replace('"BASE"', '"BASE/unet"').replace('"FT"', '"FT/unet"'))
+    della.merge(path, tmp_path / "out", fsync=False)
+    assert (tmp_path / "out/diffusion_pytorch_model.safetensors").is_file()
+
+
 # ---- as the programs read them ----------------------------------------------------------------------------
 
 TEMPLATES = {"default": "{{ messages }}", "tool": "{{ tools }}"}
