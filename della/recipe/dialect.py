@@ -10,6 +10,7 @@ import re
 from della.errors import clip
 from della.merging.method import Parameter
 from della.merging.random import DEFAULT_SEED
+from della.options import Execution, Permissions, spelt
 from della.recipe.tree import Leaf, Node, Table, show
 
 SEED = Parameter("seed", "shared", int, DEFAULT_SEED, "", low=0, high=2**64 - 1)
@@ -26,11 +27,11 @@ POLICIES = {
 }
 """What to do about inputs that are not as they should be; the first choice is the default."""
 
-_SPEED = "how fast a merge is depends on --threads alone"
+_SPEED = "how fast a merge is depends on {threads} alone"
 _MEMORY = "tensors are read in small pieces, so memory stays small"
 _TYPES = "models of another type are refused unless the recipe says 'mismatch: ignore'"
 _ADAPTERS = "adapters are not merged into copies of their base"
-_OUTPUT = "how much is told is up to --quiet and --json"
+_OUTPUT = "how much is told is nothing that a recipe says"
 WITHOUT_EFFECT = {
     "int8_mask": "masks are not kept, so they take no memory",
     "trust_remote_code": "code of a model is never run",
@@ -39,8 +40,8 @@ WITHOUT_EFFECT = {
     "allow_crimes": _TYPES,
     "copy_tokenizer": "the tokenizer's files are copied from the base, or as tokenizer_source says",
     "safe_serialization": "results are always safetensors files",
-    "out_shard_size": "the command has it: --shard-size 5GB",
-    "lazy_unpickle": ".bin files are read where the command has --allow-pickle, and then piece by piece",
+    "out_shard_size": "it is told beside the recipe: {shard_bytes}",
+    "lazy_unpickle": ".bin files are read with {allow_pickle} alone, and then piece by piece",
     "transformers_cache": "where models of the Hub lie is up to HF_HOME",
     "residual_weight": "mergekit takes it and never reads it; scale o_proj and down_proj instead",
     **dict.fromkeys(("lora_merge_cache", "lora_merge_dtype"), _ADAPTERS),
@@ -49,9 +50,18 @@ WITHOUT_EFFECT = {
     **dict.fromkeys(("num_threads", "async_write", "write_threads"), _SPEED),
     **dict.fromkeys(("quiet", "verbose", "verbosity"), _OUTPUT),
 }
-"""mergekit's keys and options that change no result of ours, each with the reason."""
+"""mergekit's keys and options that change no result of ours, each with the reason (see `reason`)."""
 RENAMED = {"random_seed": "mergekit's option; here write 'seed' at the top level"}
 """mergekit's options that would change the result, each with what to write instead."""
+
+
+def reason(key: str) -> str:
+    """Why a key of `WITHOUT_EFFECT` has none, with options as their reader writes them."""
+    return WITHOUT_EFFECT[key].format(
+        threads=spelt(Execution, "threads"), shard_bytes=spelt(Execution, "shard_bytes"),
+        allow_pickle=spelt(Permissions, "allow_pickle", True),
+    )  # fmt: skip
+
 
 # Keys of which one is enough to tell the recipe of another tool; what that is; and what to do.
 _LIST_MODELS = "list the models under 'models', and say how in 'merge_method'"

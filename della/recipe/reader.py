@@ -27,6 +27,7 @@ from della.recipe.dialect import (
     WITHOUT_EFFECT,
     no_mapping,
     other_tool,
+    reason,
 )
 from della.recipe.models import ModelEntry, Recipe
 from della.recipe.overrides import apply_overrides
@@ -188,7 +189,7 @@ class _Reader:
     def _has_no_effect(self, key: str, location: Location) -> bool:
         """Whether it is a key of mergekit's that changes nothing here; a note says why."""
         if key in WITHOUT_EFFECT:
-            self.notes.append(f"{location}: {key!r} has no effect here: {WITHOUT_EFFECT[key]}")
+            self.notes.append(f"{location}: {key!r} has no effect here: {reason(key)}")
         return key in WITHOUT_EFFECT
 
     def _unknown(self, table: Table, key: str, where: str, known: Iterable[str]) -> None:
