@@ -30,7 +30,7 @@ UNTRIED: dict[str, str] = {
         checkpoint/header.py:parse_header checkpoint/layout.py:_against checkpoint/layout.py:_against
         checkpoint/layout.py:_against checkpoint/layout.py:_assemble checkpoint/layout.py:_homes
         checkpoint/layout.py:_read_index checkpoint/layout.py:_read_index
-        checkpoint/layout.py:_why_no_weights checkpoint/layout.py:_why_no_weights
+        checkpoint/layout.py:_why_no_weights
         checkpoint/layout.py:_why_no_weights checkpoint/layout.py:check_small
         checkpoint/layout.py:confined checkpoint/layout.py:confined checkpoint/layout.py:weight_files
         checkpoint/layout.py:weight_files checkpoint/layout.py:weight_files checkpoint/norms.py:checked
