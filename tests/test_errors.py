@@ -62,7 +62,7 @@ MISTAKES: list[tuple[str, str, tuple[int, int], str, str]] = [
     ("slerp", "", (1, 15), "merge_method", "there is della"),
     ("della", "dtype: bf61\n", (5, 8), "dtype", "did you mean 'bf16'"),
     ("della", "seed: -1\n", (5, 7), "seed", ""),
-    ("della", "slices: []\n", (5, 1), "slices", "list whole models"),
+    ("della", "slices: []\n", (5, 1), "slices", "keep one of"),
     ("della", "  - model: a+b\n", (5, 12), "model", "merge the adapter"),
     ("della", "name: x\nname: y\n", (6, 1), "name", "keep one"),
     ("linear", "missing: base\n", (5, 1), "missing", "remove it"),

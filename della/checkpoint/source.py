@@ -75,6 +75,7 @@ class Source:
         self.notes = [f"{reference}: {note}" for note in layout.notes]
         self.revision = _commit_of(self.folder)
         self.instead: Mapping[str, Path | bytes | None] = {}
+        self.piece: object = None  # of a source of some of its tensors, which: a part of its identity
         self._weights = Weights(reference, layout.files)
         self.tensors: dict[str, TensorView] = {
             name: Stored(entry, self._weights, layout.held.get(name))
@@ -110,8 +111,8 @@ class Source:
         except OSError:
             stats = []
         if not all(found.st_ino for found in stats) or not stats:  # some systems have no such numbers
-            return (self.path.resolve(),)
-        return tuple(sorted((found.st_dev, found.st_ino, found.st_size) for found in stats))
+            return (self.path.resolve(), self.piece)
+        return (*sorted((found.st_dev, found.st_ino, found.st_size) for found in stats), self.piece)
 
     @property
     def parts(self) -> dict[str, Stored]:

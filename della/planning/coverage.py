@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from della.checkpoint.source import Source
+from della.checkpoint.view import TensorView
 from della.errors import CheckpointError, Collector, Problem, RecipeError, distinct
 from della.options import Permissions, spelt
 from della.planning.job import Coverage, Job, Model
+from della.planning.layers import Moved
 from della.recipe.reader import Recipe
 
 ABSENT = "not in the result"
@@ -32,17 +34,17 @@ def covered(models: Sequence[Model], base: Source, jobs: Sequence[Job]) -> tuple
     homes = {id(view): model for source, model in by_source.items() for view in source.tensors.values()}
     for job in jobs:
         if job.method is None:
-            if job.dtype.is_float and (home := homes.get(id(job.base))) and home.source is not base:
-                used[home].add(job.base.name)  # extra: copy
+            if job.dtype.is_float and (home := homes.get(id(_own(job.base)))):
+                used[home].add(_own(job.base).name)  # extra: copy, or of no module
                 changed[home] += 1
             continue
         for each in job.operands:
-            if each.view is job.base and each.model.source is not base:
+            if each.view is job.base and each.model.source is not base and job.method.needs_base:
                 continue  # missing: base
             if parameter := job.method.idle_by(each.expert):
-                idle[each.model][each.view.name] = f"without effect ({parameter}: 0)"
+                idle[each.model][_own(each.view).name] = f"without effect ({parameter}: 0)"
                 continue
-            used[each.model].add(each.view.name)
+            used[each.model].add(_own(each.view).name)
             is_base = job.method.of_deltas and each.view is job.base
             changed[each.model] += job.elements > 0 and not is_base
     names = distinct(model.entry.reference for model in models)
@@ -50,6 +52,11 @@ def covered(models: Sequence[Model], base: Source, jobs: Sequence[Job]) -> tuple
         _coverage(name, model, used[model], idle[model], changed[model])
         for name, model in zip(names, models, strict=True)
     )
+
+
+def _own(view: TensorView) -> TensorView:
+    """A tensor as its model has it, whatever number its layer has in the result."""
+    return view.view if isinstance(view, Moved) else view
 
 
 def _coverage(name: str, model: Model, used: set[str], idle: dict[str, str], changed: int) -> Coverage:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from della.errors import distinct
 from della.options import size_text
 from della.planning.configs import NUMBER
-from della.planning.job import Job, Plan
+from della.planning.job import Job, Plan, Section
 from della.recipe.settings import Filtered, Gradient, Setting
 
 
@@ -38,21 +38,25 @@ def plan_json(plan: Plan, threads: int) -> dict[str, Any]:
 
 def _cases(plan: Plan) -> Iterator[tuple[str, str, str, int, Setting]]:
     """(model or "", parameter, filter or "", how many tensors it holds for, what it says) of every case."""
-    names = [job.name for job in plan.jobs if job.method is not None]
-    for model, parameter, setting, counts in plan.recipe.matches(names):
-        for (part, case), count in zip(setting.cases, counts, strict=True):
-            yield model, parameter, part, count, case
+    found: dict[object, tuple[str, str, str, int, Setting]] = {}
+    for section in plan.sections:
+        for model, parameter, setting, counts in section.recipe.matches(section.floats):
+            key: object
+            for k, ((part, case), count) in enumerate(zip(setting.cases, counts, strict=True)):
+                key = (model, parameter, k, case.location) if section.label else len(found)
+                before = found[key][3] if key in found else 0
+                found[key] = model, parameter, part, before + count, case
+    yield from found.values()
 
 
 def _tensor(plan: Plan, job: Job, references: list[str]) -> dict[str, Any]:
-    copied = job.method is None
     return {
         "name": job.name,
         "shape": list(job.shape),
         "dtype": job.dtype.torch_name,
-        "method": "copy" if copied else plan.recipe.merge_method,
+        "method": "copy" if job.method is None else job.method.name,
         "parameters": _shared(job),
-        "models": {} if copied else dict(zip(references, _own(plan, job), strict=True)),
+        "models": dict(_own(plan, job, references)),
     }
 
 
@@ -66,12 +70,13 @@ def _shared(job: Job) -> dict[str, Any]:
     return {} if job.method is None else job.method.shared
 
 
-def _own(plan: Plan, job: Job) -> Iterator[dict[str, Any]]:
-    """Each model's parameters as they take effect, in the order of the recipe."""
+def _own(plan: Plan, job: Job, references: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each model of a job with its parameters as they take effect, in the order of the recipe."""
     operands = {each.model: each for each in job.operands}
-    for model in plan.models:
+    for reference, model in zip(references, plan.models, strict=True):
         norms = model.entry.input_norms
-        yield {**operands[model].expert.values, **({"input_norms": norms} if norms else {})}
+        if model in operands:
+            yield reference, {**operands[model].expert.values, **({"input_norms": norms} if norms else {})}
 
 
 def plan_text(plan: Plan, threads: int, *, everything: bool = False) -> str:
@@ -89,6 +94,7 @@ def plan_text(plan: Plan, threads: int, *, everything: bool = False) -> str:
     told = {name: list(_told(plan, rows, name, found, everything)) for name, found in own.items()}
     lines += [f"  {kind}  {name}  {', '.join(told[name])}".rstrip() for name in _references(plan)]
     lines += [f"  shared  {', '.join(told[''])}"] if told[""] else []
+    lines += [f"  {line}" for section in plan.sections for line in _section(section)]
     if not everything:
         lines.append("  (all else is as by default: --all shows it, and the values of each layer)")
     lines += ["", *(f"  {each}" for each in plan.coverage)]
@@ -112,17 +118,32 @@ def plan_text(plan: Plan, threads: int, *, everything: bool = False) -> str:
     return "\n".join(lines)
 
 
+def _section(section: Section) -> Iterator[str]:
+    """A slice or a module, and what it is made of."""
+    if section.label:
+        said = f"{section.label}: {section.recipe.merge_method} of "
+        for k, model in enumerate(section.models):
+            layers = model.entry.layers
+            said += ", " * bool(k) + model.entry.reference
+            said += f" layers {layers[0]}-{layers[1] - 1}" if layers and layers[1] > layers[0] else ""
+        if section.layers and section.layers[2]:
+            first, count = section.layers[1:]
+            said += f" -> layers {first}-{first + count - 1}"
+        yield said
+
+
 # Resolved parameters, as (the model or "", parameter) -> value, and the tensors that have them.
 _Rows = dict[tuple[tuple[tuple[str, str], Any], ...], list[str]]
 
 
 def _rows(plan: Plan) -> _Rows:
     rows: _Rows = {}
+    references = _references(plan)
     for job in sorted(plan.jobs, key=lambda job: _natural(job.name)):
         if job.method is None:
             continue
         values = [(("", key), value) for key, value in _shared(job).items()]
-        for reference, own in zip(_references(plan), _own(plan, job), strict=True):
+        for reference, own in _own(plan, job, references):
             values += [((reference, key), value) for key, value in own.items()]
         rows.setdefault(tuple(values), []).append(job.name)
     return rows
@@ -140,8 +161,8 @@ def _told(plan: Plan, rows: _Rows, owner: str, own: Mapping[str, Setting], every
     table = [dict(row) for row in rows]
     method = plan.recipe.method
     defaults = method.expert(owner, {}).values if owner else method({}).shared
-    for _, name in (key for key in (table[0] if table else {}) if key[0] == owner):
-        values = [row[owner, name] for row in table]
+    for _, name in dict.fromkeys(key for row in table for key in row if key[0] == owner):
+        values = [row[owner, name] for row in table if (owner, name) in row]
         setting = own.get(name) or plan.recipe.parameters.get(name)
         is_default = setting is None and _same([defaults.get(name), *values])
         if values[0] is None or (is_default and not everything):
@@ -165,11 +186,12 @@ def _varying(rows: _Rows) -> list[str]:
     if len(rows) < 2:
         return []
     table = [dict(row) for row in rows]
-    varying = [key for key in table[0] if not _same([row[key] for row in table])]
+    keys = dict.fromkeys(key for row in table for key in row)
+    varying = [key for key in keys if not _same([row.get(key, key) for row in table])]
     whole = Counter(_layer(name) for names in rows.values() for name in names)
     lines = ["", "Values along gradients and filters:"]
     for row, names in zip(table, rows.values(), strict=True):
-        shown = (f"{key[0]}: {key[1]} {_value(row[key])}".removeprefix(": ") for key in varying)
+        shown = (f"{key[0]}: {key[1]} {_value(row[key])}".removeprefix(": ") for key in varying if key in row)
         lines.append("  " + ", ".join(shown))
         lines += [f"      {pattern}" for pattern in collapse(names, whole)]
     return lines

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -197,6 +197,34 @@ class Coverage:
         return found
 
 
+@dataclass(frozen=True)
+class Section:
+    """What is planned as one merge: all of a model, or a slice or module of it.
+
+    Args:
+        label: "slice 2"; "" for all of a model.
+        recipe: What is merged in it, and how.
+        base: The template of its tensors, by their names in the result.
+        models: The models, which have its tensors alone.
+        depths: (depth, label) of each tensor.
+        layers: Of a slice the stack, its first layer in the result, and how many there are.
+        lists_base: Whether a slice lists its base.
+    """
+
+    label: str
+    recipe: Recipe
+    base: Source
+    models: tuple[Model, ...]
+    depths: Mapping[str, tuple[float, str]]
+    layers: tuple[str, int, int] | None = None
+    lists_base: bool = False
+
+    @property
+    def floats(self) -> list[str]:
+        """The tensors that are merged."""
+        return [name for name, view in self.base.tensors.items() if view.dtype.is_float]
+
+
 @dataclass
 class Plan:
     """What a merge will do.  A context manager that closes the inputs.
@@ -210,6 +238,7 @@ class Plan:
         notes: What the user should know.
         departures: What is computed otherwise than by mergekit.
         coverage: How much of each model takes part, in the order of ``models``.
+        sections: What is planned as one merge: all of it, or a slice or module each.
         opened: What is closed at the end.
 
     >>> import della
@@ -225,6 +254,7 @@ class Plan:
     notes: tuple[str, ...]
     departures: tuple[str, ...]
     coverage: tuple[Coverage, ...]
+    sections: tuple[Section, ...]
     opened: ExitStack = field(repr=False, compare=False)
 
     def __enter__(self) -> Plan:

@@ -6,21 +6,18 @@ All that can be found wrong before the first byte is told at once: inputs, recip
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 from della.checkpoint.norms import misfits
 from della.checkpoint.source import Source, open_file, open_source
 from della.checkpoint.view import TensorView
-from della.dtypes import DType, round_to, widen
-from della.errors import CheckpointError, Collector, Problem, RecipeError, some
+from della.dtypes import DType
+from della.errors import CheckpointError, Collector, Problem, some
 from della.merging.tile import canonical
-from della.options import Changes, Permissions, Target, spelt
+from della.options import Permissions, Target
 from della.output.place import check_place, check_space, is_name
 from della.output.staging import staged_bytes
 from della.planning import configs, tokenizers
@@ -29,11 +26,11 @@ from della.planning.compatibility import check_fit, extras, foreign_code, stand_
 from della.planning.coverage import check_idle, covered, mostly_left_out
 from della.planning.differences import departures
 from della.planning.heads import settled
-from della.planning.job import Job, Model, Operand, Plan
+from della.planning.job import Job, Model, Operand, Plan, Section
+from della.planning.layers import Sections, depths, parted
+from della.planning.overall import check_compat, check_whole_model, islands, ranked, storage
 from della.planning.vocabularies import follow_tokens
 from della.recipe.reader import ModelEntry, Recipe
-
-_SOON_READ = 1 << 20  # elements of a tensor that a plan reads without delay
 
 
 def make_plan(
@@ -55,57 +52,37 @@ def make_plan(
         norms = _open_norms(recipe, stack, check)
         with check:
             _check_target(target, [*opened.values(), *norms.values()])
-        notes = [*recipe.notes, *_align(_template(recipe), opened)]
-        notes += follow_tokens(recipe, _template(recipe), opened, check)
-        base = opened.get(_template(recipe))
-        models = tuple(
-            Model(m, opened[m.reference], norms.get(m.input_norms))
-            for m in recipe.models
-            if m.reference in opened
-        )
-        models, told = _without_base(recipe, base, models, check)
-        recipe = replace(recipe, models=tuple(model.entry for model in models))
-        notes += told
-        depths = _depths(base.tensors if base else ())
+        notes = [*recipe.notes, *_align(recipe.template, opened)]
+        notes += follow_tokens(recipe, recipe.template, opened, check)
+        sections = _sections(recipe, opened, norms, check)
+        base = opened.get(recipe.template)
+        models, told = _checked(recipe, base, sections, check)
+        recipe, notes = replace(recipe, models=tuple(model.entry for model in models)), [*notes, *told]
         with check:
-            recipe.check_at_once()
-            if base is not None:
-                recipe.check_cases([name for name, view in base.tensors.items() if view.dtype.is_float])
-            recipe.check((name, *at) for name, at in depths.items())
-        if base is not None:
-            with check:
-                base.side_files()
-            notes += _check_models(recipe, base, [model.source for model in models], check)
-            for each in norms.values():
-                check.extend(misfits(each, base))
-            with check:
-                _check_space(target, recipe, base, models)
+            _check_space(target, base, sections)
         check.raise_any()
         assert base is not None
-        jobs = tuple(_jobs(recipe, base, models, depths))
+        base.config, told = sections.joined(base)
+        jobs = tuple(_jobs(base, models, sections))
         coverage = covered(models, base, jobs)
         if not permissions.allow_idle:
             check_idle(recipe, models, base, jobs, coverage)
-        _check_whole_model(recipe, jobs)
-        _check_compat(recipe, jobs)
-        notes += [*mostly_left_out(models, base, coverage), *_about_jobs(base, models, jobs, permissions)]
-        made = tuple(departures(recipe, jobs))
-        return Plan(recipe, base, models, jobs, tuple(notes), made, coverage, stack.pop_all())
+        check_whole_model(recipe, jobs)
+        check_compat(recipe, jobs)
+        notes += [*told, *(() if recipe.parts else mostly_left_out(models, base, coverage))]
+        notes += _about_jobs(base, models, jobs, permissions)
+        made = (*departures(recipe, jobs), *sections.departures())
+        return Plan(
+            recipe, base, models, jobs, tuple(notes), made, coverage, tuple(sections.each), stack.pop_all()
+        )
 
 
 def _about_jobs(
     base: Source, models: Sequence[Model], jobs: Sequence[Job], permissions: Permissions
 ) -> list[str]:
     """Notes on what is merged, and on what is beside it."""
-    notes = [*_storage(jobs), *_islands(jobs), *_ranked(models, jobs)]
+    notes = [*storage(jobs), *islands(jobs), *ranked(models, jobs)]
     return [*notes, *foreign_code(base, permissions.keep_auto_map), *tokenizers.left_behind(base)]
-
-
-def _template(recipe: Recipe) -> str:
-    """The model that gives names, shapes and side files: the base, or the first model without one."""
-    references = [m.reference for m in recipe.models]
-    has_part = recipe.method.needs_base or recipe.base_model in references
-    return recipe.base_model if recipe.base_model and has_part else references[0]
 
 
 def _open_all(
@@ -114,7 +91,7 @@ def _open_all(
     """Every model by its reference, but those that cannot be opened."""
     folder = recipe.path.parent if recipe.path else None
     opened: dict[str, Source] = {}
-    for reference in dict.fromkeys([_template(recipe), *(m.reference for m in recipe.models)]):
+    for reference in recipe.references:
         with check:
             opened[reference] = stack.enter_context(
                 open_source(
@@ -139,25 +116,71 @@ def _align(template: str, opened: dict[str, Source]) -> list[str]:
     return notes
 
 
-def _check_models(recipe: Recipe, base: Source, models: Sequence[Source], check: Collector) -> list[str]:
-    """Notes on how ``models`` fit the base; what does not is in ``check``."""
+def _sections(
+    recipe: Recipe, opened: Mapping[str, Source], norms: Mapping[str | None, Source], check: Collector
+) -> Sections:
+    """What is planned as one merge: the whole, or each part of it; the models that could be opened."""
+    models = tuple(
+        Model(m, opened[m.reference], norms.get(m.input_norms))
+        for m in recipe.models
+        if m.reference in opened
+    )
+    base = opened.get(recipe.template)
+    if base is None or (recipe.parts and any(r not in opened for r in recipe.references)):
+        with check:
+            recipe.check_at_once()
+        return Sections(models)
+    if recipe.parts:
+        return parted(recipe, opened, models, check)
+    return Sections(models, [Section("", recipe, base, models, depths(base.tensors))])
+
+
+def _checked(
+    recipe: Recipe, base: Source | None, sections: Sections, check: Collector
+) -> tuple[tuple[Model, ...], list[str]]:
+    """The models that are merged, and notes; ``sections`` lose the others."""
     notes: list[str] = []
     fitting: list[Source] = []
-    for source in dict.fromkeys((base, *models)):
+    if base is not None:
+        with check:
+            base.side_files()
+    sections.each = [_without_base(section, check, notes) for section in sections.each]
+    seen = {at for section in sections.each for at in section.recipe.matched(section.floats)}
+    for section in sections.each:
+        with check:
+            section.recipe.check_at_once()
+            section.recipe.check_cases(section.floats, seen)
+            section.recipe.check((name, *at) for name, at in section.depths.items())
+        notes += _check_models(section, fitting, check)
+    if base is not None:
+        notes += sections.against(base, recipe.mismatch == "error", check)
+        once: dict[object, Source] = {}
+        for source in fitting:
+            once.setdefault((source.folder, source.reference), source)
+        notes += tokenizers.compare(base, [*once.values()], check, recipe.tokenizer)
+    for section in sections.each:
+        for each in dict.fromkeys(model.norms for model in section.models if model.norms):
+            check.extend(misfits(each, section.base))
+    kept = {model.entry.identity for section in sections.each for model in section.models}
+    return tuple(m for m in sections.models if m.entry.identity in kept), list(dict.fromkeys(notes))
+
+
+def _check_models(section: Section, fitting: list[Source], check: Collector) -> list[str]:
+    """Notes on how models fit the base; what does not is in ``check``, what does in ``fitting`` too."""
+    recipe, base, notes = section.recipe, section.base, list[str]()
+    mine: list[Source] = []
+    for source in dict.fromkeys((base, *(model.source for model in section.models))):
         found = list(strangers(base, source, recipe.missing == "base"))
         check.extend(found)
         if not recipe.plain_fp8:
             check.extend(_fp8(source))
         if not found:
-            fitting.append(source)
+            mine.append(source)
             notes += filter(None, (differing_buffers(base, source, check), configs.note(base, source)))
         if recipe.mismatch == "error" and not found:
             check.extend(configs.other_type(base, source))
-    return (
-        notes
-        + check_fit(recipe, base, fitting, check)
-        + tokenizers.compare(base, fitting, check, recipe.tokenizer)
-    )
+    fitting += mine
+    return notes + check_fit(recipe, base, mine, check)
 
 
 def _fp8(source: Source) -> Iterator[Problem]:
@@ -171,16 +194,14 @@ def _fp8(source: Source) -> Iterator[Problem]:
         yield Problem(said, fix, source.reference, found[0])
 
 
-def _without_base(
-    recipe: Recipe, base: Source | None, models: tuple[Model, ...], check: Collector
-) -> tuple[tuple[Model, ...], list[str]]:
-    """The models but the base under another name, whose delta is zero; with notes, and on models of the same
-    files."""
-    notes: list[str] = []
+def _without_base(section: Section, check: Collector, notes: list[str]) -> Section:
+    """A section without the base under another name, whose delta is zero; notes on that, and on models of
+    the same files."""
+    recipe, base = section.recipe, section.base
     first: dict[object, str] = {}
     kept: list[Model] = []
-    known = base.identity if base and base.files and recipe.method.needs_base else None
-    for model in models:
+    known = base.identity if base.files and recipe.method.needs_base else None
+    for model in section.models:
         name, identity = model.entry.reference, model.source.identity
         if identity == known:
             said = "is the base model itself under another name, so it does not count as an expert"
@@ -190,9 +211,11 @@ def _without_base(
         if earlier.rstrip("/") != name.rstrip("/"):
             notes.append(f"{name}: the same files as {earlier}; it counts as two experts")
         kept.append(model)
-    if models and not kept:
-        check.add("'models' lists only the base model", "add at least one expert to merge into it")
-    return tuple(kept), notes
+    if section.models and not kept:
+        said = f"{section.label}: lists" if section.label else "'models' lists"
+        check.add(f"{said} only the base model", "add at least one expert to merge into it")
+    recipe = replace(recipe, models=tuple(model.entry for model in kept))
+    return replace(section, recipe=recipe, models=tuple(kept))
 
 
 def _open_norms(recipe: Recipe, stack: ExitStack, check: Collector) -> dict[str | None, Source]:
@@ -221,11 +244,14 @@ def _check_target(target: Target | None, sources: Iterable[Source]) -> None:
         check_place(out, target.overwrite, target.is_single, inputs)
 
 
-def _check_space(target: Target | None, recipe: Recipe, base: Source, models: Sequence[Model]) -> None:
-    if target is None or not is_name(target.out):
+def _check_space(target: Target | None, base: Source | None, sections: Sections) -> None:
+    if target is None or base is None or not is_name(target.out):
         return
-    needed = sum(view.elements * _stored_as(recipe, view).bytes for view in base.tensors.values())
-    needed += sum(view.elements * view.dtype.bytes for view in _copied(recipe, base, models))
+    needed = sum(base.tensors[name].elements * base.tensors[name].dtype.bytes for name in sections.left)
+    for section in sections.each:
+        views = section.base.tensors.values()
+        needed += sum(view.elements * _stored_as(section.recipe, view).bytes for view in views)
+        needed += sum(view.elements * view.dtype.bytes for view in _copied(section))
     out = Path(os.path.abspath(target.out))
     check_space(out.parent, needed, staged_bytes(out))
 
@@ -235,41 +261,27 @@ def _stored_as(recipe: Recipe, view: TensorView) -> DType:
     return (recipe.out_dtype or recipe.dtype or view.dtype) if view.dtype.is_float else view.dtype
 
 
-def _depths(names: Iterable[str]) -> dict[str, tuple[float, str]]:
-    """(depth, label) of each tensor: where its layer, by the first number in its name, is in its own stack.
-
-    As in mergekit, depth is 0 for what stands outside the layers (embeddings, final norm, head) and 1 where a
-    stack has a single layer.
-    """
-    names = list(names)
-    counts, depths = configs.stacks(names), {}
-    for name in names:
-        match = configs.STACK.match(name)
-        if match is None:
-            depths[name] = (0.0, "")
-        else:
-            index, top = int(match[2]), counts[match[1]] - 1
-            depths[name] = (index / top if top else 1.0, f"layer {index}")
-    return depths
-
-
-def _jobs(
-    recipe: Recipe, base: Source, models: Sequence[Model], depths: Mapping[str, tuple[float, str]]
-) -> Iterator[Job]:
-    for name, (depth, _) in depths.items():
-        yield _job(recipe, name, depth, base, models)
-    for view in _copied(recipe, base, models):
+def _jobs(base: Source, models: Sequence[Model], sections: Sections) -> Iterator[Job]:
+    homes = {model.entry.identity: model for model in models}
+    for section in sections.each:
+        for name, (depth, _) in section.depths.items():
+            yield _job(section, name, depth, homes)
+        for view in _copied(section):
+            yield Job(view.name, view.shape, view.dtype, view, None)
+    for view in (base.tensors[name] for name in sections.left):
         yield Job(view.name, view.shape, view.dtype, view, None)
 
 
-def _copied(recipe: Recipe, base: Source, models: Sequence[Model]) -> Iterator[TensorView]:
+def _copied(section: Section) -> Iterator[TensorView]:
     """The tensors that the base lacks, where they shall be in the result (extra: copy)."""
-    for source in dict.fromkeys(model.source for model in models if recipe.extra == "copy"):
-        if source is not base:
-            yield from (source.tensors[name] for name in extras(base, source))
+    sources = (model.source for model in section.models if section.recipe.extra == "copy")
+    for source in dict.fromkeys(sources):
+        if source is not section.base:
+            yield from (source.tensors[name] for name in extras(section.base, source))
 
 
-def _job(recipe: Recipe, name: str, depth: float, base: Source, models: Sequence[Model]) -> Job:
+def _job(section: Section, name: str, depth: float, homes: Mapping[str, Model]) -> Job:
+    recipe, base = section.recipe, section.base
     view = base.tensors[name]
     dtype = _stored_as(recipe, view)
     if not view.dtype.is_float:
@@ -277,99 +289,12 @@ def _job(recipe: Recipe, name: str, depth: float, base: Source, models: Sequence
     shared, values = recipe.resolve(name, depth)
     method = recipe.method(shared, (recipe.dtype or view.dtype) if recipe.compat else None)
     operands = []
-    for model, own in zip(models, values, strict=True):
+    for model, own in zip(section.models, values, strict=True):
         found = stand_in(recipe, base, model.source, name)
         assert found is not None, "check_fit has looked"
         wanted = method.wants_norms and view.elements
         norms = model.norms.tensors.get(name) if model.norms and wanted else None
-        operands.append(Operand(model, found, method.expert(model.entry.identity, own), norms))
+        home = homes[model.entry.identity]
+        operands.append(Operand(home, found, method.expert(model.entry.identity, own), norms))
     order = canonical([each.expert for each in operands])
     return Job(name, view.shape, dtype, view, method, tuple(operands[t] for t in order))
-
-
-def _check_whole_model(recipe: Recipe, jobs: Sequence[Job]) -> None:
-    """What a method learns of the whole model is of one kind: the same settings, and float32, everywhere."""
-    whole = [(job, why) for job in jobs if job.method and (why := job.method.whole_model)]
-    for why in dict.fromkeys(why for _, why in whole):
-        mine, parameter = [job for job, own in whole if own is why], why.option.parameter
-        for name in why.same:
-            if len({tuple(job.subject.column(name)) for job in mine}) > 1:
-                said = f"{why.option} {why.does}, so {name} must be the same for all tensors"
-                fix = f"use {why.instead}, or a {name} without gradient and filter"
-                raise RecipeError(recipe.located(Problem(said, fix, parameter=parameter)))
-        double = [job.name for job in mine if job.exact_double]
-        if double:
-            said = f"{why.option} compares all tensors in float32, and {some(double)} of an input is float64"
-            fix = f"use {why.instead}, or save that model in float32 first"
-            raise RecipeError(recipe.located(Problem(said, fix, parameter=parameter), double[0]))
-
-
-def _check_compat(recipe: Recipe, jobs: Sequence[Job]) -> None:
-    """mergekit's rules cannot be followed where it has no such option; nothing is ignored in silence."""
-    for job in jobs if recipe.compat else ():
-        found = job.method.beyond_mergekit() if job.method else {}
-        if found:
-            said = "compat: mergekit has no " + ", ".join(f"{key}: {value}" for key, value in found.items())
-            fix = f"remove it, or do without compat (of the recipe, or {spelt(Changes, 'compat', True)})"
-            problem = Problem(said, fix, parameter=next(iter(found)))
-            raise RecipeError(recipe.located(problem, job.name))
-
-
-def _ranked(models: Sequence[Model], jobs: Sequence[Job]) -> list[str]:
-    """A note for each model on how many tensors are ranked by its input norms, and how many without."""
-    notes = []
-    ranked = [each for job in jobs if job.method and job.method.wants_norms for each in job.operands]
-    for model in models:
-        mine = [each.norms is not None for each in ranked if each.model is model]
-        if mine:
-            said = f"{sum(mine)} of {len(mine)} tensors are ranked by |delta| times input norms"
-            rest = "" if all(mine) else "; the others have none, and are ranked by |delta|"
-            notes.append(f"{model.entry.reference}: {said}{rest}")
-    whole = [(job.method.whole_model, each) for job in jobs if job.method for each in job.operands]
-    for why in dict.fromkeys(why for why, _ in whole if why and notes):
-        if len({each.norms is None for own, each in whole if own is why}) > 1:
-            notes.append(
-                f"{why.option} compares saliency with and without input norms, which is of different scales"
-            )
-    return notes
-
-
-def _islands(jobs: Sequence[Job]) -> list[str]:
-    """A note where the recipe's dtype is narrower than what a few tensors of the base are stored in, which
-    is so for a reason: routers, decays, norms."""
-    floats = [job for job in jobs if job.base.dtype.is_float and job.elements]
-    sizes: Counter[str] = Counter()
-    for job in floats:
-        sizes[job.base.dtype.name] += job.elements
-    usual = sizes.most_common(1)[0][0] if sizes else ""
-    cut = [job for job in floats if job.base.dtype.name != usual and job.dtype.bits < job.base.dtype.bits]
-    if not cut:
-        return []
-    wide, narrow = cut[0].base.dtype.torch_name, cut[0].dtype.torch_name
-    said = f"{some([job.name for job in cut])} stored in {wide} in the base, and cut to {narrow} by dtype"
-    return [f"{said}: {_lost(cut)}; leave out 'dtype' to keep each tensor's own type"]
-
-
-def _lost(jobs: Sequence[Job]) -> str:
-    """How many of the base's own values a narrower type cannot hold, where that is soon read."""
-    small = [job for job in jobs if job.elements <= _SOON_READ]
-    try:
-        pairs = [
-            (values, round_to(values, job.dtype)) for job in small for values in [widen(job.base.read())]
-        ]
-    except (CheckpointError, OSError):
-        return "how many values that changes is not known before the merge"
-    changed = sum(int(np.count_nonzero(widen(cut) != values)) for values, cut in pairs)
-    return f"that changes {changed:,} of {sum(values.size for values, _ in pairs):,} values"
-
-
-def _storage(jobs: Sequence[Job]) -> list[str]:
-    """A note for each model that is stored in another type than the base."""
-    found: dict[str, None] = {}
-    for job in jobs:
-        for each in job.operands:
-            if each.view.dtype is not job.base.dtype:
-                theirs, ours = each.view.dtype.torch_name, job.base.dtype.torch_name
-                said = f"{each.model.entry.reference}: stored in {theirs}, the base in {ours}"
-                found[f"{said}; the result is stored in {job.dtype.torch_name}"] = None
-    return list(found)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from della.dtypes import DType
-from della.errors import Location, Problem, RecipeError, clip, some, suggest
+from della.errors import Collector, Location, Problem, RecipeError, clip, some, suggest
 from della.merging.method import Method
 from della.recipe.settings import Filtered, Gradient, Scalar, Setting, choose, possible
 from della.recipe.tokens import Tokenizer
@@ -32,6 +32,7 @@ class ModelEntry:
     input_norms: str | None
     location: Location = field(compare=False, repr=False)
     norms_location: Location | None = field(compare=False, repr=False)
+    layers: tuple[int, int] | None = None  # of a source of a slice: from which layer to before which
 
     @property
     def line(self) -> int:
@@ -48,6 +49,8 @@ class Recipe:
     ("error", "keep", "zero"), ``missing`` ("error", "base"), ``extra`` ("error", "ignore", "copy"),
     ``mismatch`` of model types ("error", "ignore");
     ``plain_fp8``: float8 tensors are values, no codes; ``tokenizer``: the one that the result shall have.
+
+    A recipe of slices or modules has ``parts``, a recipe each; then ``models`` are those of all parts.
     """
 
     path: Path | None
@@ -70,6 +73,20 @@ class Recipe:
     tokenizer: Tokenizer | None
     notes: tuple[str, ...]
     location: Location = field(compare=False, repr=False)
+    parts: tuple[Part, ...] = ()
+
+    @property
+    def template(self) -> str:
+        """The model that gives names, shapes and side files: the base, or the first model without one."""
+        references = [m.reference for m in self.models]
+        has_part = self.method.needs_base or self.base_model in references
+        return self.base_model if self.base_model and has_part else references[0]
+
+    @property
+    def references(self) -> list[str]:
+        """The models, and the bases, that are opened."""
+        bases = [part.recipe.template for part in self.parts]
+        return list(dict.fromkeys([self.template, *(m.reference for m in self.models), *bases]))
 
     def resolve(self, tensor_name: str, depth: float) -> tuple[dict[str, Any], tuple[dict[str, Any], ...]]:
         """The settings of one tensor: (shared values, values of each model in the order of ``models``).
@@ -132,16 +149,21 @@ class Recipe:
                     found = Counter(map(setting.case, names))
                     yield owner, name, setting, [found[k] for k in range(len(setting.cases))]
 
-    def check_cases(self, names: Sequence[str]) -> None:
-        """Every case must hold for one of the tensors ``names`` that are merged, and some parameters need a
-        value for each of them.
+    def matched(self, names: Sequence[str]) -> Iterator[Location]:
+        """Where the cases stand that hold for one of the tensors ``names``."""
+        for _, _, setting, counts in self.matches(names):
+            yield from (case.location for (_, case), n in zip(setting.cases, counts, strict=True) if n)
+
+    def check_cases(self, names: Sequence[str], elsewhere: Collection[Location] = ()) -> None:
+        """Every case must hold for one of the tensors ``names`` that are merged, or stand where one does that
+        holds ``elsewhere``; and some parameters need a value for each of them.
 
         Raises RecipeError.
         """
         found = []
         for _, parameter, setting, counts in self.matches(names):
             for (part, case), count in zip(setting.cases, counts, strict=True):
-                if not count and not any(part in name for name in names):
+                if not count and case.location not in elsewhere and not any(part in n for n in names):
                     said = f"the filter {clip(part)!r} of {parameter!r} is in the name of no tensor"
                     fix = _in_a_name(part, names)
                     found.append(Problem(said, fix, parameter=parameter, location=case.location))
@@ -159,6 +181,13 @@ class Recipe:
 
     def check_at_once(self) -> None:
         """Hold the rules already while reading, where no tensor's name is needed."""
+        if self.parts:
+            problems = Collector(RecipeError)
+            for part in self.parts:
+                with problems:
+                    part.recipe.check_at_once()
+            problems.raise_any()
+            return
         idle = [model.norms_location for model in self.models if model.input_norms is not None]
         asking = self.method.input_norms
         if idle and not (asking and asking.value in possible(self.parameters.get(asking.parameter))):
@@ -190,6 +219,27 @@ class Recipe:
         plans = [_Plan.of(everything["shared"], (self.parameters,))]
         plans += [_Plan.of(everything["model"], (entry.parameters, self.parameters)) for entry in self.models]
         return tuple(plans)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a model: a slice or a module, or a slice of a module; what it is made of says ``recipe``.
+
+    Args:
+        label: "slice 2", "module encoder".
+        recipe: Its models, method and settings.
+        module: The name of its module; "" where it is of the whole model.
+        is_cut: Whether it is a slice.
+        base_layers: The layers of the base that a slice lists.
+        location: Where it is written.
+    """
+
+    label: str
+    recipe: Recipe
+    module: str
+    is_cut: bool
+    base_layers: tuple[int, int] | None = None
+    location: Location = field(compare=False, repr=False, default=Location(0, 0, "recipe"))
 
 
 _SIGNS = r"[*?\[\]^$|\\]"

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from della.errors import Collector, Location, clip, suggest
 from della.merging.registry import ALL_PARAMETERS
 from della.options import Changes, spelt
+from della.recipe.slices import PARTED
 from della.recipe.text import parse
 from della.recipe.tree import Entry, Items, Node, Table, show
 
@@ -39,11 +40,16 @@ def apply_overrides(
 def _everywhere(root: Table, name: str, value: Node, location: Location) -> list[str]:
     """Make ``value`` the parameter's only setting; a note if models had their own."""
     removed = 0
-    models = root.entries["models"].node if "models" in root.entries else None
-    for model in models.nodes if isinstance(models, Items) else ():
-        own = model.entries.get("parameters") if isinstance(model, Table) else None
-        if own is not None and isinstance(own.node, Table) and own.node.entries.pop(name, None) is not None:
-            removed += 1
+    inner: list[Node] = [root.entries[key].node for key in ("models", *PARTED) if key in root.entries]
+    while inner:
+        node = inner.pop()
+        if isinstance(node, Items):
+            inner += node.nodes
+        elif isinstance(node, Table):
+            own = node.entries.get("parameters")
+            if own and isinstance(own.node, Table) and own.node.entries.pop(name, None) is not None:
+                removed += 1
+            inner += [entry.node for key, entry in node.entries.items() if key != "parameters"]
     shared = root.entries.get("parameters")
     if shared is None or not isinstance(shared.node, Table):
         shared = root.entries["parameters"] = Entry(location, Table(location, {}))

@@ -18,24 +18,16 @@ from della.dtypes import RECIPE_NAMES, DType
 from della.errors import Collector, Location, RecipeError, clip, suggest
 from della.merging.random import DEFAULT_SEED
 from della.merging.registry import ALL_PARAMETERS, LATER_METHODS, METHODS, Method, Parameter
-from della.recipe.dialect import (
-    COMPAT,
-    PLAIN_FP8,
-    POLICIES,
-    RENAMED,
-    SEED,
-    WITHOUT_EFFECT,
-    no_mapping,
-    other_tool,
-    reason,
-)
-from della.recipe.models import ModelEntry, Recipe
+from della.recipe import dialect
+from della.recipe.models import ModelEntry, Part, Recipe
 from della.recipe.overrides import apply_overrides
 from della.recipe.references import identities, named_model, same
+from della.recipe.remarks import told_twice, without_effect
 from della.recipe.settings import Setting, read_setting, read_value
+from della.recipe.slices import check_lengths, is_parted, joined, layer_range, pieces
 from della.recipe.text import dump, load_text, parse
 from della.recipe.tokens import read_tokenizer
-from della.recipe.tree import Items, Leaf, Node, Table, from_objects, refusal, show
+from della.recipe.tree import Items, Leaf, Node, Table, example, from_objects, refusal, show
 
 __all__ = ["DEFAULT_SEED", "ModelEntry", "Recipe", "read_recipe"]
 
@@ -45,11 +37,7 @@ _TOP_KEYS = (
     "tokenizer", "chat_template",
 )  # fmt: skip
 _MODEL_KEYS = ("model", "parameters", "input_norms")
-_LATER_KEYS = {
-    "slices": "list whole models under 'models' instead",
-    "modules": "list whole models under 'models' instead",
-    "chat_template": "remove it, and the chat template is the base model's",
-}
+_LATER_KEYS = {"chat_template": "remove it, and the chat template is the base model's"}
 _BESIDE = "names a file of one model, so it belongs beside 'model:' in an entry of 'models'"
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
@@ -76,7 +64,7 @@ def read_recipe(
         path, name, text = load_text(source)
         root = parse(text, name, problems)
     if not isinstance(root, Table):
-        raise refusal(root.location, *no_mapping(root))
+        raise refusal(root.location, *dialect.no_mapping(root))
     if isinstance(overrides, str):
         overrides = (overrides,)
     notes = apply_overrides(root, overrides, _TOP_KEYS, problems)
@@ -91,22 +79,29 @@ def read_recipe(
 class _Reader:
     """Walks the tree of one recipe: what is wrong goes to ``problems``, what deserves a word to ``notes``."""
 
-    def __init__(self, problems: Collector, notes: list[str], lenient: bool) -> None:
+    def __init__(
+        self, problems: Collector, notes: list[str], lenient: bool, of: str = "", is_cut: bool = False
+    ) -> None:
         self.problems, self.notes, self.lenient = problems, notes, lenient
+        self.of, self.is_cut = of, is_cut  # the part, as " of slice 2"; whether its models give layers
         self.ignored: list[tuple[Table, str]] = []
+        self.base_layers: tuple[int, int] | None = None
         self.method: type[Method] | None = None
         self.known: Mapping[str, Parameter] = {}
         self.folder = Path()  # where relative references start
         self.later = False
         self.bases = 0
+        self.ranges: list[tuple[str, tuple[int, int] | None, Location]] = []
         self.unused: dict[str, list[Location]] = {}
 
     def recipe(self, root: Table, path: Path | None, text: str | None) -> Recipe:
         """The Recipe in ``root``; ``text`` is its YAML, None where that must be made from ``root``."""
-        if found := other_tool(root):
+        if found := dialect.other_tool(root):
             raise refusal(root.location, *found)
         self.folder = path.parent if path else self.folder
         self._refuse_strange_keys(root, _TOP_KEYS, "at the top level", "")
+        if is_parted(root):
+            return self._parted(root, path, dump(root) if text is None else text)
         for key, instead in _LATER_KEYS.items():
             if self._entry(root, key):
                 said, at = f"{key!r} is not part of this version yet", root.entries[key].key
@@ -119,8 +114,8 @@ class _Reader:
         shared = self._parameters(root, None)
         models = self._models(root, base.text if base else None)
         dtypes = [self._dtype(root, key) for key in ("dtype", "out_dtype")]
-        seed, compat = self._value(root, SEED), self._value(root, COMPAT)
-        policies = {name: self._value(root, row) or row.default for name, row in POLICIES.items()}
+        seed, compat = self._value(root, dialect.SEED), self._value(root, dialect.COMPAT)
+        policies = {name: self._value(root, row) or row.default for name, row in dialect.POLICIES.items()}
         name = self._text(root, "name", "'name'")
         location = (
             root.entries["merge_method"].node.location if "merge_method" in root.entries else root.location
@@ -133,9 +128,8 @@ class _Reader:
             self._tell(at, "missing", said, "remove it")
         self.problems.raise_any()
         assert self.method is not None
-        self._tell_unused(self.method, base, models)
-        for table, key in self.ignored:
-            del table.entries[key]
+        self.notes += without_effect(self.method, self.unused, base, models)
+        self._drop_ignored()
         recipe = Recipe(
             path=path,
             text=dump(root) if text is None or self.ignored else text,
@@ -149,13 +143,34 @@ class _Reader:
             out_dtype=dtypes[1],
             seed=DEFAULT_SEED if seed is None else int(seed),
             compat=compat is not None,
-            plain_fp8=bool(self._value(root, PLAIN_FP8)),
+            plain_fp8=bool(self._value(root, dialect.PLAIN_FP8)),
             tokenizer=tokenizer,
             **policies,
             notes=tuple(self.notes),
             location=location,
         )
         return recipe
+
+    def _parted(self, root: Table, path: Path | None, text: str) -> Recipe:
+        """The Recipe of slices or modules, each of which is read as a recipe of its own."""
+        parts = []
+        self._drop_ignored()
+        for table, label, module, at, is_cut in pieces(root, self._tell, self._refuse_strange_keys):
+            reader = _Reader(Collector(RecipeError), [], self.lenient, f" of {label}", is_cut)
+            with self.problems:
+                made = reader.recipe(table, path, text)
+                parts.append(Part(label, made, module, is_cut, reader.base_layers, at))
+            self.ignored += reader.ignored
+        self._drop_ignored()
+        text = dump(root) if self.ignored else text
+        name, base = self._text(root, "name", "'name'"), self._entry(root, "base_model")
+        self.problems.raise_any()
+        top = named_model(base, "'base_model'", lambda *_: None) if base else None
+        return joined(parts, top.text if top else None, name.text if name else None, text, self.notes)
+
+    def _drop_ignored(self) -> None:
+        for table, key in self.ignored:
+            table.entries.pop(key, None)
 
     def _refuse_strange_keys(self, table: Table, allowed: Sequence[str], where: str, owner: str) -> None:
         """Tell of every key that may not stand in ``table``; ``owner`` is "model 2", or "" for the recipe."""
@@ -181,20 +196,20 @@ class _Reader:
         names = ", ".join(repr(key) for key in nodes)
         verb = "belongs" if len(nodes) == 1 else "belong"
         target = f"the parameters of {owner}" if owner else "the recipe's own parameters"
-        example = "".join(f"\n        {key}: {_example(node)}" for key, node in nodes.items())
+        lines = "".join(f"\n        {key}: {example(node)}" for key, node in nodes.items())
         key = next(iter(nodes))
-        said = f"{names} {verb} under {target}{why}:\n      parameters:{example}"
+        said = f"{names} {verb} under {target}{why}:\n      parameters:{lines}"
         self._tell(table.entries[key].key, key, said)
 
     def _has_no_effect(self, key: str, location: Location) -> bool:
         """Whether it is a key of mergekit's that changes nothing here; a note says why."""
-        if key in WITHOUT_EFFECT:
-            self.notes.append(f"{location}: {key!r} has no effect here: {reason(key)}")
-        return key in WITHOUT_EFFECT
+        if key in dialect.WITHOUT_EFFECT:
+            self.notes.append(f"{location}: {key!r} has no effect here: {dialect.reason(key)}")
+        return key in dialect.WITHOUT_EFFECT
 
     def _unknown(self, table: Table, key: str, where: str, known: Iterable[str]) -> None:
-        said, hint = f"unknown key {clip(key)!r} {where}", RENAMED.get(key) or suggest(key, known)
-        if not self.lenient or key in RENAMED:
+        said, hint = f"unknown key {clip(key)!r} {where}", dialect.RENAMED.get(key) or suggest(key, known)
+        if not self.lenient or key in dialect.RENAMED:
             self._tell(table.entries[key].key, key, said, hint)
             return
         self.ignored.append((table, key))
@@ -285,7 +300,7 @@ class _Reader:
 
     def _parameters(self, table: Table, number: int | None, *, counts: bool = True) -> dict[str, Setting]:
         node = self._entry(table, "parameters")
-        of = f" of model {number}" if number else ""
+        of = f" of model {number}{self.of}" if number else ""
         if node is None or self.later:
             return {}
         if not isinstance(node, Table):
@@ -315,15 +330,14 @@ class _Reader:
                         self.unused.setdefault(key, []).append(entry.key)
                 elif setting is not None:
                     settings[key] = setting
-        self._belongs(node, misplaced, "", f", not under model {number}")
+        self._belongs(node, misplaced, "", f", not under model {number}{self.of}")
         return settings
 
     def _models(self, root: Table, base: str | None) -> tuple[ModelEntry, ...]:
         node = self._entry(root, "models")
         if node is None:
-            if not self._entry(root, "slices") and not self._entry(root, "modules"):
-                location = root.entries["models"].key if "models" in root.entries else root.location
-                self._missing(root, "models", location, "the recipe lists no 'models' to merge")
+            location = root.entries["models"].key if "models" in root.entries else root.location
+            self._missing(root, "models", location, "the recipe lists no 'models' to merge")
             return ()
         if not isinstance(node, Items) or not node.nodes:
             found = "an empty list" if isinstance(node, Items) else show(node)
@@ -333,21 +347,24 @@ class _Reader:
         read = [self._model(child, number, base) for number, child in enumerate(node.nodes, 1)]
         experts = [entry for entry in read if entry is not None]
         if self.bases == len(read):
+            key = "sources" if self.is_cut else "models"
             fix = "add at least one expert to merge into it"
-            self._tell(node.location, "models", "'models' lists only the base model", fix)
+            self._tell(node.location, key, f"{key!r}{self.of} lists only the base model", fix)
+        check_lengths(self.ranges, self._tell)
         names = identities([entry.reference for entry in experts])
-        self._tell_twice(experts)
+        self.notes += told_twice(experts)
         return tuple(replace(entry, identity=name) for entry, name in zip(experts, names, strict=True))
 
     def _model(self, node: Node, number: int, base: str | None) -> ModelEntry | None:
         """One entry of ``models``; None if it is the base's own, or faulty."""
-        owner = f"model {number}"
+        owner = f"model {number}{self.of}"
         if not isinstance(node, Table):
             example = f"write '- model: {clip(node.text)}'" if isinstance(node, Leaf) and node.value else None
             said = f"{owner} must be a mapping that begins with 'model:', found {show(node)}"
             self._tell(node.location, "models", said, example)
             return None
-        self._refuse_strange_keys(node, _MODEL_KEYS, f"in {owner}", owner)
+        keys = (*_MODEL_KEYS, "layer_range") if self.is_cut else _MODEL_KEYS
+        self._refuse_strange_keys(node, keys, f"in {owner}", owner)
         leaf = self._named(node, "model", f"'model' of {owner}")
         is_base = base is not None and leaf is not None and same(leaf.text, base)
         is_base = is_base and self.method is not None and self.method.needs_base
@@ -358,39 +375,24 @@ class _Reader:
             self._missing(node, "model", node.location, said, "add 'model: NAME'")
             return None
         self._reference(leaf, "model", f"'model' of {owner}")
+        layers = self._layers(node, owner) if self.is_cut else None
         if is_base:
             self.bases += 1
+            self.base_layers = layers
+            if self.is_cut and self.bases > 1:
+                said = f"{owner} is the base model a second time"
+                self._tell(leaf.location, "model", said, "name another model, or use merge_method: linear")
             for key, of in (("parameters", "parameters have"), ("input_norms", "input norms have")):
                 if self._entry(node, key):
                     said = f"{owner} is the base model itself, so its {of} no effect"
                     self.notes.append(f"{node.entries[key].key}: {said}")
             return None
         file, at = (norms.text, norms.location) if norms else (None, None)
-        return ModelEntry(leaf.text, "", parameters, file, node.location, at)
+        return ModelEntry(leaf.text, "", parameters, file, node.location, at, layers)
 
-    def _tell_twice(self, experts: Sequence[ModelEntry]) -> None:
-        first: dict[str, ModelEntry] = {}
-        for entry in experts:
-            earlier = first.setdefault(entry.reference.rstrip("/\\"), entry)
-            if earlier is not entry:
-                at = f", first in line {earlier.line}" if earlier.line else ""
-                said = f"{entry.reference} is listed twice{at}; it counts as two experts"
-                self.notes.append(f"{entry.location}: {said}")
-
-    def _tell_unused(self, method: type[Method], base: Leaf | None, models: Sequence[ModelEntry]) -> None:
-        for key, locations in self.unused.items():
-            more = f" (it is set in {len(locations)} locations)" if len(locations) > 1 else ""
-            self.notes.append(f"{locations[0]}: {key!r} has no effect with merge_method {method.name}{more}")
-        if (
-            base is not None
-            and not method.needs_base
-            and not any(same(m.reference, base.text) for m in models)
-        ):
-            said = f"base_model has no part in merge_method {method.name} unless 'models' lists it too"
-            self.notes.append(f"{base.location}: {said}")
-
-
-def _example(node: Node) -> str:
-    if isinstance(node, Items) and all(isinstance(child, Leaf) for child in node.nodes):
-        return clip("[" + ", ".join(child.text for child in node.nodes if isinstance(child, Leaf)) + "]")
-    return clip(node.text) if isinstance(node, Leaf) and node.text else "..."
+    def _layers(self, node: Table, owner: str) -> tuple[int, int] | None:
+        """Which layers a source of a slice gives."""
+        at = node.entries["layer_range"].node.location if "layer_range" in node.entries else node.location
+        found = layer_range(self._entry(node, "layer_range"), owner, at, self._tell)
+        self.ranges.append((owner, found, at))
+        return found

@@ -78,6 +78,13 @@ def show(node: Node) -> str:
     return repr(clip(node.text)) if isinstance(node.value, str) else clip(node.text)
 
 
+def example(node: Node) -> str:
+    """A value as an example in an error message writes it."""
+    if isinstance(node, Items) and all(isinstance(child, Leaf) for child in node.nodes):
+        return clip("[" + ", ".join(child.text for child in node.nodes if isinstance(child, Leaf)) + "]")
+    return clip(node.text) if isinstance(node, Leaf) and node.text else "..."
+
+
 def number(text: str) -> int | float | None:
     """The number that ``text`` writes in plain decimal, or None."""
     if _INTEGER.fullmatch(text) and len(text) <= 40:

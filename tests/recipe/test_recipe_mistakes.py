@@ -116,10 +116,8 @@ def test_all_problems_are_told_at_once_in_the_order_of_lines_with_the_file(tmp_p
              "backslash "
             "begins an escape, so write a path in single quotes or with /"),
         ),
-        ("slices: []\n", ("6:1: 'slices' is not part of this version yet; list whole models under 'models' "
-                          "instead")),
-        ("modules: {}\n", ("6:1: 'modules' is not part of this version yet; list whole models under "
-                           "'models' instead")),
+        ("slices: []\n", ("6:1: the recipe has 'models' and 'slices'; keep one of 'models', 'slices'")),
+        ("modules: {}\n", ("6:1: the recipe has 'models' and 'modules'; keep one of 'models', 'modules'")),
         (
             "tokenizer:\n  source: union\ntokenizer_source: base\n",
             "6:1: 'tokenizer' and 'tokenizer_source' say the same; keep 'tokenizer' alone, with its 'source'",

@@ -1,0 +1,49 @@
+"""docs/recipes.md: every recipe on it merges, and gives what the page says."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from layered import as_bytes, kept, layered, merged, renumbered
+from llamas import Tensors
+
+PAGE = (Path(__file__).parents[2] / "docs/recipes.md").read_text(encoding="utf-8")
+RECIPES = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+
+
+def the_one(word: str) -> str:
+    (text,) = (text for text in RECIPES if word in text)
+    return str(text)
+
+
+def models(site: Path) -> tuple[Tensors, Tensors]:
+    return kept(site, "one", layered(1, 4)), kept(site, "two", layered(2, 4))
+
+
+def test_two_slices(tmp_path: Path) -> None:
+    one, two = models(tmp_path)
+    found, config = merged(tmp_path, the_one("layer_range: [1, 4]"))
+    wanted = renumbered(one, 0, 3, 0) | renumbered(two, 1, 4, 3)
+    wanted |= {name: two[name] for name in ("model.norm.weight", "lm_head.weight")}
+    assert found == as_bytes(wanted | {name: value for name, value in one.items() if "embed" in name})
+    assert config["num_hidden_layers"] == 6
+
+
+def test_a_slice_with_a_method_of_its_own(tmp_path: Path) -> None:
+    one, two = models(tmp_path)
+    found, _ = merged(tmp_path, the_one("merge_method: linear"))
+    name = "model.layers.{}.input_layernorm.weight"
+    assert found[name.format(0)] == one[name.format(0)].tobytes()
+    assert found[name.format(2)] == ((one[name.format(2)] + two[name.format(2)]) / 2).tobytes()
+    assert found[name.format(3)] != two[name.format(3)].tobytes()
+
+
+def test_layers_that_change_nothing(tmp_path: Path) -> None:
+    one, _ = models(tmp_path)
+    found, _ = merged(tmp_path, the_one("scale"))
+    for number, source in enumerate((0, 1, 2, 3, 2, 3)):
+        for part in ("self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"):
+            values = one[f"model.layers.{source}.{part}.weight"]
+            values = values * 0 if number > 3 and part != "mlp.up_proj" else values
+            assert found[f"model.layers.{number}.{part}.weight"] == values.tobytes()
