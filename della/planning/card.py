@@ -15,10 +15,11 @@ from della.errors import OutputError, Problem
 from della.output.manifest import versions
 from della.planning.compatibility import CODE
 from della.planning.job import Job, Plan
-from della.planning.published import hub_name, shown_references, shown_text
+from della.planning.published import hub_name, is_absolute, shown_references, shown_text
 from della.version import __version__
 
 _DTYPES = ("dtype", "torch_dtype")
+_ORIGINS = ("_name_or_path", "name_or_path", "base_model_name_or_path")
 
 
 def config_json(config: Mapping[str, Any], jobs: Sequence[Job], auto_map: bool = False) -> bytes:
@@ -30,7 +31,7 @@ def config_json(config: Mapping[str, Any], jobs: Sequence[Job], auto_map: bool =
         if job.dtype.is_float:
             sizes[job.dtype.torch_name] += job.nbytes
     dtype = sizes.most_common(1)[0][0] if sizes else None
-    written = _rewritten(config if auto_map else _without_code(config), dtype)
+    written = _rewritten(_published(config, auto_map), dtype)
     if dtype is not None and not any(key in written for key in _DTYPES):
         written["torch_dtype"] = dtype
     return _json(written)
@@ -47,16 +48,24 @@ def _rewritten(config: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:
     return written
 
 
-def _without_code(value: Any) -> Any:
-    """JSON without the keys that name code, at any depth."""
-    if isinstance(value, dict):
-        return {key: _without_code(child) for key, child in value.items() if key not in CODE}
-    return [_without_code(child) for child in value] if isinstance(value, list) else value
+def _published(value: Any, auto_map: bool) -> Any:
+    """JSON without paths of this machine and, unless ``auto_map``, the keys that name code, at any depth."""
+    if isinstance(value, list):
+        return [_published(child, auto_map) for child in value]
+    if not isinstance(value, dict):
+        return value
+    kept = {key: child for key, child in value.items() if auto_map or key not in CODE}
+    return {key: _published(child, auto_map) for key, child in kept.items() if not _is_local(key, child)}
+
+
+def _is_local(key: str, value: Any) -> bool:
+    """Whether it says where on a disk a model was loaded from; names on the Hub do not."""
+    return key in _ORIGINS and isinstance(value, str) and is_absolute(value)
 
 
 def side_file(path: Path, auto_map: bool = False) -> bytes:
-    """A side file as it is, or, where it names code outside the library, its content without that (unless
-    ``auto_map``).  Only configurations can name code; in a vocabulary the same keys are words.
+    """A side file as it is, or, where it names code outside the library (unless ``auto_map``) or a path of
+    this machine, its content without that.  Only configurations hold such; in a vocabulary these are words.
 
     Raises OutputError where it cannot be read, CheckpointError for a configuration that is no JSON.
     """
@@ -66,12 +75,12 @@ def side_file(path: Path, auto_map: bool = False) -> bytes:
         raise OutputError(
             Problem(f"cannot be copied to the result ({error.strerror})", subject=str(path))
         ) from error
-    names_code = any(key.encode() in raw for key in (*CODE, "\\u"))  # an escape may hide a key
+    says_more = any(key.encode() in raw for key in (*CODE, *_ORIGINS, "\\u"))  # an escape may hide a key
     is_config = path.name == "config.json" or path.name.endswith("_config.json")
-    if auto_map or not is_config or not names_code:
+    if not is_config or not says_more:
         return raw
     config = json_object(raw, str(path))
-    kept = _without_code(config)
+    kept = _published(config, auto_map)
     return raw if kept == config else _json(kept)
 
 

@@ -252,3 +252,25 @@ def test_a_plan_shows_layers_in_their_order(tmp_path: Path) -> None:
     with della.plan(made | {"models": [{"model": str(tmp_path / "one"), "parameters": own}]}) as plan:
         lines = [line.strip() for line in plan_text(plan, 1, everything=True).split("\n")]
     assert [line for line in lines if line.startswith("layers.")] == [f"layers.{k}.*" for k in range(12)]
+
+
+@pytest.mark.parametrize("auto_map", [False, True])
+def test_configurations_do_not_say_where_a_model_lay(tmp_path: Path, auto_map: bool) -> None:
+    inner = {"_name_or_path": "owner/inner", "name_or_path": "~/inner", "model_type": "x"}
+    config = {"_name_or_path": "/home/me/base", "model_type": "llama", "text_config": inner, "list": [inner]}
+    tokenizer = {"name_or_path": "file:///home/me/base", "chat_template": "/home", "model_max_length": 9}
+    plain = {"base_model_name_or_path": "owner/name", "_name_or_path": "C:/me/base", "eos_token_id": 2}
+    files = {"config": config, "tokenizer_config": tokenizer, "generation_config": plain}
+    put(tmp_path, {"base/model.safetensors": BASE, "one/model.safetensors": {"w": BASE["w"] + 1}})
+    for name, value in files.items():
+        (tmp_path / f"base/{name}.json").write_text(json.dumps(value))
+    made: dict[str, Any] = {"merge_method": "task_arithmetic", "base_model": f"{tmp_path}/base"}
+    made |= {"models": [{"model": f"{tmp_path}/one"}]}
+    out = della.merge(made, tmp_path / "out", fsync=False, keep_auto_map=auto_map).out
+    kept = {"_name_or_path": "owner/inner", "model_type": "x"}
+    read = {name: json.loads((out / f"{name}.json").read_text()) for name in files}
+    assert "_name_or_path" not in read["config"]
+    assert (read["config"]["text_config"], read["config"]["list"]) == (kept, [kept])
+    assert read["tokenizer_config"] == {"chat_template": "/home", "model_max_length": 9}
+    assert read["generation_config"] == {"base_model_name_or_path": "owner/name", "eos_token_id": 2}
+    assert della.verify(out).is_well
