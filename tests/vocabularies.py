@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 Array = np.ndarray[Any, np.dtype[Any]]
-WIDTH = 3
+WIDTH = 4
 KINDS = ("bpe", "bytes", "unigram", "wordpiece")
 WORDS = ("cat", "concat", "tact", "attic", "cocoa", "octet", "toccata", "a", "o", "ice", "coat", "taco")
 TEXTS = [" ".join(words) for words in itertools.islice(itertools.permutations(WORDS, 3), 0, 1200, 6)]
@@ -65,6 +65,7 @@ def write(
         del tensors["lm_head.weight"]
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", "unk_token": "<unk>"}
     about = {"model_type": "llama", "vocab_size": rows, "hidden_size": WIDTH, "tie_word_embeddings": False}
+    about |= {"num_attention_heads": 2}
     files = {"tokenizer.json": json.loads(tokenizer.to_str()), "tokenizer_config.json": settings}
     put(folder, {"model.safetensors": tensors, "config.json": about | config, **files})
     return tensors

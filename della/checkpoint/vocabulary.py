@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import xxhash
 
 from della.checkpoint.layout import read_small
 from della.errors import CheckpointError
@@ -17,15 +19,18 @@ SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "cls_token", "sep
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """``tokens`` by id, ``special`` tokens by kind, and ``rules`` of tokenizer.json by which text is cut.
+    """``tokens`` by id, ``special`` tokens by kind, and ``rules`` of tokenizer.json by which text is cut
+    (of its merges a hash).
 
-    ``added`` are the tokens that no model of the tokenizer makes of text, each as tokenizer.json has it.
+    ``added`` are the tokens that no model of the tokenizer makes of text, each as tokenizer.json has it;
+    ``moved`` those that the tokenizers library gives another id than the file does.
     """
 
     tokens: dict[int, str] = field(default_factory=dict)
     special: dict[str, str] = field(default_factory=dict)
     rules: dict[str, Any] = field(default_factory=dict)
     added: dict[str, dict[str, Any]] = field(default_factory=dict)
+    moved: list[tuple[str, int, int]] = field(default_factory=list)
 
 
 def read_vocabulary(folder: Path) -> Vocabulary:
@@ -53,16 +58,18 @@ def read_vocabulary(folder: Path) -> Vocabulary:
             tokens[row["id"]] = str(row.get("content"))
             added[tokens[row["id"]]] = row
     special = _special(_json(folder / "special_tokens_map.json")) | _special(config)
-    return Vocabulary(tokens, special, _rules(fast) if fast else {}, added)
+    return Vocabulary(tokens, special, _rules(fast) if fast else {}, added, _moved(fast))
 
 
-def moved_ids(folder: Path) -> list[tuple[str, int, int]]:
+Read = Callable[[Path], Vocabulary]
+
+
+def _moved(fast: Mapping[str, Any]) -> list[tuple[str, int, int]]:
     """(token, id, the id that it gets) of the added tokens of tokenizer.json whose ids follow a hole.
 
     tokenizers 0.23, and so transformers 5, gives an added token the next id that is free, whatever the file
     says.
     """
-    fast = _json(folder / "tokenizer.json")
     model = fast.get("model")
     words = model.get("vocab") if isinstance(model, dict) else None
     if not isinstance(words, dict | list):
@@ -92,7 +99,8 @@ def _rules(fast: Mapping[str, Any]) -> dict[str, Any]:
     model = fast.get("model")
     merges = model.get("merges") if isinstance(model, dict) else None
     pairs = merges if isinstance(merges, list) else []  # "a b" once, ["a", "b"] now
-    return {**found, "merges": [each.split(" ") if isinstance(each, str) else each for each in pairs]}
+    joined = "\n".join(" ".join(map(str, each)) if isinstance(each, list) else str(each) for each in pairs)
+    return {**found, "merges": xxhash.xxh3_128_hexdigest(joined.encode(errors="replace"))}
 
 
 def contradicting(folder: Path) -> list[str]:

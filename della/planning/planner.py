@@ -9,11 +9,13 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 from della.checkpoint.norms import misfits
 from della.checkpoint.source import Source, open_file, open_source
 from della.checkpoint.view import TensorView
+from della.checkpoint.vocabulary import Read, read_vocabulary
 from della.dtypes import DType
 from della.errors import CheckpointError, Collector, Problem, some
 from della.merging.tile import canonical
@@ -53,10 +55,11 @@ def make_plan(
         with check:
             _check_target(target, [*opened.values(), *norms.values()])
         notes = [*recipe.notes, *_align(recipe.template, opened)]
-        notes += follow_tokens(recipe, recipe.template, opened, check)
+        read = cache(read_vocabulary)
+        notes += follow_tokens(recipe, recipe.template, opened, check, read)
         sections = _sections(recipe, opened, norms, check)
         base = opened.get(recipe.template)
-        models, told = _checked(recipe, base, sections, check)
+        models, told = _checked(recipe, base, sections, check, read)
         recipe, notes = replace(recipe, models=tuple(model.entry for model in models)), [*notes, *told]
         with check:
             _check_space(target, base, sections)
@@ -136,7 +139,7 @@ def _sections(
 
 
 def _checked(
-    recipe: Recipe, base: Source | None, sections: Sections, check: Collector
+    recipe: Recipe, base: Source | None, sections: Sections, check: Collector, read: Read
 ) -> tuple[tuple[Model, ...], list[str]]:
     """The models that are merged, and notes; ``sections`` lose the others."""
     notes: list[str] = []
@@ -157,7 +160,7 @@ def _checked(
         once: dict[object, Source] = {}
         for source in fitting:
             once.setdefault((source.folder, source.reference), source)
-        notes += tokenizers.compare(base, [*once.values()], check, recipe.tokenizer)
+        notes += tokenizers.compare(base, [*once.values()], check, recipe.tokenizer, read)
     for section in sections.each:
         for each in dict.fromkeys(model.norms for model in section.models if model.norms):
             check.extend(misfits(each, section.base))

@@ -20,12 +20,10 @@ OF_TEXT = ("chat_template.jinja", "chat_template.json", "generation_config.json"
 _IDS = ("_token_id", "_token_index")
 
 
-def with_added(
-    base: Source, new: Sequence[Mapping[str, Any]], tokens: Mapping[int, str]
-) -> dict[str, Path | bytes | None]:
+def with_added(base: Source, new: Sequence[Mapping[str, Any]]) -> dict[str, Path | bytes | None]:
     """What stands in place of the base's files: tokenizer.json with ``new`` tokens, and no other vocabulary.
 
-    Raises CheckpointError where the tokenizers library would give ``tokens`` other ids.
+    Raises CheckpointError where the tokenizers library would give tokens other ids.
     """
     path = base.folder / FAST
     if not path.is_file():
@@ -35,8 +33,8 @@ def with_added(
     table = json.loads(read_small(path, MOST_BYTES))
     listed = table.get("added_tokens") or []
     table["added_tokens"] = sorted([*listed, *new], key=lambda row: row["id"])
-    raw = _json(table)
-    _check(raw, tokens, base.reference)
+    raw = json.dumps(table, ensure_ascii=False).encode()  # with an indent it takes seconds
+    _check(raw, {str(row["content"]): row["id"] for row in table["added_tokens"]}, base.reference)
     made: dict[str, Path | bytes | None] = {name: None for name in FILES if (base.folder / name).is_file()}
     made.pop("special_tokens_map.json", None)
     made[FAST] = raw
@@ -55,19 +53,19 @@ def _settings(path: Path, new: Sequence[Mapping[str, Any]]) -> Path | bytes:
     return _json({**config, "added_tokens_decoder": {**listed, **rows}})
 
 
-def _check(raw: bytes, tokens: Mapping[int, str], reference: str) -> None:
+def _check(raw: bytes, added: Mapping[str, int], reference: str) -> None:
     from tokenizers import Tokenizer
 
     try:
-        ids = Tokenizer.from_buffer(raw).get_vocab(with_added_tokens=True)
+        ids = Tokenizer.from_buffer(raw).token_to_id
     except Exception as error:  # of its own kind, and of no class
         said = f"its {FAST} is refused by the tokenizers library: {clip(str(error), 200)}"
         raise CheckpointError(Problem(said, "save it anew with transformers", reference)) from error
-    wrong = [(number, token) for number, token in sorted(tokens.items()) if ids.get(token) != number]
+    wrong = [(number, token) for token, number in added.items() if ids(token) != number]
     if wrong:
         number, token = wrong[0]
         said = f"{len(wrong)} ids of its {FAST} are not those that the tokenizers library gives: "
-        said += f"{clip(token)!r} is {number} there, and {ids.get(token)} when it is loaded"
+        said += f"{clip(token)!r} is {number} there, and {ids(token)} when it is loaded"
         fix = "give its added tokens ids without a hole behind the last ordinary one"
         raise CheckpointError(Problem(said, fix, reference))
 

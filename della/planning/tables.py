@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from della.checkpoint.source import Source
+from della.checkpoint.vocabulary import Read, Vocabulary
+from della.errors import Problem, clip
 from della.planning.heads import embeddings_of
 
 OF_THE_VOCABULARY = re.compile(
@@ -15,6 +18,30 @@ OF_THE_VOCABULARY = re.compile(
     r"|(^|\.)(final_logits_bias|(lm_head|embed_out|lm_loss|predictions|predictions\.decoder)\.bias)$"
 )
 _LEAST = 1000  # rows by which a tensor of another name is known as one of the vocabulary
+
+
+@dataclass
+class Known:
+    """The vocabulary of a model, as far as it has rows for it."""
+
+    source: Source
+    vocabulary: Vocabulary
+    rows: int
+    ids: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        tokens = self.vocabulary.tokens
+        for number in sorted(tokens, reverse=True):  # of two ids of one token the lower one
+            if number < self.rows:
+                self.ids[tokens[number]] = number
+
+    def found(self, names: Sequence[str | None]) -> list[int]:
+        """Its row of each token, by its number in the result: the same number before another; -1 where it has
+        none.  Of no token: its own row of that number, if it is of none."""
+        own, ids, rows = self.vocabulary.tokens.get, self.ids.get, self.rows
+        return [
+            i if i < rows and own(i) == w else -1 if w is None else ids(w, -1) for i, w in enumerate(names)
+        ]
 
 
 def rows_of(source: Source, known: Mapping[str, int]) -> int | None:
@@ -57,3 +84,31 @@ def resized(config: Mapping[str, Any], old: int, rows: int) -> dict[str, Any]:
         else:
             made[key] = rows if "vocab" in key and value == old and type(value) is int else value
     return made
+
+
+def unequal(base: Source, models: Iterable[Source], read: Read) -> Iterator[Problem]:
+    """Of each model with another number of rows than the base, where both tokenizers are known: what a union
+    would do."""
+    known = tables(base)
+    ours, first = rows_of(base, known), next(iter(known), "")
+    for model in models:
+        theirs = rows_of(model, known)
+        if (
+            theirs is None
+            or theirs == ours
+            or model.tensors[first].shape[1:] != base.tensors[first].shape[1:]
+        ):
+            continue
+        mine, other = read(base.folder), read(model.folder)
+        if not mine.tokens or not other.tokens:
+            continue
+        have = set(mine.tokens.values())
+        more = [token for token in other.tokens.values() if token not in have]
+        new = [token for token in more if token in other.added]
+        does = "rows follow tokens, and padding is the base's"
+        if new:
+            does = f"{len(new)} added tokens ({clip(new[0])!r}, ...) of it get rows behind the base's tokens"
+        if len(more) > len(new):
+            does += f", and {len(more) - len(new)} ordinary ones are left out"
+        said = f"against {base.reference}: {first} has {theirs} rows, expected {ours}"
+        yield Problem(said, f"write 'tokenizer_source: union': {does}", model.reference, first)

@@ -12,10 +12,10 @@ from della.checkpoint.pickles import PICKLES
 from della.checkpoint.sides import MODULES
 from della.checkpoint.source import Source
 from della.checkpoint.vocabulary import (
+    Read,
     Vocabulary,
     chat_template,
     contradicting,
-    moved_ids,
     read_eos,
     read_vocabulary,
 )
@@ -38,8 +38,9 @@ FILES = (
 
 
 def compare(
-    base: Source, models: Sequence[Source], problems: Collector, choice: Tokenizer | None = None
-) -> list[str]:
+    base: Source, models: Sequence[Source], problems: Collector,
+    choice: Tokenizer | None = None, read: Read = read_vocabulary,
+) -> list[str]:  # fmt: skip
     """A line on each model whose tokenizer is another than the base's; ids without a row are ``problems``.
 
     With a ``choice`` rows follow tokens, so that other ids are no difference; that of a model is written, and
@@ -47,10 +48,10 @@ def compare(
     """
     if choice and choice.source not in ("base", "union"):
         return []
-    ours, template = read_vocabulary(base.folder), chat_template(base.folder)
+    ours, template = read(base.folder), chat_template(base.folder)
     raw = {name: _raw(base.folder / name) for name in FILES}
     notes = [f"{p.subject}: {p.said}" for p in _beyond_rows(base, ours)] if choice is None else []
-    if moved := moved_ids(base.folder):
+    if moved := ours.moved:
         token, number, gets = moved[0]
         text = f"{len(moved)} added tokens of tokenizer.json follow a hole in its ids ({token!r} is {number})"
         notes.append(f"{base.reference}: {text}; transformers 5 closes it, and looks for that in row {gets}")
@@ -59,7 +60,7 @@ def compare(
             continue
         changed = [name for name in FILES if _raw(model.folder / name) != raw[name]]
         if changed:
-            theirs = read_vocabulary(model.folder)
+            theirs = read(model.folder)
             if choice:
                 ours, theirs = replace(ours, tokens={}), replace(theirs, tokens={})
             elif theirs.tokens != ours.tokens:
@@ -133,6 +134,7 @@ def left_behind(base: Source) -> list[str]:
     stale, nested = contradicting(base.folder), _nested(base)
     kept = base.side_files().keys() | {"config.json", "README.md", MANIFEST, *stale}
     homes = {name.partition("/")[0] for name in nested if "/" in name}
+    kept |= {name for name, made in base.instead.items() if made is not None}
     left = [
         entry.name + "/" * entry.is_dir()
         for entry in sorted(base.folder.iterdir())

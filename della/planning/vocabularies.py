@@ -16,11 +16,12 @@ import numpy as np
 from della.checkpoint.rows import MEAN, REST, ZERO, RowMap, Rows
 from della.checkpoint.source import Source, open_source
 from della.checkpoint.view import TensorView
-from della.checkpoint.vocabulary import Vocabulary, read_vocabulary
+from della.checkpoint.vocabulary import Read, Vocabulary
+from della.dtypes import Array
 from della.errors import CheckpointError, Collector, Problem, RecipeError, clip, suggest
 from della.planning.heads import HEAD, embeddings_of
 from della.planning.retokenized import other_files, with_added
-from della.planning.tables import resized, rows_of, tables
+from della.planning.tables import Known, resized, rows_of, tables, unequal
 from della.recipe.models import Recipe
 from della.recipe.references import same
 from della.recipe.tokens import Row, Tokenizer
@@ -32,60 +33,64 @@ CURE = (
 
 
 @dataclass
-class _Known:
-    """The vocabulary of a model, as far as it has rows for it."""
-
-    source: Source
-    vocabulary: Vocabulary
-    rows: int
-    ids: dict[str, int] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for number, token in sorted(self.vocabulary.tokens.items(), reverse=True):
-            if number < self.rows:
-                self.ids[token] = number
-
-    def row(self, number: int, token: str | None) -> int | None:
-        """Its row of a token that has ``number`` in the result; of no token: its own row of that number."""
-        own = self.vocabulary.tokens.get(number)
-        if own == token and number < self.rows:
-            return number
-        return None if token is None else self.ids.get(token)
-
-
-@dataclass
 class _Wanted:
-    """The tokenizer of the result: its tokens by id, the new ones, and how many rows it takes."""
+    """The tokenizer of the result: its tokens by id, the new ones, and how many rows it takes.
+
+    ``found`` has the row of each model for each number, -1 where it has none; ``owned`` says for which ids
+    there is a row at all.
+    """
 
     tokens: dict[int, str]
     rows: int
     new: list[dict[str, Any]] = field(default_factory=list)
+    found: Array = field(default_factory=lambda: np.empty(0))
+    owned: Array = field(default_factory=lambda: np.empty(0))
 
 
-def follow_tokens(recipe: Recipe, template: str, opened: dict[str, Source], check: Collector) -> list[str]:
+def follow_tokens(
+    recipe: Recipe,
+    template: str,
+    opened: dict[str, Source],
+    check: Collector,
+    read: Read,
+) -> list[str]:
     """Makes of each model in ``opened`` one whose rows follow the tokens of the recipe's tokenizer; notes.
 
-    What cannot be is in ``check``.
+    Raises RecipeError or CheckpointError with all that is in ``check``.
     """
-    if recipe.tokenizer is None or template not in opened:
+    if template not in opened:
+        return []
+    if recipe.tokenizer is None:
+        found = list(unequal(opened[template], opened.values(), read))
+        check.extend(found)
+        if found:
+            check.raise_any()
         return []
     with check:
-        return _Follower(recipe, recipe.tokenizer, template, opened).all()
+        return _Follower(recipe, recipe.tokenizer, template, opened, read).all()
+    check.raise_any()  # what follows would be told of rows that do not stand where they shall
     return []
 
 
 class _Follower:
     """The row maps of one merge."""
 
-    def __init__(self, recipe: Recipe, choice: Tokenizer, template: str, opened: dict[str, Source]) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        choice: Tokenizer,
+        template: str,
+        opened: dict[str, Source],
+        read: Read,
+    ) -> None:
+        self.read = read
         self.recipe, self.choice, self.opened, self.template = recipe, choice, opened, template
         self.base = opened[template]
         self.names = list(opened)
         self.tables = tables(self.base)
         self.notes: list[str] = []
-        self.known: list[_Known] = []
+        self.known: list[Known] = []
         self.anchor = next((k for k, n in enumerate(self.names) if n == recipe.base_model), None)
-        self._owners: dict[int, list[tuple[int, int]]] = {}
 
     def all(self) -> list[str]:
         plain = self.choice.source == "base" and not self.choice.rows and self.choice.pad == 1
@@ -95,7 +100,7 @@ class _Follower:
             raise self.refused("no model here has embeddings by which tokens could be told", "remove it")
         if not self._comparable():
             return []  # shapes differ otherwise: that is told of them
-        ours = read_vocabulary(self.base.folder)
+        ours = self.read(self.base.folder)
         sizes = {rows_of(source, self.tables) for source in self.opened.values()}
         if not ours.tokens:
             if plain and len(sizes) == 1:
@@ -136,11 +141,11 @@ class _Follower:
                 raise CheckpointError(Problem(said, fix, source.reference, one))
         return True
 
-    def _known(self, source: Source, ours: Vocabulary) -> _Known:
+    def _known(self, source: Source, ours: Vocabulary) -> Known:
         rows = rows_of(source, self.tables) or 0
         if source.folder == self.base.folder:
-            return _Known(source, ours, rows)
-        theirs = read_vocabulary(source.folder)
+            return Known(source, ours, rows)
+        theirs = self.read(source.folder)
         if not theirs.tokens:
             here = rows_of(self.base, self.tables)
             if rows != here:
@@ -148,7 +153,7 @@ class _Follower:
                 raise CheckpointError(Problem(said, CURE, source.reference))
             said = f"has no tokenizer that can be read; its rows are taken as those of {self.template}'s"
             self.notes.append(f"{source.reference}: {said}")
-        known = _Known(source, theirs if theirs.tokens else ours, rows)
+        known = Known(source, theirs if theirs.tokens else ours, rows)
         beyond = sum(number >= rows for number in known.vocabulary.tokens)
         if beyond and source is not self.base:
             self.notes.append(
@@ -165,7 +170,7 @@ class _Follower:
             return self.known[k].source.folder
         folder = self.recipe.path.parent if self.recipe.path else Path()
         for root in (folder, Path()):
-            if (path := root / Path(reference).expanduser()).is_dir() and read_vocabulary(path).tokens:
+            if (path := root / Path(reference).expanduser()).is_dir() and self.read(path).tokens:
                 return path
         with open_source(reference, base_dir=folder, weights=False) as found:
             return found.folder
@@ -180,7 +185,7 @@ class _Follower:
         source, k = self.choice.source, self._index(self.choice.source)
         if source in ("base", "union"):
             k = self._index(self.template)
-        vocabulary = self.known[k].vocabulary if k is not None else read_vocabulary(folder)
+        vocabulary = self.known[k].vocabulary if k is not None else self.read(folder)
         if not vocabulary.tokens:
             raise CheckpointError(Problem("has no tokenizer that can be read", CURE, source))
         tokens = dict(vocabulary.tokens)
@@ -190,21 +195,27 @@ class _Follower:
             tokens |= {row["id"]: row["content"] for row in made.new}
             self._tell_left_out(tokens)
         self._check_named(set(tokens.values()))
-        owned = (i for i, w in tokens.items() if i >= made.rows and (self._said(w) or self.owners(i, w)))
-        made.rows = max(made.rows, 1 + max(owned, default=-1))
-        made.rows = -(-made.rows // self.choice.pad) * self.choice.pad
+        names = [tokens.get(i) for i in range(max(made.rows, 1 + max(tokens)))]
+        found = np.array([each.found(names) for each in self.known])
+        said = {w for w, row in self.choice.rows.items() if row.kind}
+        made.owned = (found >= 0).any(axis=0) | np.array([w in said for w in names])
+        made.rows = max(made.rows, 1 + int(np.flatnonzero(made.owned).max(initial=-1)))
+        rows = -(-made.rows // self.choice.pad) * self.choice.pad
+        made.found = np.full((len(self.known), rows), -1)
+        made.found[:, : made.rows], made.rows = found[:, : made.rows], rows
         return made
 
     def _new(self, tokens: Mapping[int, str]) -> Iterator[dict[str, Any]]:
         """The added tokens that the base lacks, model by model and by id; as tokenizer.json has them."""
         have, number = set(tokens.values()), max(tokens) + 1
         for each in self.known:
-            for token in sorted(each.ids, key=each.ids.__getitem__):
-                added = each.vocabulary.added.get(token)
-                if token not in have and (added or token in self.choice.rows or self.recipe.compat):
-                    have.add(token)
-                    yield _entry(number, token, added or {})
-                    number += 1
+            added, named = each.vocabulary.added, self.choice.rows
+            lacked = each.ids.keys() - have
+            taken = lacked if self.recipe.compat else lacked & (added.keys() | named.keys())
+            for token in sorted(taken, key=each.ids.__getitem__):
+                yield _entry(number, token, added.get(token, {}))
+                number += 1
+            have |= taken
         for token, row in self.choice.rows.items():
             if token not in have and row.kind:
                 yield _entry(number, token, {})
@@ -213,9 +224,10 @@ class _Follower:
     def _tell_left_out(self, tokens: Mapping[int, str]) -> None:
         have = set(tokens.values())
         for each in self.known:
-            left = [token for token in each.ids if token not in have]
+            left = each.ids.keys() - have
             if left:
-                said = f"{len(left)} ordinary tokens that {self.template} lacks ({clip(left[-1])!r}, ...)"
+                first = min(left, key=each.ids.__getitem__)
+                said = f"{len(left)} ordinary tokens that {self.template} lacks ({clip(first)!r}, ...)"
                 why = f"left out, as {self.template}'s tokenizer never makes them of text"
                 self.notes.append(f"{each.source.reference}: {said} are {why}; 'tokens:' can name some")
 
@@ -256,77 +268,66 @@ class _Follower:
         """A token that no model has cannot have a row.  Raises CheckpointError."""
         tokens = sorted(wanted.tokens.items())
         own = self.choice.source in ("base", "union")
-        lost = [
-            w
-            for i, w in tokens
-            if (i < wanted.rows or not own) and not self._said(w) and not self.owners(i, w)
-        ]
+        lost = [w for i, w in tokens if (i < wanted.rows or not own) and not wanted.owned[i]]
         if lost:
             said = f"{len(lost)} tokens of the tokenizer have no row in any model: {clip(lost[0])!r}"
             row = f"tokens: {{{lost[0]!r}: {{source: {{kind: zero}}}}}}"
             example = f"'tokenizer: {{source: {self.choice.source}, {row}}}'"
-            raise self.refused(said, f"say where their rows come from, such as {example}")
+            of_key = " instead of 'tokenizer_source'" if self.choice.key == "tokenizer_source" else ""
+            raise self.refused(said, f"say where their rows come from, such as {example}{of_key}")
         beyond = [w for i, w in tokens if i >= wanted.rows]
         if beyond:
             said = f"{len(beyond)} ids of its tokenizer have no row ({clip(beyond[0])!r})"
             self.notes.append(f"{self.template}: {said}, nor in the result")
 
-    def _said(self, token: str | None) -> Row | None:
-        """What the recipe says of the row of a token."""
-        row = self.choice.rows.get(token) if token is not None else None
-        return row if row and row.kind else None
-
     # ---- the rows ----
-
-    def owners(self, number: int, token: str | None) -> list[tuple[int, int]]:
-        """The (model, row) of each that has a token; or, without one, a row of that number and no token."""
-        if number not in self._owners:
-            rows = ((k, each.row(number, token)) for k, each in enumerate(self.known))
-            self._owners[number] = [(k, row) for k, row in rows if row is not None]
-        return self._owners[number]
 
     def _map(self, k: int, wanted: _Wanted) -> tuple[RowMap, list[int]]:
         """The map of model ``k``, and the models that it reads, itself first."""
-        which, rows = np.full(wanted.rows, REST), np.zeros(wanted.rows, np.int64)
-        means: dict[int, list[tuple[int, int]]] = {}
-        own, tokens, said = self.known[k], wanted.tokens, self.choice.rows
-        filled = 0
-        for i in range(wanted.rows):
-            token = tokens.get(i)
-            row = own.row(i, token)
-            if row is not None and not (token is not None and token in said and said[token].force):
-                which[i], rows[i] = k, row
-                continue
-            filled += token is not None
-            found = self._filled(i, token)
-            if isinstance(found, list):
-                which[i], means[i] = MEAN, found
-            else:
-                which[i], rows[i] = found
-        if filled:
-            self.notes.append(
-                f"{own.source.reference}: {filled} tokens of the result have rows of other models"
-            )
-        used = sorted({*which[which >= 0].tolist(), *(j for each in means.values() for j, _ in each)} - {k})
+        found, rows = wanted.found, wanted.found[k].copy()
+        which = np.where(rows >= 0, k, REST)
+        owners = (found >= 0).sum(axis=0)
+        first = (found >= 0).argmax(axis=0)
+        if self.anchor is not None:
+            first = np.where(found[self.anchor] >= 0, self.anchor, first)
+        has_base = self.anchor is not None and found[self.anchor] >= 0
+        filled = (rows < 0) & (owners > 0)
+        single = filled & ((owners == 1) | has_base)
+        which[single], rows[single] = first[single], found[first, np.arange(wanted.rows)][single]
+        several = filled & ~single
+        which[several] = MEAN
+        for number, token in wanted.tokens.items() if self.choice.rows else ():
+            row = self.choice.rows.get(token)
+            if row and row.kind and number < wanted.rows and (row.force or found[k][number] < 0):
+                which[number], rows[number] = self._source(row)
+        means = {
+            int(i): [(int(j), int(found[j, i])) for j in np.flatnonzero(found[:, i] >= 0)]
+            for i in np.flatnonzero(which == MEAN)
+        }
+        self._tell_filled(k, which, wanted)
+        used = sorted(
+            {*np.unique(which[which >= 0]).tolist(), *(j for m in means.values() for j, _ in m)} - {k}
+        )
         local = {j: n for n, j in enumerate([k, *used])}
         table = np.array([local.get(j, 0) for j in range(len(self.known))])
         which[which >= 0] = table[which[which >= 0]]
         means = {i: [(local[j], row) for j, row in each] for i, each in means.items()}
         return RowMap(which, rows, means), [k, *used]
 
-    def _filled(self, number: int, token: str | None) -> tuple[int, int] | list[tuple[int, int]]:
-        """Where a row comes from that a model lacks; several of which the mean is taken."""
-        if row := self._said(token):
-            if row.kind == "zero":
-                return ZERO, 0
-            k = self._index(row.model)
-            assert k is not None, "checked"
-            return k, self.known[k].ids[row.token] if row.token is not None else int(row.token_id or 0)
-        owners = self.owners(number, token)
-        if not owners:
-            return REST, 0
-        base = [each for each in owners if each[0] == self.anchor]
-        return base[0] if base else owners[0] if len(owners) == 1 else owners
+    def _tell_filled(self, k: int, which: Array, wanted: _Wanted) -> None:
+        numbers = [i for i in np.flatnonzero(which != k).tolist() if i in wanted.tokens]
+        if numbers:
+            shown = clip(wanted.tokens[numbers[0]])
+            said = f"{len(numbers)} tokens of the result ({shown!r}, ...) have rows that are not its own"
+            self.notes.append(f"{self.known[k].source.reference}: {said}")
+
+    def _source(self, row: Row) -> tuple[int, int]:
+        """Where the recipe takes a row from."""
+        if row.kind == "zero":
+            return ZERO, 0
+        k = self._index(row.model)
+        assert k is not None, "checked"
+        return k, self.known[k].ids[row.token] if row.token is not None else int(row.token_id or 0)
 
     def _gather(self, wanted: _Wanted, folder: Path) -> None:
         """Each model with its rows in place, and the base with the files of the tokenizer."""
@@ -345,7 +346,7 @@ class _Follower:
         old = self.known[self._index(self.template) or 0].rows
         base.config = resized(base.config, old, wanted.rows)
         if wanted.new:
-            base.instead = with_added(self.base, wanted.new, wanted.tokens)
+            base.instead = with_added(self.base, wanted.new)
         elif folder != self.base.folder:
             other_files(base, self.base.folder, folder)
         self._tell(wanted, old)
