@@ -242,6 +242,7 @@ def _why_no_weights(folder: Path, names: Collection[str], kind: Kind, on_hub: bo
         wanted = f"expected {kind.stems[0]}{kind.suffix} or {kind.stems[0]}{kind.index}"
         return Problem(f"{wanted}, found {', '.join(pickles[:6])}", "name the one file that is meant", where)
     if pickles:
+        pickles.sort(key=lambda name: (name.endswith(".json"), name))
         return pickle_refusal(folder / pickles[0], on_hub=on_hub)
     if any(name.endswith(".gguf") for name in names):
         fix = "give the safetensors model that they were made from"

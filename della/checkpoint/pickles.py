@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import shlex
 import sys
 import warnings
 import zipfile
@@ -30,20 +31,30 @@ OLDEST_TORCH = (2, 10)  # before it, files are known that make weights_only run 
 ZIP = b"PK\x03\x04"
 LEGACY = re.compile(rb"\x80[\x02\x03]\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19\.")
 LOCAL_HEADER_BYTES = 30
+_IN_QUOTES = '"$`!\\'  # what a shell reads in double quotes
 STATE_DICT = "a state dict is needed: a dict of tensors by name, and nothing else"
 
 _NAMES = {dtype.torch_name: dtype.name for dtype in DTYPES.values() if dtype.torch_name}
+
+
+def _conversion(path: Path) -> str:
+    """A command that writes the tensors of a pickle beside it, as safetensors, and loads nothing else."""
+    out = path.with_name(re.sub("^pytorch_model", "model", path.stem) + ".safetensors")
+    program = (
+        "import torch, safetensors.torch as s; "
+        f"d = torch.load({str(path)!r}, map_location='cpu', weights_only=True); "
+        f"s.save_file({{k: v.contiguous().clone() for k, v in d.items()}}, {str(out)!r}, {{'format': 'pt'}})"
+    )
+    return "python -c " + (shlex.quote(program) if set(program) & set(_IN_QUOTES) else f'"{program}"')
 
 
 def pickle_refusal(path: Path, *, on_hub: bool = False) -> Problem:
     """Why a .bin or .pt file is not read, and what to do; those of the Hub are not downloaded either."""
     allow = f"allow it with {either('--allow-pickle', 'allow_pickle=True')}, which needs torch"
     otherwise = f"download the folder yourself, give that, and {allow}" if on_hub else allow
-    fix = (
-        'if you trust its author, convert the folder once: python -c "from transformers import '
-        "AutoModelForCausalLM as M; M.from_pretrained('FOLDER', dtype='auto').save_pretrained('CONVERTED')\""
-        f"; or {otherwise}"
-    )
+    each = "each such file" if "-of-" in path.name else "it"
+    newest = f"with torch {'.'.join(map(str, OLDEST_TORCH))} or newer"
+    fix = otherwise if on_hub else f"convert {each} once, {newest}: {_conversion(path)}; or {otherwise}"
     said = "a pickle, which can run any code when it is loaded, so it is not read"
     return Problem(said, fix, str(path))
 

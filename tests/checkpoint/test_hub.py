@@ -274,7 +274,7 @@ def test_bad_models_on_the_hub(hub: Hub, tmp_path: Path, weights: bool) -> None:
     assert (pickle[0], hostile[0], lying[0]) == (3, 3, 3)
     assert "/pytorch_model.bin: a pickle, which can run any code" in pickle[1]
     assert pickle[1].endswith(
-        "; or download the folder yourself, give that, and allow it with allow_pickle=True, which needs torch"
+        "; download the folder yourself, give that, and allow it with allow_pickle=True, which needs torch"
     )
     assert "model.safetensors.index.json: names '../../x.safetensors', which is not" in hostile[1]
     assert "truncated: the header alone takes 1,008 bytes, found 10" in lying[1]

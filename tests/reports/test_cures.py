@@ -22,97 +22,151 @@ ELSEWHERE: dict[str, tuple[str, ...]] = {
 # What no test carries out, and why; a key for each cure.
 UNTRIED: dict[str, str] = {
     "not yet": """
-        checkpoint/adapters.py:factors checkpoint/header.py:_check_layout
-        checkpoint/header.py:_check_layout checkpoint/header.py:_metadata checkpoint/header.py:_metadata
-        checkpoint/header.py:_read_exactly checkpoint/header.py:build_header
-        checkpoint/header.py:header_length checkpoint/header.py:header_length
-        checkpoint/header.py:header_length checkpoint/header.py:header_length
-        checkpoint/header.py:parse_header checkpoint/layout.py:_against checkpoint/layout.py:_against
-        checkpoint/layout.py:_against checkpoint/layout.py:_assemble checkpoint/layout.py:_homes
-        checkpoint/layout.py:_read_index checkpoint/layout.py:_read_index
-        checkpoint/layout.py:_why_no_weights
-        checkpoint/layout.py:_why_no_weights checkpoint/layout.py:check_small
-        checkpoint/layout.py:confined checkpoint/layout.py:confined checkpoint/layout.py:weight_files
-        checkpoint/layout.py:weight_files checkpoint/layout.py:weight_files checkpoint/norms.py:checked
-        checkpoint/norms.py:misfits checkpoint/pickles.py:_load checkpoint/pickles.py:_load
-        checkpoint/pickles.py:_mapped_at checkpoint/pickles.py:_records
-        checkpoint/pickles.py:_state_dict checkpoint/pickles.py:_state_dict
-        checkpoint/pickles.py:_state_dict checkpoint/pickles.py:_state_dict checkpoint/pickles.py:_torch
-        checkpoint/pickles.py:pickle_refusal checkpoint/pickles.py:read_pickle
-        checkpoint/pickles.py:read_pickle checkpoint/quantised.py:_codes checkpoint/quantised.py:codes
-        checkpoint/quantised.py:refuse_quantised_config checkpoint/sides.py:checked_side_files
-        checkpoint/source.py:_hub_refusal checkpoint/source.py:_hub_refusal
-        checkpoint/source.py:_not_found checkpoint/source.py:_not_found checkpoint/source.py:_not_found
-        checkpoint/source.py:_not_found checkpoint/source.py:_snapshot checkpoint/source.py:fetch
-        checkpoint/source.py:open_file checkpoint/source.py:open_source checkpoint/strict.py:json_object
-        checkpoint/strict.py:json_value checkpoint/strict.py:json_value checkpoint/strict.py:json_value
-        checkpoint/weights.py:_open_unchanged checkpoint/weights.py:_open_unchanged
-        checkpoint/weights.py:_shrank evaluate/alpaca.py:_compared evaluate/alpaca.py:_not_run
-        evaluate/alpaca.py:_result evaluate/alpaca.py:_run evaluate/calibration.py:calibrate
-        evaluate/calibration.py:read_texts evaluate/endpoint.py:Endpoint.__init__
-        evaluate/endpoint.py:Endpoint._ask evaluate/endpoint.py:Endpoint._ask
-        evaluate/endpoint.py:Endpoint._ask evaluate/endpoint.py:Endpoint._refused
-        evaluate/endpoint.py:key_in evaluate/evaluation.py:_Run._check_annotator
-        evaluate/evaluation.py:_Run._missing evaluate/evaluation.py:_Run._missing
-        evaluate/evaluation.py:_Run._store evaluate/generations.py:Store.__init__
-        evaluate/generations.py:Store._open evaluate/generations.py:Store._other_settings
-        evaluate/generations.py:Store._read evaluate/generations.py:Store._read
-        evaluate/generations.py:Store._record evaluate/hf.py:HfModel._encoded
-        evaluate/hf.py:HfModel._encoded evaluate/hf.py:HfModel.answer evaluate/hf.py:HfScorer.sums
-        evaluate/hf.py:load evaluate/loss.py:_tokenised evaluate/loss.py:loss_of
-        evaluate/numpy_backend.py:NumpyModel.answer evaluate/numpy_backend.py:_ends
-        evaluate/numpy_backend.py:load evaluate/numpy_backend.py:load evaluate/numpy_backend.py:load
-        evaluate/numpy_backend.py:load evaluate/numpy_backend.py:load evaluate/options.py:_files
-        evaluate/problems.py:_Record.bad evaluate/problems.py:_file evaluate/problems.py:_file
-        evaluate/problems.py:_file evaluate/problems.py:_hub evaluate/problems.py:_hub
-        evaluate/problems.py:_paragraphs evaluate/problems.py:load evaluate/problems.py:read_limited
-        evaluate/settings.py:_check_loss evaluate/settings.py:_check_loss evaluate/settings.py:check
-        evaluate/settings.py:check evaluate/settings.py:check evaluate/settings.py:check
-        evaluate/tokenizer.py:load_tokenizer evaluate/vllm_server.py:_wait evaluate/vllm_server.py:_wait
-        evaluate/vllm_server.py:vllm_server experiments/bench.py:Bench.shares
-        experiments/full.py:_check_settings experiments/full.py:_mean experiments/full_data.py:_records
-        experiments/full_data.py:_write experiments/full_data.py:calibration
-        experiments/full_models.py:prepare experiments/options.py:read_file
-        experiments/options.py:read_file experiments/small.py:run_small experiments/small.py:run_small
-        experiments/small.py:run_small experiments/small_data.py:check_data
-        experiments/small_model.py:base_folder experiments/small_train.py:train_experts
-        options.py:Execution.__post_init__ options.py:is_mergekit output/disk.py:explained
-        output/journal.py:_open output/manifest.py:read_manifest output/manifest.py:read_manifest
-        output/manifest.py:read_manifest output/manifest.py:read_manifest
-        output/manifest.py:read_manifest output/place.py:_complaints output/place.py:_complaints
-        output/place.py:_complaints output/place.py:_complaints output/place.py:_complaints
-        output/place.py:_complaints output/place.py:_complaints output/place.py:_complaints
-        output/place.py:_taken output/place.py:_taken output/place.py:_taken output/place.py:_taken
-        output/place.py:_taken output/place.py:check_space output/place.py:refusal_to_replace
-        output/staging.py:Staging._busy output/staging.py:Staging._make_ready
-        output/staging.py:Staging._make_ready output/staging.py:Staging._make_ready
-        output/staging.py:Staging._make_ready output/staging.py:Staging._recover
-        output/staging.py:Staging._refuse_strangers output/staging.py:Staging._take
-        output/writer.py:StagedOutput._check_files output/writer.py:StagedOutput._create
-        output/writer.py:StagedOutput.add_file output/writer.py:StagedOutput.add_file
-        planning/alignment.py:differing_buffers planning/alignment.py:strangers
-        planning/alignment.py:strangers planning/alignment.py:strangers
-        planning/compatibility.py:_claimed_twice planning/compatibility.py:_lacking
-        planning/compatibility.py:_lacking planning/compatibility.py:_lacking
-        planning/compatibility.py:_lacking planning/compatibility.py:_misfits
-        planning/compatibility.py:check_fit planning/compatibility.py:check_fit
-        planning/compatibility.py:check_fit planning/configs.py:other_type
-        planning/coverage.py:check_idle planning/coverage.py:check_idle planning/planner.py:_fp8
-        planning/planner.py:_without_base planning/retokenized.py:_check planning/retokenized.py:_check
-        planning/retokenized.py:with_added planning/tokenizers.py:_beyond_rows
-        planning/vocabularies.py:_Follower._check_named planning/vocabularies.py:_Follower._check_named
-        planning/vocabularies.py:_Follower._check_named planning/vocabularies.py:_Follower._check_named
-        planning/vocabularies.py:_Follower._comparable planning/vocabularies.py:_Follower._known
-        planning/vocabularies.py:_Follower._view planning/vocabularies.py:_Follower._wanted
-        planning/vocabularies.py:_Follower.all recipe/reader.py:_Reader._unknown
-        recipe/reader.py:_Reader._unknown recipe/references.py:named_model recipe/tokens.py:_Reader.row
-        recipe/tokens.py:_Reader.row recipe/tokens.py:_Reader.source recipe/tokens.py:_Reader.source
-        recipe/tokens.py:_Reader.source recipe/tokens.py:_Reader.strange
-        recipe/tokens.py:_Reader.strange recipe/tokens.py:_Reader.table recipe/tokens.py:read_tokenizer
-        recipe/tokens.py:read_tokenizer running/hashing.py:of_file running/measure.py:check_changes
-        running/measure.py:check_changes running/run.py:_Run.all running/run.py:_check_unchanged
-        running/run.py:run running/run.py:run running/verify.py:_Model._stranger
-        running/verify.py:_hint running/verify.py:verify sandbox/walls.py:open_sandbox
+        checkpoint/header.py:_read_exactly
+        checkpoint/norms.py:checked
+        checkpoint/pickles.py:_load
+        checkpoint/pickles.py:_mapped_at
+        checkpoint/pickles.py:_records
+        checkpoint/pickles.py:_torch
+        checkpoint/pickles.py:pickle_refusal
+        checkpoint/pickles.py:read_pickle
+        checkpoint/pickles.py:read_pickle
+        checkpoint/sides.py:checked_side_files
+        checkpoint/source.py:_hub_refusal
+        checkpoint/source.py:_hub_refusal
+        checkpoint/weights.py:_shrank
+        evaluate/alpaca.py:_compared
+        evaluate/alpaca.py:_not_run
+        evaluate/alpaca.py:_result
+        evaluate/alpaca.py:_run
+        evaluate/calibration.py:calibrate
+        evaluate/calibration.py:read_texts
+        evaluate/endpoint.py:Endpoint.__init__
+        evaluate/endpoint.py:Endpoint._ask
+        evaluate/endpoint.py:Endpoint._ask
+        evaluate/endpoint.py:Endpoint._ask
+        evaluate/endpoint.py:Endpoint._refused
+        evaluate/endpoint.py:key_in
+        evaluate/evaluation.py:_Run._check_annotator
+        evaluate/evaluation.py:_Run._missing
+        evaluate/evaluation.py:_Run._missing
+        evaluate/evaluation.py:_Run._store
+        evaluate/generations.py:Store.__init__
+        evaluate/generations.py:Store._open
+        evaluate/generations.py:Store._other_settings
+        evaluate/generations.py:Store._read
+        evaluate/generations.py:Store._read
+        evaluate/generations.py:Store._record
+        evaluate/hf.py:HfModel._encoded
+        evaluate/hf.py:HfModel._encoded
+        evaluate/hf.py:HfModel.answer
+        evaluate/hf.py:HfScorer.sums
+        evaluate/hf.py:load
+        evaluate/loss.py:_tokenised
+        evaluate/loss.py:answer
+        evaluate/loss.py:loss_of
+        evaluate/numpy_backend.py:NumpyModel.answer
+        evaluate/numpy_backend.py:_ends
+        evaluate/numpy_backend.py:load
+        evaluate/numpy_backend.py:load
+        evaluate/numpy_backend.py:load
+        evaluate/numpy_backend.py:load
+        evaluate/numpy_backend.py:load
+        evaluate/options.py:_files
+        evaluate/problems.py:_Record.bad
+        evaluate/problems.py:_file
+        evaluate/problems.py:_file
+        evaluate/problems.py:_file
+        evaluate/problems.py:_hub
+        evaluate/problems.py:_hub
+        evaluate/problems.py:_paragraphs
+        evaluate/problems.py:load
+        evaluate/problems.py:read_limited
+        evaluate/settings.py:_check_loss
+        evaluate/settings.py:_check_loss
+        evaluate/settings.py:check
+        evaluate/settings.py:check
+        evaluate/settings.py:check
+        evaluate/settings.py:check
+        evaluate/tokenizer.py:load_tokenizer
+        evaluate/vllm_server.py:_wait
+        evaluate/vllm_server.py:_wait
+        evaluate/vllm_server.py:vllm_server
+        experiments/bench.py:Bench.shares
+        experiments/full.py:_check_settings
+        experiments/full.py:_mean
+        experiments/full_data.py:_records
+        experiments/full_data.py:_write
+        experiments/full_data.py:calibration
+        experiments/full_models.py:prepare
+        experiments/options.py:read_file
+        experiments/options.py:read_file
+        experiments/small.py:run_small
+        experiments/small.py:run_small
+        experiments/small.py:run_small
+        experiments/small_data.py:check_data
+        experiments/small_model.py:base_folder
+        experiments/small_train.py:train_experts
+        output/manifest.py:read_manifest
+        output/staging.py:Staging._make_ready
+        output/staging.py:Staging._make_ready
+        output/staging.py:Staging._recover
+        output/writer.py:StagedOutput._check_files
+        output/writer.py:StagedOutput._create
+        output/writer.py:StagedOutput.add_file
+        output/writer.py:StagedOutput.add_file
+        planning/layer_config.py:check_count
+        planning/layers.py:_base_layers
+        planning/layers.py:_check_range
+        planning/layers.py:_check_range
+        planning/layers.py:_stack
+        planning/layers.py:_stack
+        planning/layers.py:_stranger
+        planning/layers.py:owners
+        planning/overall.py:check_compat
+        planning/overall.py:check_whole_model
+        planning/overall.py:check_whole_model
+        planning/retokenized.py:_check
+        planning/retokenized.py:_check
+        planning/retokenized.py:with_added
+        planning/vocabularies.py:_Follower._check_named
+        planning/vocabularies.py:_Follower._check_named
+        planning/vocabularies.py:_Follower._check_named
+        planning/vocabularies.py:_Follower._check_named
+        planning/vocabularies.py:_Follower._comparable
+        planning/vocabularies.py:_Follower._known
+        planning/vocabularies.py:_Follower._view
+        planning/vocabularies.py:_Follower._wanted
+        planning/vocabularies.py:_Follower.all
+        recipe/reader.py:_Reader._model
+        recipe/reader.py:_Reader._unknown
+        recipe/reader.py:_Reader._unknown
+        recipe/references.py:named_model
+        recipe/slices.py:_pieces
+        recipe/slices.py:_pieces
+        recipe/slices.py:_pieces
+        recipe/slices.py:_pieces
+        recipe/slices.py:_pieces
+        recipe/slices.py:_sources
+        recipe/slices.py:_sources
+        recipe/slices.py:check_lengths
+        recipe/slices.py:layer_range
+        recipe/slices.py:layer_range
+        recipe/slices.py:layer_range
+        recipe/slices.py:layer_range
+        recipe/tokens.py:_Reader.row
+        recipe/tokens.py:_Reader.row
+        recipe/tokens.py:_Reader.source
+        recipe/tokens.py:_Reader.source
+        recipe/tokens.py:_Reader.source
+        recipe/tokens.py:_Reader.strange
+        recipe/tokens.py:_Reader.strange
+        recipe/tokens.py:_Reader.table
+        recipe/tokens.py:read_tokenizer
+        recipe/tokens.py:read_tokenizer
+        running/hashing.py:of_file
+        running/run.py:_check_unchanged
+        sandbox/walls.py:open_sandbox
     """,
 }
 
