@@ -105,7 +105,7 @@ def merge_tensors(
         >>> della.merge_tensors(base, [one, two], method="ties", density=1.0)
         array([ 2., -2.,  1.], dtype=float32)
     """
-    row, shared, more = _split(_method(method), parameters)
+    row, shared, more = _split(_method(method, base is not None), parameters)
     models = [_as_array(e, f"{name} of expert {k}") for k, e in enumerate(experts, 1)]
     _some(experts)
     if base is None and row.needs_base:
@@ -154,7 +154,8 @@ def merge_state_dicts(
         {'w': array([2., 2.], dtype=float32)}
     """
     _some(experts)
-    root = experts[0] if base is None or not _method(options.get("method", "della")).needs_base else base
+    needs_base = _method(options.get("method", "della"), base is not None).needs_base
+    root = experts[0] if base is None or not needs_base else base
     problems = Collector(CheckpointError)
     for k, expert in enumerate(experts, 1):
         for name in (name for name in root if name not in expert):
@@ -292,10 +293,11 @@ def _identities(names: Sequence[str] | None, experts: int) -> list[str]:
     return found
 
 
-def _method(name: str) -> type[Method]:
+def _method(name: str, has_base: bool) -> type[Method]:
     if name not in METHODS:
         raise RecipeError(unknown("method", name, METHODS))
-    return METHODS[name]
+    method = METHODS[name]
+    return method.with_base or method if has_base else method
 
 
 def _split(
@@ -353,5 +355,6 @@ def _check(method: type[Method], shared: Mapping[str, Any], models: Mapping[str,
     """Hold the rules that join several parameters."""
     given = {identity: {**own, "input_norms": "as arrays"} for identity, own in models.items()}
     problems = Collector(RecipeError)
+    problems.extend(filter(None, [method.count_problem([*given])]))
     problems.extend(method.problems(shared, given))
     problems.raise_any()

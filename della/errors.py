@@ -247,7 +247,7 @@ def _plain(word: str) -> str:
 
 def _one_slip(a: str, b: str) -> bool:
     """Whether one letter added, left out, changed, or swapped with the next one turns ``a`` into ``b``."""
-    if abs(len(a) - len(b)) > 1:
+    if abs(len(a) - len(b)) > 1 or len(a) == len(b) == 1:
         return False
     start = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
     x, y = a[start:], b[start:]

@@ -21,7 +21,8 @@ Stored = dict[str, tuple[str, tuple[int, ...], bytes]]  # dtype, shape and bytes
 
 LAYERS, HIDDEN, WIDE, VOCABULARY = 3, 24, 40, 50
 EXPERTS = ("math", "code", "story")
-SEVERAL = tuple(name for name in METHODS if name != "passthrough")  # methods of more than one model
+# Methods of any number of models, element by element; for others see tests/merging/test_directions.py.
+SEVERAL = tuple(name for name, row in METHODS.items() if "lambda" in row.parameters or name == "linear")
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",

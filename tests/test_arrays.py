@@ -117,8 +117,9 @@ def test_inputs_are_not_changed() -> None:
     for dtype in (np.float32, np.float64, ml_dtypes.bfloat16):
         base, expert = (rng.standard_normal((5, 9)).astype(dtype) for _ in range(2))
         before = base.tobytes(), expert.tobytes()
-        for method in METHODS:
-            merged = della.merge_tensors(base, [expert], method=method, density=0.5)
+        for method, row in METHODS.items():
+            more: dict[str, Any] = {"t": 0.5} if "t" in row.parameters else {}
+            merged = della.merge_tensors(base, [expert] * row.experts[0], method=method, density=0.5, **more)
             assert not np.shares_memory(merged, expert)
             assert not np.shares_memory(merged, base)
         della.magprune(expert, 0.5)
@@ -175,7 +176,8 @@ def said(kind: type[DellaError], call: Callable[[], object]) -> str:
     [
         ([], {}, "no experts: at least one is needed"),
         ([W], {"method": "dela"}, "method 'dela': expected one of della, della_linear, dare_ties, "
-         "dare_linear, ties, task_arithmetic, breadcrumbs, breadcrumbs_ties, linear, passthrough, "
+         "dare_linear, ties, task_arithmetic, breadcrumbs, breadcrumbs_ties, linear, passthrough, slerp, "
+         "nuslerp, multislerp, karcher, model_stock, sce, nearswap, ram, ramplus_tl, arcee_fusion, "
          "paper_ta, paper_dare, paper_ties, paper_della; did you mean 'della'?"),
         ([W], {"densty": 1}, "della has no parameter 'densty'"),
         ([W], {"rank_buy": "row"}, "della has no parameter 'rank_buy'; did you mean 'rank_by'?"),

@@ -295,7 +295,7 @@ SETTINGS = st.dictionaries(st.sampled_from([*ALL_PARAMETERS, "densty", "seed"]),
 
 
 @given(
-    st.sampled_from([*METHODS, "slerp", "x"]),
+    st.sampled_from([*METHODS, "x"]),
     st.lists(st.fixed_dictionaries({"parameters": SETTINGS}, optional={"model": VALUES}), max_size=3),
     SETTINGS,
     st.dictionaries(

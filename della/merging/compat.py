@@ -80,3 +80,74 @@ def rescaled(delta: Array, kept: Array) -> Array:
     if before < 1e-7 or after < 1e-7:
         return kept
     return np.asarray(kept * (before / after))
+
+
+# ---- methods on directions, and on what the models do at an element ----------------------------------------
+
+
+def karcher(models: Sequence[Array], max_iter: int, tol: float) -> Array:
+    """The mean on the sphere, without the directions of vectors whose length is at most ``tol``."""
+    flat = [model.astype(np.float64).reshape(-1) for model in models]
+    lengths = [float(np.linalg.norm(values)) for values in flat]
+    unit = [values / size for values, size in zip(flat, lengths, strict=True) if size > tol]
+    if len(models) == 1 or not unit:
+        return models[0] if len(models) == 1 else np.zeros_like(models[0])
+    point = sum(unit[1:], unit[0]) / len(unit)
+    size = float(np.linalg.norm(point))
+    point = unit[0] if size < tol else point / size
+    for _ in range(max_iter):
+        step = np.zeros_like(point)
+        for values in unit:
+            cosine = min(max(float(point @ values), -1.0), 1.0)
+            angle = float(np.arccos(cosine))
+            if angle >= tol:
+                step = step + angle / np.sin(angle) / len(unit) * (values - cosine * point)
+        size = float(np.linalg.norm(step))
+        if size < tol:
+            break
+        point = np.cos(size) * point + np.sin(size) / size * step
+        point = point / np.linalg.norm(point)
+    return np.asarray(sum(lengths) / len(models) * point).reshape(models[0].shape)
+
+
+def model_stock(base: Array, models: Sequence[Array], filter_wise: bool) -> Array:
+    """The ratio by cosines whose divisor is at least 1e-6."""
+    shape = base.shape if filter_wise and base.ndim > 1 else (1, -1)
+    wide = base.astype(np.float64).reshape(shape)
+    deltas = [model.astype(np.float64).reshape(shape) - wide for model in models]
+    lengths, n = [np.linalg.norm(delta, axis=-1) for delta in deltas], len(models)
+    cosines = [
+        np.clip((deltas[i] * deltas[j]).sum(axis=-1) / np.maximum(lengths[i] * lengths[j], 1e-6), -1, 1)
+        for i in range(n)
+        for j in range(i + 1, n)
+    ]
+    mean = (sum(cosines) / len(cosines))[..., None]
+    below = 1 + (n - 1) * mean
+    ratio = np.where(np.abs(below) < 1e-6, 0, n * mean / np.where(np.abs(below) < 1e-6, 1, below))
+    return np.asarray(wide + ratio * sum(deltas) / n).reshape(base.shape)
+
+
+def sce(base: Array, models: Sequence[Array], select_topk: float) -> Array:
+    """Weights are alike where the mean squares add up to less than 1e-6."""
+    deltas = np.stack([model - base for model in models])
+    if select_topk < 1:
+        variance = np.square(deltas - deltas.mean(axis=0, dtype=deltas.dtype)).mean(
+            axis=0, dtype=deltas.dtype
+        )
+        count = int(np.count_nonzero(variance) * select_topk)
+        order = np.argsort(-variance.reshape(-1).astype(np.float64), kind="stable")
+        mask = np.zeros(variance.size, bool)
+        mask[order[:count]] = True
+        deltas = np.where(mask.reshape(variance.shape), deltas, 0).astype(base.dtype)
+    keep = np.sign(deltas) == np.where(_sum(deltas) >= 0, 1, -1)
+    squares = np.array([np.mean(np.square(delta)) if delta.size else 0 for delta in deltas])
+    total = squares.sum()
+    weights = np.full(len(models), 1 / len(models)) if abs(total) < 1e-6 else squares / total
+    own = weights.astype(base.dtype).reshape(-1, *(1 for _ in base.shape)) * keep
+    return np.asarray(base + _sum(deltas * own) / np.maximum(_sum(own), base.dtype.type(1e-6)))
+
+
+def nearswap(base: Array, model: Array, t: float) -> Array:
+    """Weights of the other model from t over a distance of at least 1e-6."""
+    share = np.clip(base.dtype.type(t) / np.maximum(np.abs(base - model), base.dtype.type(1e-6)), 0, 1)
+    return np.asarray(share * model + (1 - share) * base)

@@ -141,6 +141,12 @@ class Method(ABC):
     """`takes` with `defaults`, by name: made from these."""
 
     needs_base: ClassVar[bool] = True
+    with_base: ClassVar[type[Method] | None] = None
+    """What it is where a recipe has a base, for a method that can do without one."""
+    experts: ClassVar[tuple[int, int | None]] = (1, None)
+    """The least and the largest number of models, without the base; None: any."""
+    remark: ClassVar[str] = ""
+    """What a plan says of it because hardly anyone expects it."""
     of_deltas: ClassVar[bool] = True
     """Whether tiles hold expert - base instead of the experts' weights."""
     one_by_one: ClassVar[bool] = False
@@ -208,6 +214,17 @@ class Method(ABC):
             ``subject``, the identity of the model whose it is.
         """
         yield from ()
+
+    @classmethod
+    def count_problem(cls, identities: Sequence[str]) -> Problem | None:
+        """What is wrong with so many models, if `experts` does not say so."""
+        (least, most), count = cls.experts, len(identities)
+        if least <= count and (most is None or count <= most):
+            return None
+        wanted = f"{least} or more" if most is None else str(least) if least == most else f"{least} to {most}"
+        beside = " beside base_model" if cls.needs_base else ""
+        said = f"{cls.name} merges {wanted} model{'s' * (wanted != '1')}{beside}, found {count}"
+        return Problem(f"{said}: {', '.join(identities)}", f"list {wanted} under 'models'")
 
     # ---- the merge ----
 

@@ -45,7 +45,7 @@ def covered(models: Sequence[Model], base: Source, jobs: Sequence[Job]) -> tuple
                 idle[each.model][_own(each.view).name] = f"without effect ({parameter}: 0)"
                 continue
             used[each.model].add(_own(each.view).name)
-            is_base = job.method.of_deltas and each.view is job.base
+            is_base = job.reads_base and each.view is job.base
             changed[each.model] += job.elements > 0 and not is_base
     names = distinct(model.entry.reference for model in models)
     return tuple(

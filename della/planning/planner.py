@@ -147,10 +147,13 @@ def _checked(
     if base is not None:
         with check:
             base.side_files()
+    complete = all(len(section.models) == len(section.recipe.models) for section in sections.each)
     sections.each = [_without_base(section, check, notes) for section in sections.each]
     seen = {at for section in sections.each for at in section.recipe.matched(section.floats)}
     for section in sections.each:
         with check:
+            if complete:  # else a model could not be opened, which is told
+                section.recipe.check_count()
             section.recipe.check_at_once()
             section.recipe.check_cases(section.floats, seen)
             section.recipe.check((name, *at) for name, at in section.depths.items())

@@ -179,6 +179,15 @@ class Recipe:
         if found:
             raise RecipeError(*dict.fromkeys(found))
 
+    def check_count(self) -> None:
+        """Hold that there are as many models as the method can merge; each part of a recipe has its own.
+
+        Raises RecipeError.
+        """
+        wrong = None if self.parts else self.method.count_problem([m.identity for m in self.models])
+        if wrong:
+            raise RecipeError(replace(wrong, location=self.location))
+
     def check_at_once(self) -> None:
         """Hold the rules already while reading, where no tensor's name is needed."""
         if self.parts:
@@ -198,7 +207,8 @@ class Recipe:
         if any(isinstance(s, Filtered) for s in settings):
             return
         if any(isinstance(s, Gradient) for s in settings):
-            self.check([("", 0.0, "the first layer (depth 0)"), ("", 1.0, "the last layer (depth 1)")])
+            ends = [("", 0.0, "the first layer (depth 0)"), ("", 1.0, "the last layer (depth 1)")]
+            self.check(ends)
         else:
             self.check([("", 0.0, "")])
 

@@ -17,7 +17,7 @@ from typing import Any
 from della.dtypes import RECIPE_NAMES, DType
 from della.errors import Collector, Location, RecipeError, clip, suggest
 from della.merging.random import DEFAULT_SEED
-from della.merging.registry import ALL_PARAMETERS, LATER_METHODS, METHODS, Method, Parameter
+from della.merging.registry import ALL_PARAMETERS, METHODS, Method, Parameter
 from della.recipe import dialect
 from della.recipe.models import ModelEntry, Part, Recipe
 from della.recipe.overrides import apply_overrides
@@ -72,6 +72,7 @@ def read_recipe(
         text = None
     recipe = _Reader(problems, notes, lenient).recipe(root, path, text)
     if check:
+        recipe.check_count()
         recipe.check_at_once()
     return recipe
 
@@ -89,7 +90,6 @@ class _Reader:
         self.method: type[Method] | None = None
         self.known: Mapping[str, Parameter] = {}
         self.folder = Path()  # where relative references start
-        self.later = False
         self.bases = 0
         self.ranges: list[tuple[str, tuple[int, int] | None, Location]] = []
         self.unused: dict[str, list[Location]] = {}
@@ -265,13 +265,11 @@ class _Reader:
             self._missing(root, key, root.location, f"{key!r} is missing", there_is)
         elif leaf.text in METHODS:
             self.method = METHODS[leaf.text]
+            if self.method.with_base and self._entry(root, "base_model"):
+                self.method = self.method.with_base
             self.known = {**ALL_PARAMETERS, **self.method.parameters}
-        elif leaf.text in LATER_METHODS:
-            self.later = True
-            said = f"{key} {leaf.text} is not part of this version yet"
-            self._tell(leaf.location, key, said, there_is)
         else:
-            hint = suggest(leaf.text, (*METHODS, *sorted(LATER_METHODS))) or there_is
+            hint = suggest(leaf.text, METHODS) or there_is
             self._tell(leaf.location, key, f"unknown {key} {clip(leaf.text)!r}", hint)
 
     def _dtype(self, root: Table, key: str) -> DType | None:
@@ -301,7 +299,7 @@ class _Reader:
     def _parameters(self, table: Table, number: int | None, *, counts: bool = True) -> dict[str, Setting]:
         node = self._entry(table, "parameters")
         of = f" of model {number}{self.of}" if number else ""
-        if node is None or self.later:
+        if node is None:
             return {}
         if not isinstance(node, Table):
             said = (

@@ -28,8 +28,9 @@ def without_effect(
     method: type[Method], unused: Mapping[str, Sequence[Location]], base: Leaf | None,
     models: Sequence[ModelEntry],
 ) -> list[str]:  # fmt: skip
-    """A note on each parameter that the method does not use, and on a base that has no part in it."""
-    notes = []
+    """A note on each parameter that the method does not use, on a base that has no part in it, and on what
+    hardly anyone expects of it."""
+    notes = [method.remark] if method.remark else []
     for key, locations in unused.items():
         more = f" (it is set in {len(locations)} locations)" if len(locations) > 1 else ""
         notes.append(f"{locations[0]}: {key!r} has no effect with merge_method {method.name}{more}")

@@ -45,16 +45,27 @@ class Probe:
         real = np.float64 if job.exact_double else np.float32
         self.samples = np.zeros((1 + len(job.operands), len(self.starts) * self.width), real)
         self.changed = [False] * len(job.operands)
+        self.compared: Array | None = None  # where tiles hold weights, the base's at the same elements
 
     def base(self, start: int, values: Array) -> None:
         """``values`` (flat) are the base's from element ``start`` on."""
         self._take(self.samples[0], start, values)
+        if self.job.method is not None and not self.job.method.of_deltas:
+            self.compared = values
 
     def operand(self, t: int, start: int, values: Array) -> None:
         """``values`` (flat) are the deltas, or the weights, of operand ``t``."""
         self._take(self.samples[1 + t], start, values)
-        if not self.changed[t]:  # most tiles show it by their first elements
-            self.changed[t] = bool(values[:WIDTH].any()) or bool(values.any())
+        if not self.changed[t]:
+            self.changed[t] = self._differs(values)
+
+    def _differs(self, values: Array) -> bool:
+        """Whether not all are zero, or the base's; most tiles show it by their first elements."""
+        if self.compared is None:
+            return bool(values[:WIDTH].any()) or bool(values.any())
+        return not np.array_equal(values[:WIDTH], self.compared[:WIDTH]) or not np.array_equal(
+            values, self.compared
+        )
 
     def _take(self, sample: Array, start: int, values: Array) -> None:
         """What a sample has of ``values``."""
@@ -117,7 +128,7 @@ def told(
         for each, of in zip(job.operands, measured.get(job.name, ()), strict=False):
             if job.method is None or not job.elements or job.method.idle_by(each.expert):
                 continue
-            missed[each.model] += job.method.of_deltas and not of[0] and each.view is not job.base
+            missed[each.model] += job.reads_base and not of[0] and each.view is not job.base
             if len(of) > 1:
                 sums[each.model] += of[1:]
                 if _is_unlike(job, of):

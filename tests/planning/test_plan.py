@@ -16,7 +16,6 @@ from llamas import EXPERTS, Tensors, save, weights
 import della
 from della.checkpoint.header import build_header
 from della.dtypes import DTYPES
-from della.merging.registry import METHODS
 from della.planning.describe import plan_json, plan_text
 from della.planning.job import Plan
 from della.planning.planner import make_plan
@@ -353,7 +352,6 @@ def test_departures_from_mergekit_are_told_once_where_they_are_met(
     if "rank_by" not in shared and not method.startswith("paper_"):
         with della.plan(made, compat=True, allow_idle=True) as plan:
             assert list(plan.departures) == ([COMPAT] if DRAWS in wanted else [])
-    assert {name for name in METHODS if METHODS[name].needs_base} | {"linear", "passthrough"} == set(METHODS)
 
 
 def test_departures_depend_on_the_models_too(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -97,26 +97,14 @@ class _BySize(Drop, ABC):
             delta[bits == 0] = 0
 
     def _bands(self, experts: Sequence[Expert], size: int, passes: Passes) -> list[Band]:
-        """The band of magnitudes that each expert keeps of ``size`` deltas.  Two passes: the upper half of
-        the bits, then the lower half near the thresholds.
-        """
-        from della.merging.kernels import largest
-
-        def bits(t: int, tile: Tile) -> Array:
-            return tile_saliency(tile.subject.experts[t], tile.values[t]).reshape(-1).view(np.uint32)
-
-        upper = np.zeros((len(experts), 1 << 16), np.int64)
-        for tile in passes():
-            for t in range(len(experts)):
-                largest.count_upper(bits(t, tile), upper[t])
-        wanted = [_positions(*self.range(e, size)) for e in experts]
-        coarse = [[_locate(upper[t], p) for p in wanted[t]] for t in range(len(experts))]
-        lower = [{half: np.zeros(1 << 15, np.int64) for half, _ in ends} for ends in coarse]
-        for tile in passes():
-            for t in range(len(experts)):
-                for half, counts in lower[t].items():
-                    largest.count_lower(bits(t, tile), np.uint32(half), counts)
-        return [_band(ends, counts) for ends, counts in zip(coarse, lower, strict=True)]
+        """The band of magnitudes that each expert keeps of ``size`` deltas."""
+        wanted = [self.range(expert, size) for expert in experts]
+        return find_bands(
+            len(experts),
+            lambda tile, t: tile_saliency(tile.subject.experts[t], tile.values[t]),
+            lambda _: wanted,
+            passes,
+        )
 
     def departures(self, subject: Subject) -> dict[str, bool]:
         return {WANDA: self.wants_norms}
@@ -175,6 +163,41 @@ def _stable(delta: Array, first: int, count: int) -> Array:
 
 
 # ---- thresholds --------------------------------------------------------------------------------------------
+
+
+def find_bands(
+    count: int,
+    sizes: Callable[[Tile, int], Array],
+    wanted: Callable[[Array], Sequence[tuple[int, int]]],
+    passes: Passes,
+) -> list[Band]:
+    """The bands of ``count`` sets of sizes (float32).  Two passes: the upper half of the bits, then the lower
+    half near the thresholds.
+
+    Args:
+        count: How many sets there are.
+        sizes: Those of one set in a tile.
+        wanted: (first, count) of what is kept of each set, counted from the largest; called with the
+            number of sizes of each set in each of 65,536 ranges.
+        passes: Starts a pass over the tiles.
+    """
+    from della.merging.kernels import largest
+
+    def bits(tile: Tile, t: int) -> Array:
+        return sizes(tile, t).reshape(-1).view(np.uint32)
+
+    upper = np.zeros((count, 1 << 16), np.int64)
+    for tile in passes():
+        for t in range(count):
+            largest.count_upper(bits(tile, t), upper[t])
+    places = [_positions(*each) for each in wanted(upper)]
+    coarse = [[_locate(upper[t], p) for p in places[t]] for t in range(count)]
+    lower = [{half: np.zeros(1 << 15, np.int64) for half, _ in ends} for ends in coarse]
+    for tile in passes():
+        for t in range(count):
+            for half, counts in lower[t].items():
+                largest.count_lower(bits(tile, t), np.uint32(half), counts)
+    return [_band(ends, counts) for ends, counts in zip(coarse, lower, strict=True)]
 
 
 def _positions(first: int, count: int) -> list[int]:
