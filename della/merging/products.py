@@ -148,7 +148,7 @@ class Combination(Method):
             else:
                 dots.accumulate_columns(flat, np.ascontiguousarray(factors), tile.start, values)
         if self.of_deltas and tile.base is not None:
-            np.add(tile.base, out, out=out)
+            out += tile.base
 
 
 def _vectors(tile: Tile, count: int) -> list[Array]:

@@ -81,7 +81,6 @@ EDITS = [
          "modles:", "models:"),
     Edit("recipe/reader.py:_Reader._method", f"merge_method: {M}\n", "", "there is", "base_model",
          f"merge_method: {M}\nbase_model"),
-    Edit("recipe/reader.py:_Reader._method", M, "slerp", "there is", "slerp", M),
     Edit("recipe/reader.py:_Reader._method", M, "task_arithmatic", f"did you mean '{M}'", "task_arithmatic",
          M),
     Edit("recipe/reader.py:_Reader._method", M, "zzzzqqqq", f"{M}, ", "zzzzqqqq", M),

@@ -147,7 +147,7 @@ class Sce(Method):
         deltas = tile.values.reshape(len(facts.weights), -1)
         facts.mask(deltas)
         assert tile.base is not None
-        np.add(tile.base, _erased(list(deltas), facts.weights).reshape(out.shape), out=out)
+        out[:] = tile.base + _erased(list(deltas), facts.weights).reshape(out.shape)
 
     def idle_by(self, expert: Expert) -> str:
         return "select_topk" if self.shared["select_topk"] == 0 else ""
