@@ -16,9 +16,7 @@ TESTS = Path(__file__).parents[1]
 ELSEWHERE: dict[str, tuple[str, ...]] = {
     "merging/method.py:Method.count_problem": ("merging/test_directions.py::test_how_many_models",),
     "merging/methods/spheres.py:Slerp.problems": ("merging/test_directions.py::test_t_must_be_given",),
-    "merging/methods/selections.py:Nearswap.problems": (
-        "merging/test_directions.py::test_t_must_be_given",
-    ),
+    "merging/methods/selections.py:Nearswap.problems": ("merging/test_directions.py::test_t_must_be_given",),
     "merging/methods/spheres.py:_no_mean": (
         "merging/test_directions.py::test_weights_without_a_sum_have_no_mean",
     ),
