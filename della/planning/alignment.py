@@ -5,6 +5,7 @@ What does not fit is said as what it is, and no cure is named that would leave t
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from della.checkpoint.quantised import BUFFER, BUFFERS
 from della.checkpoint.source import Source
 from della.checkpoint.view import TensorView
 from della.errors import CheckpointError, Collector, Problem, some
+from della.planning import configs
 
 WRAPPED = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 ONE_BY_ONE = re.compile(r"\.experts\.\d+\.")
@@ -41,8 +43,8 @@ def aligned(base: Source, model: Source) -> tuple[Source, str]:
 
 
 def _mapping(base: Source, model: Source) -> tuple[dict[str, str], list[tuple[str, str]]]:
-    wanted = {name: None for name in base.tensors if name not in model.tensors}
-    left = [name for name in model.tensors if name not in base.tensors]
+    wanted = dict.fromkeys(_without(base.tensors, model.tensors))
+    left = _without(model.tensors, base.tensors)
     rules = [pair for pair, _ in _rules(left, wanted).most_common(MANY)]
     mapping: dict[str, str] = {}
     used: dict[tuple[str, str], None] = {}
@@ -59,6 +61,14 @@ def _mapping(base: Source, model: Source) -> tuple[dict[str, str], list[tuple[st
         used[("_orig_mod." if plain != name and rule == ("", "") else rule[0]), rule[1]] = None
     is_one_to_one = len(set(mapping.values())) == len(mapping)
     return (mapping, list(used)) if is_one_to_one else ({}, [])
+
+
+def _without(names: Iterable[str], others: Mapping[str, object]) -> list[str]:
+    """The names that are not among ``others``, but those of more layers of a stack that both have."""
+    left = [name for name in names if name not in others]
+    stacks = configs.stacks(others) if left else {}
+    matches = ((name, configs.STACK.match(name)) for name in left)
+    return [name for name, match in matches if not match or int(match[2]) < stacks.get(match[1], math.inf)]
 
 
 def _rules(left: Sequence[str], wanted: Iterable[str]) -> Counter[tuple[str, str]]:

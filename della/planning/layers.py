@@ -16,7 +16,8 @@ from della.errors import CheckpointError, Collector, Location, Problem, RecipeEr
 from della.planning import configs, layer_config
 from della.planning.heads import HEAD
 from della.planning.job import Model, Section
-from della.recipe.models import ModelEntry, Part, Recipe
+from della.planning.modules import owner, owners, prefix_of
+from della.recipe.models import Part, Recipe
 
 # What stands before the layers; all else that stands outside of them is a final norm or a head.
 BEFORE = re.compile(
@@ -24,19 +25,6 @@ BEFORE = re.compile(
     r"|rotary\w*|project_in|patch_embed\w*|pos_embed\w*|class_embedding|pre_layrnorm|conv\d?|ln_pre|type_embed\w*)(\.|$)"
 )
 AFTER = re.compile(r"(^|\.)(embed_out|lm_head|lm_loss)(\.|$)")
-# Modules by the names that mergekit gives them, and the prefixes that they have.
-MODULES = {
-    "text_decoder": ("language_model", "text_model"),
-    "multi_modal_projector": (
-        "multi_modal_projector", "visual.merger", "visual.deepstack_merger_list", "connector", "mm_projector",
-    ),
-    "vision_tower": ("vision_tower", "vision_model", "visual"),
-    "vision_model": ("vision_tower", "vision_model", "visual"),
-    "audio_tower": ("audio_tower", "audio_model"),
-}  # fmt: skip
-REST = "text_decoder"  # has what no prefix claims
-_WRAPPER = "model"  # stands before the prefixes of some models
-WHOLE = "default"  # mergekit's name of the module of a model that has one
 
 
 class Moved(Renamed):
@@ -82,47 +70,6 @@ def depths(
     return found
 
 
-# ---- modules -----------------------------------------------------------------------------------------------
-
-
-def owners(names: Sequence[str], parts: Sequence[Part]) -> dict[str, tuple[str, ...]]:
-    """The prefixes of each module that ``parts`` have, found in ``names``.
-
-    Raises RecipeError for a module of which there is no tensor.
-    """
-    found: dict[str, tuple[str, ...]] = {}
-    problems = Collector(RecipeError)
-    for part in parts:
-        tried = (part.module, f"model.{part.module}")
-        aliases = [f"{before}{x}" for x in MODULES.get(part.module, ()) for before in ("", "model.")]
-        literal = [prefix for prefix in tried if any(n.startswith(f"{prefix}.") for n in names)]
-        known = literal or [prefix for prefix in aliases if any(n.startswith(f"{prefix}.") for n in names)]
-        found[part.module] = tuple(known)
-        if not known and part.module not in (REST, WHOLE):
-            there = sorted({_head(name) for name in names})
-            said = f"module {part.module} has no tensor in the model: no name begins with {part.module!r}"
-            fix = f"write one of {', '.join(there[:12])}"
-            problems.add(said, fix, location=part.location, parameter="modules")
-    problems.raise_any()
-    return found
-
-
-def _head(name: str) -> str:
-    first, *rest = name.split(".")
-    return f"{first}.{rest[0]}" if first == _WRAPPER and len(rest) > 1 else first
-
-
-def _owner(name: str, prefixes: Mapping[str, tuple[str, ...]]) -> str | None:
-    """The module of a tensor: that of the longest prefix; the text decoder has what no other claims."""
-    fits = [(len(p), m) for m, own in prefixes.items() for p in own if name.startswith(f"{p}.")]
-    if REST in prefixes:  # what belongs to a module that the recipe does not name is not the decoder's
-        others = (p for m, own in MODULES.items() if m not in (*prefixes, REST) for p in own)
-        fits += [(len(p), "") for p in others if re.match(rf"(model\.)?{re.escape(p)}\.", name)]
-    if fits:
-        return max(fits)[1] or None
-    return REST if REST in prefixes else WHOLE if WHOLE in prefixes else None
-
-
 # ---- slices ------------------------------------------------------------------------------------------------
 
 
@@ -142,7 +89,7 @@ def _stack(base: Source, names: Sequence[str], module: str) -> str:
         said = f"has no layers{of} that could be cut: no name has a number in it"
         raise CheckpointError(Problem(said, "list whole models under 'models'", base.reference))
     listed = ", ".join(f"{stack}: {count}" for stack, count in found.items())
-    inside = [_head(stack) for stack in found]
+    inside = [prefix_of(stack) for stack in found]
     fix = f"write the slices under 'modules', such as 'modules: {{{inside[0]}: {{slices: ...}}}}'"
     raise CheckpointError(Problem(f"has several stacks of layers{of} ({listed})", fix, base.reference))
 
@@ -152,46 +99,58 @@ def is_before(name: str) -> bool:
     return not AFTER.search(name) and not HEAD.search(name) and bool(BEFORE.search(name))
 
 
-def _cut(
-    source: Source, names: Sequence[str], cutting: Cutting, layers: tuple[int, int], ends: tuple[bool, bool]
-) -> Source:
-    """``source`` with the tensors of a slice alone, its layers renumbered; ``ends``: is it the first,
-    is it the last?"""
-    first, end = layers
-    made: dict[str, TensorView] = {}
-    for name in names:
-        view, match = source.tensors[name], configs.STACK.match(name)
-        if match and match[1] == cutting.stack:
-            if first <= (number := int(match[2])) < end:
-                new = f"{match[1]}.{number - first + cutting.count}.{name[match.end() :]}"
-                made[new] = view if new == name else Moved(new, view)
-        elif ends[0 if is_before(name) else 1]:
-            made[name] = view
-    cut = source.changed(made)
-    cut.piece = layers
-    count = configs.stacks(names).get(cutting.stack, 0)
-    cut.config = layer_config.without_layers(source.config, cutting.stack, count)
-    return cut
+@dataclass
+class _Split:
+    """The tensors that a model has of a module: those of each layer of its stack, and the others."""
+
+    source: Source
+    layers: dict[int, list[tuple[str, str]]]
+    outside: tuple[list[str], list[str]]
+    trimmed: dict[str, Any]
+
+    @classmethod
+    def of(cls, source: Source, names: Sequence[str], stack: str) -> _Split:
+        layers: dict[int, list[tuple[str, str]]] = {}
+        outside: tuple[list[str], list[str]] = ([], [])
+        for name in names:
+            match = configs.STACK.match(name)
+            if match and match[1] == stack:
+                layers.setdefault(int(match[2]), []).append((name, name[match.end() :]))
+            else:
+                outside[0 if is_before(name) else 1].append(name)
+        count = max(layers, default=-1) + 1
+        return cls(source, layers, outside, layer_config.without_layers(source.config, stack, count))
+
+    @property
+    def count(self) -> int:
+        """How many layers there are."""
+        return max(self.layers, default=-1) + 1
+
+    def cut(self, cutting: Cutting, layers: tuple[int, int], ends: tuple[bool, bool]) -> Source:
+        """The tensors of a slice alone, its layers renumbered; ``ends``: is it the first, is it the last?"""
+        made: dict[str, TensorView] = {}
+        tensors = self.source.tensors
+        made |= {name: tensors[name] for name in (self.outside[0] if ends[0] else ())}
+        for number in range(*layers):
+            for name, rest in self.layers.get(number, ()):
+                new = f"{cutting.stack}.{number - layers[0] + cutting.count}.{rest}"
+                made[new] = tensors[name] if new == name else Moved(new, tensors[name])
+        made |= {name: tensors[name] for name in (self.outside[1] if ends[1] else ())}
+        cut = self.source.changed(made)
+        cut.piece, cut.config = layers, self.trimmed
+        return cut
 
 
-def _check_range(
-    source: Source,
-    names: Sequence[str],
-    stack: str,
-    entry: tuple[int, int],
-    at: Location,
-) -> None:
+def _check_range(split: _Split, stack: str, layers: tuple[int, int], at: Location) -> None:
     """Raises RecipeError where a range ends beyond the layers, CheckpointError where nobody knows these."""
-    count = configs.stacks(names).get(stack, 0)
-    if entry[1] > count:
-        said = (
-            f"layer_range [{entry[0]}, {entry[1]}] of {source.reference} ends beyond its last layer: it has "
-        )
-        said += f"{count} layers of {stack}" if count else f"no layers of {stack}"
-        start = min(entry[0], max(count - 1, 0))
-        fix = f"write [{start}, {count}]" if count else "name a model of the same kind as the others"
+    count, (first, end) = split.count, layers
+    if end > count:
+        said = f"layer_range [{first}, {end}] of {split.source.reference} ends beyond its last layer"
+        said += f": it has {count or 'no'} layers of {stack}"
+        fix = f"write [{min(first, max(count - 1, 0))}, {count}]"
+        fix = fix if count else "name a model of the same kind as the others"
         raise RecipeError(Problem(said, fix, location=at, parameter="layer_range"))
-    layer_config.check_count(source, stack, count)
+    layer_config.check_count(split.source, stack, count)
 
 
 def _base_layers(part: Part) -> tuple[int, int]:
@@ -279,70 +238,90 @@ def parted(
         check: Takes what is wrong.
     """
     base, made = opened[recipe.template], Sections(models)
-    homes = {model.entry.identity: model for model in models}
-    prefixes: dict[str, tuple[str, ...]] = {}
     before = len(check)
     with check:
         prefixes = owners(list(base.tensors), [part for part in recipe.parts if part.module])
     if len(check) > before:
         return made
-    cuttings: dict[str, Cutting] = {}
-    for k, part in enumerate(recipe.parts):
+    parting = _Parting(recipe, opened, {model.entry.identity: model for model in models}, prefixes)
+    for part in recipe.parts:
         with check:
-            names = {r: _names(opened[r], part, prefixes) for r in part.recipe.references}
-            if part.is_cut and part.module not in cuttings:
-                mine = _names(base, part, prefixes)
-                cuttings[part.module] = Cutting(part.module, _stack(base, mine, part.module))
-            same = [j for j, other in enumerate(recipe.parts) if other.module == part.module]
-            ends = (k == same[0], k == same[-1])
-            made.each.append(_section(part, opened, names, homes, cuttings.get(part.module), ends))
-    made.cuttings = list(cuttings.values())
-    made.left = [name for name in base.tensors if prefixes and _owner(name, prefixes) is None]
+            made.each.append(parting.section(part))
+    made.cuttings = list(parting.cuttings.values())
+    made.left = [name for name in base.tensors if prefixes and owner(name, prefixes) is None]
     return made
 
 
-def _names(source: Source, part: Part, prefixes: Mapping[str, tuple[str, ...]]) -> list[str]:
-    return [n for n in source.tensors if not part.module or _owner(n, prefixes) == part.module]
+class _Parting:
+    """Makes the sections of one recipe, one after the other."""
 
+    def __init__(
+        self, recipe: Recipe, opened: Mapping[str, Source], homes: Mapping[str, Model],
+        prefixes: Mapping[str, tuple[str, ...]],
+    ) -> None:  # fmt: skip
+        self.recipe, self.opened, self.homes, self.prefixes = recipe, opened, homes, prefixes
+        self.cuttings: dict[str, Cutting] = {}
+        self.last = {part.module: part for part in recipe.parts}
+        self._names: dict[tuple[Source, str], list[str]] = {}
+        self._splits: dict[tuple[Source, str], _Split] = {}
 
-def _section(
-    part: Part, opened: Mapping[str, Source], names: Mapping[str, list[str]], homes: Mapping[str, Model],
-    cutting: Cutting | None, ends: tuple[bool, bool],
-) -> Section:  # fmt: skip
-    """One part.  Raises RecipeError and CheckpointError."""
-    recipe, made = part.recipe, dict[tuple[str, object], Source]()
+    def section(self, part: Part) -> Section:
+        """One part.  Raises RecipeError and CheckpointError."""
+        recipe, module = part.recipe, part.module
+        listed = next((m for m in recipe.models if m.reference == recipe.template), None)
+        if not part.is_cut:
+            whole = {r: self._whole(r, module) for r in part.recipe.references}
+            each = [Model(m, whole[m.reference], self.homes[m.identity].norms) for m in recipe.models]
+            base = whole[recipe.template]
+            return Section(part.label, recipe, base, tuple(each), depths(base.tensors))
+        cutting = self._cutting(module)
+        ends = not cutting.cuts, part is self.last[module]
+        made: dict[tuple[str, object], Source] = {}
 
-    def cut(reference: str, layers: tuple[int, int] | None, at: ModelEntry | None) -> Source:
-        source = opened[reference]
-        if (reference, layers) not in made:
-            if cutting is None or layers is None:
-                made[reference, layers] = source.changed({n: source.tensors[n] for n in names[reference]})
-            else:
-                _check_range(
-                    source, names[reference], cutting.stack, layers, at.location if at else part.location
-                )
-                made[reference, layers] = _cut(source, names[reference], cutting, layers, ends)
-        return made[reference, layers]
+        def cut(reference: str, layers: tuple[int, int], at: Location) -> Source:
+            if (reference, layers) not in made:
+                split = self._split(self.opened[reference], module)
+                _check_range(split, cutting.stack, layers, at)
+                made[reference, layers] = split.cut(cutting, layers, ends)
+            return made[reference, layers]
 
-    models = []
-    for entry in recipe.models:
-        home = homes[entry.identity]
-        norms = home.norms
-        if norms and cutting and entry.layers:
-            norms = _cut(norms, list(norms.tensors), cutting, entry.layers, ends)
-        models.append(Model(entry, cut(entry.reference, entry.layers, entry), norms))
-    template = next((m for m in recipe.models if m.reference == recipe.template), None)
-    layers = template.layers if template else _base_layers(part) if cutting else None
-    base = cut(recipe.template, layers, template)
-    if cutting is None or layers is None:
-        return Section(part.label, recipe, base, tuple(models), depths(base.tensors))
-    first, number = cutting.count, layers[1] - layers[0]
-    known = depths(base.tensors, cutting.stack, first, number)
-    whole = opened[recipe.template]
-    count = configs.stacks(names[recipe.template]).get(cutting.stack, 0)
-    cutting.cuts.append(layer_config.Cut(whole, count, *layers))
-    place = cutting.stack, first, number
-    return Section(part.label, recipe, base, tuple(models), known, place, part.base_layers is not None)
+        models = []
+        for entry in recipe.models:
+            assert entry.layers is not None, "the reader has looked"
+            norms = self.homes[entry.identity].norms
+            own = norms and self._split(norms, module).cut(cutting, entry.layers, ends)
+            models.append(Model(entry, cut(entry.reference, entry.layers, entry.location), own))
+        layers = listed.layers if listed and listed.layers else _base_layers(part)
+        base = cut(recipe.template, layers, listed.location if listed else part.location)
+        place = cutting.stack, cutting.count, layers[1] - layers[0]
+        known = depths(base.tensors, *place)
+        split = self._split(self.opened[recipe.template], module)
+        cutting.cuts.append(layer_config.Cut(split.source, split.count, *layers))
+        return Section(part.label, recipe, base, tuple(models), known, place, part.base_layers is not None)
+
+    def _whole(self, reference: str, module: str) -> Source:
+        source = self.opened[reference]
+        return source.changed({name: source.tensors[name] for name in self._of(source, module)})
+
+    def _of(self, source: Source, module: str) -> list[str]:
+        """The names of a module's tensors."""
+        if (source, module) not in self._names:
+            names = [n for n in source.tensors if not module or owner(n, self.prefixes) == module]
+            self._names[source, module] = names
+        return self._names[source, module]
+
+    def _cutting(self, module: str) -> Cutting:
+        if module not in self.cuttings:
+            base = self.opened[self.recipe.template]
+            stack = _stack(base, self._of(base, module), module)
+            self.cuttings[module] = Cutting(module, stack)
+        return self.cuttings[module]
+
+    def _split(self, source: Source, module: str) -> _Split:
+        if (source, module) not in self._splits:
+            stack = self.cuttings[module].stack
+            self._splits[source, module] = _Split.of(source, self._of(source, module), stack)
+        return self._splits[source, module]
 
 
 def check_kin(base: Source, sections: Sequence[Section], check: Collector) -> None:

@@ -77,9 +77,12 @@ class Recipe:
 
     @property
     def template(self) -> str:
-        """The model that gives names, shapes and side files: the base, or the first model without one."""
+        """The model that gives names, shapes and side files: the base, or the first model without one.
+
+        Of parts the base gives them whatever their methods are, and what no part makes.
+        """
         references = [m.reference for m in self.models]
-        has_part = self.method.needs_base or self.base_model in references
+        has_part = bool(self.parts) or self.method.needs_base or self.base_model in references
         return self.base_model if self.base_model and has_part else references[0]
 
     @property

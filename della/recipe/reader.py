@@ -390,7 +390,5 @@ class _Reader:
 
     def _layers(self, node: Table, owner: str) -> tuple[int, int] | None:
         """Which layers a source of a slice gives."""
-        at = node.entries["layer_range"].node.location if "layer_range" in node.entries else node.location
-        found = layer_range(self._entry(node, "layer_range"), owner, at, self._tell)
-        self.ranges.append((owner, found, at))
-        return found
+        self.ranges.append((owner, *layer_range(node, owner, self._tell)))
+        return self.ranges[-1][1]

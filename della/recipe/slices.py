@@ -48,7 +48,7 @@ def pieces(root: Table, tell: Tell, strange: Strange) -> list[Piece]:
     tops = {key: entry for key, entry in root.entries.items() if key not in _ABOVE}
     return [
         piece._replace(table=Table(piece.table.location, tops | piece.table.entries))
-        for piece in _without_idle(found)
+        for piece in _without_idle(found, root.entries.get("base_model"))
     ]
 
 
@@ -152,8 +152,8 @@ def _cases(node: Node) -> list[Table]:
     return tables if len(tables) == len(nodes) else []
 
 
-def _without_idle(found: Sequence[Piece]) -> list[Piece]:
-    """Without what a part inherits and cannot use, and another can: a base, parameters of another method."""
+def _without_idle(found: Sequence[Piece], base: Entry | None) -> list[Piece]:
+    """Without what a part inherits and cannot use: the ``base`` of the whole, parameters of others."""
     methods = [METHODS.get(_text(piece.table, "merge_method")) for piece in found]
     used = {name for method in methods if method for name in method.parameters}
     based = [
@@ -163,7 +163,7 @@ def _without_idle(found: Sequence[Piece]) -> list[Piece]:
     made = []
     for piece, method, has_base in zip(found, methods, based, strict=True):
         entries = dict(piece.table.entries)
-        if not has_base and any(based):
+        if not has_base and entries.get("base_model") is base:
             entries.pop("base_model", None)
         given = entries.get("parameters")
         if method and given and isinstance(given.node, Table):
@@ -187,8 +187,14 @@ def _lists_base(table: Table) -> bool:
 # ---- what a slice says of layers --------------------------------------------------------------------------
 
 
-def layer_range(node: Node | None, owner: str, location: Location, tell: Tell) -> tuple[int, int] | None:
-    """The layers ``[first, end)`` that a source gives; None after telling what is wrong."""
+def layer_range(source: Table, owner: str, tell: Tell) -> tuple[tuple[int, int] | None, Location]:
+    """The layers ``[first, end)`` that a source gives, None after telling what is wrong; where it says so."""
+    entry = source.entries.get("layer_range")
+    at = entry.node.location if entry else source.location
+    return _range(entry.node if entry else None, owner, at, tell), at
+
+
+def _range(node: Node | None, owner: str, location: Location, tell: Tell) -> tuple[int, int] | None:
     key, cure = "layer_range", "write 'layer_range: [0, 8]' for its first eight layers"
     if node is None:
         tell(location, key, f"{owner} does not say which layers it gives", cure)
@@ -247,13 +253,12 @@ def joined(
         )
         made.append(replace(part, recipe=replace(part.recipe, models=models)))
     first = next((p.recipe for p in parts if p.recipe.method.needs_base), parts[0].recipe)
-    has_base = any(p.recipe.base_model == base for p in parts)
     return replace(
         first,
         name=name,
         text=text,
         parts=tuple(made),
-        base_model=base if base and has_base else first.base_model,
+        base_model=base or first.base_model,
         models=tuple(replace(entry, identity=names[k], layers=None) for k, entry in order.items()),
         merge_method=", ".join(dict.fromkeys(part.recipe.merge_method for part in parts)),
         notes=tuple(dict.fromkeys((*notes, *(note for part in parts for note in part.recipe.notes)))),
