@@ -56,7 +56,8 @@ def make_plan(
             _check_target(target, [*opened.values(), *norms.values()])
         notes = [*recipe.notes, *_align(recipe.template, opened)]
         read = cache(read_vocabulary)
-        notes += follow_tokens(recipe, recipe.template, opened, check, read)
+        told, by_token = follow_tokens(recipe, recipe.template, opened, check, read)
+        notes += told
         sections = _sections(recipe, opened, norms, check)
         base = opened.get(recipe.template)
         models, told = _checked(recipe, base, sections, check, read)
@@ -74,7 +75,7 @@ def make_plan(
         check_compat(recipe, jobs)
         notes += [*told, *(() if recipe.parts else mostly_left_out(models, base, coverage))]
         notes += _about_jobs(base, models, jobs, permissions)
-        made = (*departures(recipe, jobs), *sections.departures())
+        made = (*departures(recipe, jobs), *by_token, *sections.departures())
         return Plan(
             recipe, base, models, jobs, tuple(notes), made, coverage, tuple(sections.each), stack.pop_all()
         )

@@ -47,29 +47,36 @@ class _Wanted:
     owned: Array = field(default_factory=lambda: np.empty(0))
 
 
+_FIXED = "new tokens have ids by model and id (mergekit: another order in each run)"
+_LEFT_OUT = "ordinary tokens of other models are left out (mergekit: rows for them, as literal text)"
+_PADDED = "rows without a token are kept, and merged by their number (mergekit: cut)"
+
+
 def follow_tokens(
     recipe: Recipe,
     template: str,
     opened: dict[str, Source],
     check: Collector,
     read: Read,
-) -> list[str]:
-    """Makes of each model in ``opened`` one whose rows follow the tokens of the recipe's tokenizer; notes.
+) -> tuple[list[str], list[str]]:
+    """Makes of each model in ``opened`` one whose rows follow the tokens of the recipe's tokenizer; notes,
+    and what mergekit does otherwise.
 
     Raises RecipeError or CheckpointError with all that is in ``check``.
     """
     if template not in opened:
-        return []
+        return [], []
     if recipe.tokenizer is None:
         found = list(unequal(opened[template], opened.values(), read))
         check.extend(found)
         if found:
             check.raise_any()
-        return []
+        return [], []
     with check:
-        return _Follower(recipe, recipe.tokenizer, template, opened, read).all()
+        made = _Follower(recipe, recipe.tokenizer, template, opened, read)
+        return made.all(), made.departures
     check.raise_any()  # what follows would be told of rows that do not stand where they shall
-    return []
+    return [], []
 
 
 class _Follower:
@@ -89,6 +96,7 @@ class _Follower:
         self.names = list(opened)
         self.tables = tables(self.base)
         self.notes: list[str] = []
+        self.departures: list[str] = []
         self.known: list[Known] = []
         self.anchor = next((k for k, n in enumerate(self.names) if n == recipe.base_model), None)
 
@@ -193,12 +201,15 @@ class _Follower:
         if source == "union":
             made.new = list(self._new(tokens))
             tokens |= {row["id"]: row["content"] for row in made.new}
+            self.departures += [_FIXED] if len(made.new) > 1 else []
             self._tell_left_out(tokens)
         self._check_named(set(tokens.values()))
         names = [tokens.get(i) for i in range(max(made.rows, 1 + max(tokens)))]
         found = np.array([each.found(names) for each in self.known])
         said = {w for w, row in self.choice.rows.items() if row.kind}
         made.owned = (found >= 0).any(axis=0) | np.array([w in said for w in names])
+        if any(w is None and owned for w, owned in zip(names, made.owned.tolist())):
+            self.departures.append(_PADDED)
         made.rows = max(made.rows, 1 + int(np.flatnonzero(made.owned).max(initial=-1)))
         rows = -(-made.rows // self.choice.pad) * self.choice.pad
         made.found = np.full((len(self.known), rows), -1)
@@ -227,6 +238,7 @@ class _Follower:
             left = each.ids.keys() - have
             if left:
                 first = min(left, key=each.ids.__getitem__)
+                self.departures = [*dict.fromkeys((*self.departures, _LEFT_OUT))]
                 said = f"{len(left)} ordinary tokens that {self.template} lacks ({clip(first)!r}, ...)"
                 why = f"left out, as {self.template}'s tokenizer never makes them of text"
                 self.notes.append(f"{each.source.reference}: {said} are {why}; 'tokens:' can name some")

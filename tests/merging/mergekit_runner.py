@@ -3,7 +3,7 @@
     python mergekit_runner.py TASKS.json
 
 TASKS: ``merges``, pairs of a recipe file and the folder for its result; ``bias``, a file with deltas of shape
-(rows, n), how often to drop from them, density, epsilon and the file for the mean.
+(rows, n), how often to drop from them, density, epsilon and the file for the mean, if any.
 """
 
 from __future__ import annotations
@@ -41,4 +41,5 @@ def mean_of_drops(task: dict[str, Any]) -> None:
 if __name__ == "__main__":
     tasks = json.loads(Path(sys.argv[1]).read_text())
     merge(tasks["merges"])
-    mean_of_drops(tasks["bias"])
+    if "bias" in tasks:
+        mean_of_drops(tasks["bias"])

@@ -254,3 +254,14 @@ def test_a_result_verifies_by_its_sources(tmp_path: Path) -> None:
     out = merge(tmp_path, tokenizer_source="union")
     verdict = della.verify(out, sources=1.0, inputs=True)
     assert not verdict.problems
+
+
+def test_what_mergekit_does_otherwise_is_told(tmp_path: Path) -> None:
+    family(tmp_path, "bpe", pad=5)
+    with della.plan(recipe(tmp_path, tokenizer_source="union")) as plan:
+        told = [line for line in plan.departures if "mergekit:" in line]
+    for words in ("mergekit: another order", "mergekit: rows for them", "mergekit: cut"):
+        assert sum(words in line for line in told) == 1
+    with della.plan(recipe(tmp_path, tokenizer_source="base")) as plan:
+        assert sum("mergekit: cut" in line for line in plan.departures) == 1
+        assert not any("another order" in line for line in plan.departures)
