@@ -5,8 +5,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
+import pytest
 from layered import as_bytes, kept, layered, merged, renumbered
 from llamas import Tensors
+
+import della
 
 PAGE = (Path(__file__).parents[2] / "docs/recipes.md").read_text(encoding="utf-8")
 RECIPES = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
@@ -47,3 +51,18 @@ def test_layers_that_change_nothing(tmp_path: Path) -> None:
             values = one[f"model.layers.{source}.{part}.weight"]
             values = values * 0 if number > 3 and part != "mlp.up_proj" else values
             assert found[f"model.layers.{number}.{part}.weight"] == values.tobytes()
+
+
+def test_rows_follow_tokens(tmp_path: Path) -> None:
+    pytest.importorskip("tokenizers", reason="needs tokenizers")
+    from vocabularies import TABLES, family, ids, loaded
+
+    tensors = family(tmp_path, "bpe")
+    (tmp_path / "recipe.yml").write_text(the_one("pad_to_multiple_of"))
+    della.merge(tmp_path / "recipe.yml", tmp_path / "out", fsync=False)
+    made, found = ids(tmp_path / "out"), loaded(tmp_path / "out")[TABLES[0]]
+    assert made.keys() == ids(tmp_path / "base").keys() | {"<|a|>", "<|b|>", "<|c|>", "<|new|>"}
+    assert (len(found) % 8, found[made["<|new|>"]].tolist()) == (0, [0.0] * 4)
+    one = tensors["one"][TABLES[0]][ids(tmp_path / "one")["<|a|>"]]
+    two = tensors["two"][TABLES[0]][ids(tmp_path / "two")["<|c|>"]]
+    np.testing.assert_allclose(found[made["<|c|>"]], two + one - one, atol=1e-6)  # base and one have one's

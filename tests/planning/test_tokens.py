@@ -13,6 +13,7 @@ pytest.importorskip("tokenizers", reason="needs tokenizers")
 
 import tokenizers
 from checkpoints import put
+from safetensors.numpy import save_file
 from vocabularies import (
     ADDED,
     CORPORA,
@@ -265,3 +266,25 @@ def test_what_mergekit_does_otherwise_is_told(tmp_path: Path) -> None:
     with della.plan(recipe(tmp_path, tokenizer_source="base")) as plan:
         assert sum("mergekit: cut" in line for line in plan.departures) == 1
         assert not any("another order" in line for line in plan.departures)
+
+
+def test_slices_of_models_with_other_tokenizers(tmp_path: Path) -> None:
+    tensors = family(tmp_path, "bpe")
+    for name, held in tensors.items():
+        held |= {f"model.layers.{n}.w": np.full(2, n + len(name), np.float32) for n in range(2)}
+        save_file(held, tmp_path / name / "model.safetensors")
+        path = tmp_path / name / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": 2}))
+    slices = [
+        {"sources": [{"model": str(tmp_path / name), "layer_range": [n, n + 1]}]}
+        for n, name in enumerate(("base", "two"))
+    ]
+    made = {"merge_method": "passthrough", "base_model": str(tmp_path / "base"), "slices": slices}
+    della.merge(made | {"tokenizer_source": "union"}, tmp_path / "out", fsync=False)
+    found = loaded(tmp_path / "out")
+    assert (found["model.layers.0.w"].tolist(), found["model.layers.1.w"].tolist()) == ([4, 4], [4, 4])
+    inputs = {name: tensors[name] for name in ("base", "two")}
+    for table, name in ((TABLES[0], "base"), (TABLES[1], "two")):
+        for token, number in ids(tmp_path / "out").items():
+            row = rows(tmp_path, inputs, table, token)[name]
+            np.testing.assert_allclose(found[table][number], row, atol=1e-6)
