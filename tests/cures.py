@@ -102,6 +102,11 @@ def tried() -> Counter[str]:
     return keys
 
 
+def source(key: str) -> str:
+    """The text of a key's module."""
+    return (DELLA / key.partition(":")[0]).read_text()
+
+
 def _is_key(text: str) -> bool:
     module, _, function = text.partition(".py:")
     return bool(function) and " " not in text and (DELLA / f"{module}.py").is_file()

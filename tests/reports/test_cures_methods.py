@@ -121,7 +121,7 @@ def test_norms_rank_something(folder: Path, removed: str) -> None:
     assert np.allclose(merged("della", [own], shared), ONE["w"])
 
 
-@cures("planning/planner.py:_check_whole_model", "planning/planner.py:_check_whole_model")
+@cures("planning/overall.py:check_whole_model", "planning/overall.py:check_whole_model")
 def test_one_threshold_for_all(folder: Path) -> None:
     cases = {"density": [{"filter": "w", "value": 1}, {"value": 0.5}]}
     put(folder, {f"{n}/model.safetensors": t | {"v": t["w"]} for n, t in (("base", BASE), ("one", ONE))})
@@ -135,7 +135,7 @@ def test_one_threshold_for_all(folder: Path) -> None:
     assert np.allclose(merged("ties", [{"density": 1}], {"scope": "model"}), ONE["w"])
 
 
-@cures("planning/planner.py:_check_compat")
+@cures("planning/overall.py:check_compat")
 def test_what_mergekit_has_not() -> None:
     own, shared = [{"density": 1}], {"vote": "unweighted"}
     refused("remove it", "ties", own, shared, compat="mergekit")
