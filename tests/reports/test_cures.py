@@ -137,7 +137,6 @@ UNTRIED: dict[str, str] = {
         planning/layers.py:_stack
         planning/layers.py:_stack
         planning/layers.py:_stranger
-        planning/modules.py:owners
         planning/retokenized.py:_check
         planning/retokenized.py:_check
         planning/retokenized.py:with_added
@@ -161,16 +160,6 @@ UNTRIED: dict[str, str] = {
         recipe/slices.py:_range
         recipe/slices.py:_range
         recipe/slices.py:_sources
-        recipe/tokens.py:_Reader.row
-        recipe/tokens.py:_Reader.row
-        recipe/tokens.py:_Reader.source
-        recipe/tokens.py:_Reader.source
-        recipe/tokens.py:_Reader.source
-        recipe/tokens.py:_Reader.strange
-        recipe/tokens.py:_Reader.strange
-        recipe/tokens.py:_Reader.table
-        recipe/tokens.py:read_tokenizer
-        recipe/tokens.py:read_tokenizer
     """,
 }
 

@@ -141,6 +141,32 @@ EDITS = [
          "\n    param"),
     Edit("recipe/tree.py:forbidden", "weight: 0.5", "weight: 0.5\x00", "remove it", "\x00", ""),
 ]  # fmt: skip
+TOKENS = [
+    Edit("recipe/tokens.py:read_tokenizer", W, W + "tokenizer_source: base\ntokenizer: {source: base}\n",
+         "keep 'tokenizer' alone", "tokenizer_source: base\n", ""),
+    Edit("recipe/tokens.py:read_tokenizer", W, W + "tokenizer: base\n", "'tokenizer_source: base'",
+         "tokenizer: base", "tokenizer_source: base"),
+    Edit("recipe/tokens.py:_Reader.table", W, W + "tokenizer: {source: base, tokens: [a]}\n",
+         "write 'tokens: {", ", tokens: [a]", ', tokens: {"<|b|>": {source: base}}'),
+    Edit("recipe/tokens.py:_Reader.strange", W, W + "tokenizer: {suorce: base}\n", "did you mean 'source'",
+         "suorce", "source"),
+    Edit("recipe/tokens.py:_Reader.strange", W, W + "tokenizer: {source: base, zzzz: 1}\n", "there is",
+         ", zzzz: 1", ", pad_to_multiple_of: 1"),
+    Edit("recipe/tokens.py:_Reader.row", W, W + "tokenizer: {source: base, tokens: {<|b|>: 3}}\n",
+         "{source: {kind: zero}}", ">: 3", ">: {source: {kind: zero}}"),
+    Edit("recipe/tokens.py:_Reader.row", W, W + "tokenizer: {source: base, tokens: {<|b|>: {force: true}}}\n",
+         "add 'source: MODEL'", "{force: true}", "{force: true, source: base}"),
+    Edit("recipe/tokens.py:_Reader.source", W,
+         W + "tokenizer: {source: base, tokens: {<|b|>: {source: {kind: zreo}}}}\n", "did you mean 'zero'",
+         "zreo", "zero"),
+    Edit("recipe/tokens.py:_Reader.source", W,
+         W + "tokenizer: {source: base, tokens: {<|b|>: {source: {kind: qqq}}}}\n", "there is", "qqq",
+         "zero"),
+    Edit("recipe/tokens.py:_Reader.source", W,
+         W + "tokenizer: {source: base, tokens: {<|b|>: {source: {kind: model_token}}}}\n",
+         "write {kind: model_token, model: MODEL", "{kind: model_token}",
+         "{kind: model_token, model: base, token: <|a|>}"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("edit", EDITS, ids=[f"{e.key}-{e.advice}" for e in EDITS])
@@ -205,3 +231,19 @@ def test_a_choice_is_named() -> None:
     with pytest.raises(DellaError, match="did you mean 'gsm8k'") as caught:
         raise RecipeError(unknown("task", "gsm8", ["gsm8k", "mbpp"]))
     assert caught.value.problems[0].parameter == "task"
+
+
+@pytest.mark.parametrize("edit", TOKENS, ids=[f"{e.key}-{e.advice}" for e in TOKENS])
+def test_tokenizers_are_written_as_the_message_says(edit: Edit, folder: Path) -> None:
+    """Rows of tokens: what the base has stays as it is merged, and a row of zeros is what is asked for."""
+    vocabulary = {"<|a|>": 0, "<|b|>": 1}
+    table = {"model.embed_tokens.weight": np.ones((2, 4), np.float32)}
+    for name, by in (("base", 0), ("one", 2)):
+        tensors = {key: array + np.float32(by) for key, array in table.items()}
+        tokenizer = {"model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<|a|>"}}
+        put(folder, {f"{name}/model.safetensors": tensors, f"{name}/tokenizer.json": tokenizer})
+    broken = GOOD.replace(edit.of, edit.text)
+    refused(broken, edit.advice)
+    assert edit.old in broken
+    found = merged(broken.replace(edit.old, edit.new))["model.embed_tokens.weight"]
+    assert np.allclose(found[0], 2), "base + 0.5 * (one - base)"

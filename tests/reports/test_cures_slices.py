@@ -100,7 +100,7 @@ EDITS = [
     Edit("planning/layers.py:_base_layers", TASK, "{model: base, layer_range: [0, 2]}",
          "{model: two, layer_range: [1, 3]}", "'- {model: base, layer_range: [1, 3]}'", "[{model: two",
          "[{model: base, layer_range: [1, 3]}, {model: two", [30, 31]),
-    Edit("planning/layers.py:owners", PASS, PASS[PASS.index("slices"):],
+    Edit("planning/modules.py:owners", PASS, PASS[PASS.index("slices"):],
          "modules: {decoder: {models: [{model: one}]}}\n", "write one of model", "decoder", "model",
          [10, 11, 12, 13]),
 ]  # fmt: skip
