@@ -105,7 +105,7 @@ def kills(stage: Stage, most: int | None, rng: random.Random) -> Outcome:
         done = run(command)
         state = stage.scene.state(site, scenario)
         with stage.lock:
-            outcome.count(f"then {state}" if state in ("absent", "old", "new", "new file") else "then wrong")
+            outcome.count(f"then {state}" if state in stage.scene.trees else "then wrong")
         if state not in (scenario.start, scenario.end):
             return state
         if done.returncode not in (-signal.SIGKILL, 128 + signal.SIGKILL):
@@ -121,7 +121,8 @@ def errors(stage: Stage, code: str, most: int | None, rng: random.Random) -> Out
     scenarios = [scenario for scenario in SCENARIOS if scenario.swaps]
     cases = stage.cases(near=True, scenarios=scenarios)
     cases = cases if most is None else rng.sample(cases, most)
-    committed = {scenario.name: _commit(stage.calls[scenario.name]) for scenario in scenarios}
+    site0 = stage.folder / "site0"
+    committed = {scenario.name: _commit(stage.calls[scenario.name], site0) for scenario in scenarios}
 
     def work(site: Path, case: Case) -> str:
         scenario, call = case
@@ -140,9 +141,9 @@ def errors(stage: Stage, code: str, most: int | None, rng: random.Random) -> Out
     return stage.spread(outcome, work, cases)
 
 
-def _commit(calls: Sequence[Call]) -> int:
+def _commit(calls: Sequence[Call], site: Path) -> int:
     """Which call is the commit; past the end where there is none."""
-    return next((i for i, call in enumerate(calls) if call.name.startswith("rename")), len(calls))
+    return next((i for i, call in enumerate(calls) if call.puts(site)), len(calls))
 
 
 def durable(stage: Stage) -> Outcome:

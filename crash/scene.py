@@ -28,7 +28,7 @@ Tree = dict[str, bytes]
 class Scenario:
     """A command, and what there is before it: ``old`` whether OUT is an old model that may be replaced;
     ``part`` and ``finish`` as of `della merge` (the other parts are done); ``single`` one file; ``swaps``
-    whether the file system can exchange two folders.
+    whether the file system can exchange two folders; ``recipe`` is "new", or "documents" for one of several.
     """
 
     name: str
@@ -37,6 +37,7 @@ class Scenario:
     finish: bool = False
     single: bool = False
     swaps: bool = True
+    recipe: str = "new"
 
     @property
     def out(self) -> str:
@@ -50,7 +51,7 @@ class Scenario:
     @property
     def end(self) -> str:
         """What OUT is when the command is done."""
-        return self.start if self.part[1] > 1 else "new file" if self.single else "new"
+        return self.start if self.part[1] > 1 else "new file" if self.single else self.recipe
 
     @property
     def arguments(self) -> list[str]:
@@ -65,6 +66,8 @@ SCENARIOS = (
     Scenario("part", part=(1, 2)),
     Scenario("finish", old=True, finish=True),
     Scenario("one file", single=True),
+    Scenario("documents", recipe="documents"),
+    Scenario("documents, old", old=True, recipe="documents"),
 )
 
 
@@ -98,6 +101,10 @@ class Scene:
             }
             (self.folder / f"{which}.yml").write_text(json.dumps(recipe))
             self.trees[which] = tree(self._merge(which, self.folder / which / "out"))
+        first = {"name": "First", **json.loads((self.folder / "new.yml").read_text())}
+        last = {**json.loads((self.folder / "old.yml").read_text()), "base_model": "First"}
+        (self.folder / "documents.yml").write_text(f"{json.dumps(first)}\n---\n{json.dumps(last)}\n")
+        self.trees["documents"] = tree(self._merge("documents", self.folder / "documents/out"))
         self.trees["new file"] = tree(self._merge("new", self.folder / "new file/out.safetensors"))
         self.trees["absent"] = {}
         return self
@@ -123,7 +130,7 @@ class Scene:
 
     def arguments(self, site: Path, scenario: Scenario) -> list[str]:
         """What the user says to the command."""
-        words = ["merge", str(self.folder / "new.yml"), str(site / scenario.out), "--quiet"]
+        words = ["merge", str(self.folder / f"{scenario.recipe}.yml"), str(site / scenario.out), "--quiet"]
         words += ["--shard-size", f"{self.shard}B", "--threads", str(self.threads)]
         return words + scenario.arguments
 
@@ -144,7 +151,7 @@ class Scene:
         """The same once more, to the end: what is then wrong, and the tensors that were found done."""
         out = site / scenario.out
         options: dict[str, Any] = {**self.options, "overwrite": scenario.old or out.exists()}
-        recipe = self.folder / "new.yml"
+        recipe = self.folder / f"{scenario.recipe}.yml"
         if scenario.part[1] > 1:
             della.merge(recipe, out, part=scenario.part, **options)
         try:
@@ -154,7 +161,7 @@ class Scene:
                 raise
             resumed = della.merge(recipe, out, **options).resumed  # the parts were used up already
         state = self.state(site, scenario)
-        if state != ("new file" if scenario.single else "new"):
+        if state != ("new file" if scenario.single else scenario.recipe):
             return f"after a second run: {state}", resumed
         left = sorted(set(os.listdir(site)) - {scenario.out})
         return (f"left beside OUT: {left}" if left else ""), resumed

@@ -38,6 +38,10 @@ class Call:
     number: int
     text: str
 
+    def puts(self, site: Path) -> bool:
+        """Whether it renames something to OUT, or OUT away; results of other documents are no OUT."""
+        return self.name.startswith("rename") and f"{site}/out" in self.text
+
 
 def strace() -> str:
     """Where strace is; it ends the program where there is none."""
@@ -81,7 +85,7 @@ def not_synced(calls: Sequence[Call], site: Path) -> tuple[int, list[str]]:
     """How many files were written; and what was renamed to OUT (or, by a part, left) before it was safe
     on the disk: files and their folder, then the folder above.
     """
-    renamed = next((i for i, call in enumerate(calls) if call.name.startswith("rename")), None)
+    renamed = next((i for i, call in enumerate(calls) if call.puts(site)), None)
     written: set[str] = set()
     synced: list[tuple[int, str]] = []
     for i, call in enumerate(calls):

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from della.options import TILE, Changes, Checks, Execution, Permissions, Share, Target
+from della.planning.documents import Planned, plan_documents
 from della.planning.job import Plan
 from della.planning.planner import make_plan
-from della.recipe.reader import Recipe, read_recipe
+from della.recipe.documents import read_documents
+from della.recipe.reader import Recipe
 
 if TYPE_CHECKING:
     from della.running.run import Progress, Result
@@ -29,7 +31,7 @@ def merge(
     overrides: Sequence[str] | str = (), compat: bool = False, fsync: bool = True,
     shard_bytes: int = 5_000_000_000, tile: int = TILE, part: tuple[int, int] = (1, 1), finish: bool = False,
     allow_pickle: bool = False, keep_auto_map: bool = False, allow_idle: bool = False,
-    record_paths: bool = False, lenient: bool = False,
+    record_paths: bool = False, lenient: bool = False, keep_intermediates: bool = False,
     progress: Callable[[Progress], None] | bool | None = None, tell: Callable[[str], None] | None = None,
 ) -> Result:  # fmt: skip
     """Merge as ``recipe`` says and write the model to ``out``; until the last step ``out`` is what it was.
@@ -54,6 +56,7 @@ def merge(
         allow_idle: merge although a model takes no part, or changes nothing.
         record_paths: keep absolute paths of models in della.json and README.md.
         lenient: ignore keys of the recipe that are not known, with a note.
+        keep_intermediates: keep the results of a recipe's other documents, in a folder beside ``out``.
         progress: True shows a bar, in notebooks too; a function is called with a Progress after every piece,
             from worker threads, one at a time.
         tell: called with notes on resuming.
@@ -74,7 +77,7 @@ def merge(
     """
     target = Target(Path(out), overwrite, record_paths)
     changes = Changes(seed, _several(overrides), compat, lenient)
-    execution = Execution(threads, shard_bytes, Share(*part), finish, fsync, tile)
+    execution = Execution(threads, shard_bytes, Share(*part), finish, fsync, tile, keep_intermediates)
     permissions = Permissions(allow_pickle, keep_auto_map, allow_idle)
     from della.running.bar import shown
 
@@ -178,6 +181,12 @@ def run_merge(
 ) -> Result:  # fmt: skip
     """As `merge`; ``on_plan`` is called with the plan, before the first byte is computed."""
     read_in = read(recipe, changes)
+    if read_in.others:
+        from della.running.documents import run_documents
+
+        return run_documents(
+            read_in, target, execution, permissions, progress=progress, tell=tell, on_plan=on_plan
+        )
     with make_plan(read_in, target=target, permissions=permissions) as made:
         if on_plan is not None:
             on_plan(made)
@@ -188,12 +197,14 @@ def run_merge(
 
 def run_plan(recipe: Source, changes: Changes, permissions: Permissions, sample: bool = False) -> Plan:
     """As `plan`; with ``sample`` some of each tensor is read, and the coverage has what that says."""
-    made = make_plan(read(recipe, changes), weights=sample, permissions=permissions)
-    if sample:
+    made = plan_documents(read(recipe, changes), weights=sample, permissions=permissions)
+    for each in (*made.before, made) if sample else ():
+        if any(isinstance(source, Planned) for source in each.sources):
+            continue  # of what is not merged yet there is no sample
         from della.running import measure
 
-        made.coverage = measure.sampled(made)
-        made.notes += tuple(measure.warnings(made, made.coverage))
+        each.coverage = measure.sampled(each)
+        each.notes += tuple(measure.warnings(each, each.coverage))
     return made
 
 
@@ -214,10 +225,12 @@ def read(recipe: Source, changes: Changes) -> Recipe:
     lines += ["compat=mergekit"] if changes.compat else []
     if not isinstance(recipe, Recipe):
         # make_plan checks, with all other checks
-        return read_recipe(recipe, overrides=lines, check=False, lenient=changes.lenient)
+        return read_documents(recipe, overrides=lines, lenient=changes.lenient)
     if not lines:
         return recipe
-    return replace(read_recipe(recipe.text + "\n", overrides=lines, check=False), path=recipe.path)
+    found = read_documents(recipe.text + "\n", overrides=lines)
+    others = tuple(replace(other, path=recipe.path) for other in found.others)
+    return replace(found, path=recipe.path, others=others)
 
 
 def _several(overrides: Sequence[str] | str) -> tuple[str, ...]:

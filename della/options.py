@@ -327,6 +327,7 @@ class Execution:
     finish: bool = option("Check what all parts have computed, and make OUT of it.", False)
     fsync: bool = option("Do not wait until OUT is safe on the disk.", True, "--no-fsync")
     tile: int = TILE
+    keep_intermediates: bool = option("Keep the results of a recipe's other documents, beside OUT.", False)
 
     def __post_init__(self) -> None:
         for name in ("threads", "tile", "shard_bytes"):

@@ -54,6 +54,11 @@ class Speaker:
     def planned(self, plan: Plan) -> None:
         """What is to be known before a merge begins."""
         self.bytes_of_all = plan.bytes_written
+        for earlier in plan.before:
+            self._planned(earlier)
+        self._planned(plan)
+
+    def _planned(self, plan: Plan) -> None:
         if self.as_json:
             coverage = {each.reference: each.as_dict for each in plan.coverage}
             print_json(event="plan", coverage=coverage, departures=list(plan.departures))

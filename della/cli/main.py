@@ -91,14 +91,14 @@ def plan(
 ) -> None:
     """Show what a merge would do, from the headers of the models alone."""
     from della import api
-    from della.planning.describe import plan_json, plan_text
+    from della.planning.describe import plans_json, plans_text
 
     with api.run_plan(recipe, changes, permissions, sample) as made:
         threads = execution.workers
         if speech.as_json:
-            print(json.dumps(plan_json(made, threads), indent=1), flush=True)
+            print(json.dumps(plans_json(made, threads), indent=1), flush=True)
         else:
-            print(plan_text(made, threads, everything=everything), flush=True)
+            print(plans_text(made, threads, everything=everything), flush=True)
 
 
 def verify(

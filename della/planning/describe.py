@@ -13,6 +13,24 @@ from della.planning.job import Job, Plan, Section
 from della.recipe.settings import Filtered, Gradient, Setting
 
 
+def plans_json(plan: Plan, threads: int) -> dict[str, Any]:
+    """`plan_json`; of several documents each, with its name, in the order in which they are merged."""
+    if not plan.before:
+        return plan_json(plan, threads)
+    every = (*plan.before, plan)
+    return {"documents": [{"name": each.recipe.name, **plan_json(each, threads)} for each in every]}
+
+
+def plans_text(plan: Plan, threads: int, *, everything: bool = False) -> str:
+    """`plan_text`; of several documents each under its name, in the order in which they are merged."""
+    shown = [plan_text(each, threads, everything=everything) for each in (*plan.before, plan)]
+    if not plan.before:
+        return shown[0]
+    heads = [f"Document {k} of {len(shown)}: {made.recipe.name}" for k, made in enumerate(plan.before, 1)]
+    heads.append(f"Document {len(shown)} of {len(shown)}: the result")
+    return "\n\n".join(f"{head}\n\n{text}" for head, text in zip(heads, shown, strict=True))
+
+
 def plan_json(plan: Plan, threads: int) -> dict[str, Any]:
     """``tensors`` in output order, each with its resolved parameters, beside bytes, memory and departures."""
     references = _references(plan)

@@ -143,6 +143,8 @@ def _equal(a: TensorView, b: TensorView) -> bool | None:
     """Whether two stored tensors hold the same bytes; None where that cannot be read."""
     if a.dtype is not b.dtype or a.shape != b.shape:
         return False
+    if not (a.parts and b.parts):
+        return None
     try:
         return all(x == y for x, y in zip(_pieces(a), _pieces(b), strict=True))
     except (CheckpointError, OSError):

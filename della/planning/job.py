@@ -240,6 +240,7 @@ class Plan:
         coverage: How much of each model takes part, in the order of ``models``.
         sections: What is planned as one merge: all of it, or a slice or module each.
         opened: What is closed at the end.
+        before: Plans of the documents that lead to this one, in their order.
 
     >>> import della
     >>> with della.plan("recipe.yml") as plan:
@@ -256,6 +257,7 @@ class Plan:
     coverage: tuple[Coverage, ...]
     sections: tuple[Section, ...]
     opened: ExitStack = field(repr=False, compare=False)
+    before: tuple[Plan, ...] = ()
 
     def __enter__(self) -> Plan:
         return self

@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 
 from della.checkpoint.norms import misfits
 from della.checkpoint.source import Source, open_file, open_source
@@ -37,12 +38,13 @@ from della.recipe.reader import ModelEntry, Recipe
 
 def make_plan(
     recipe: Recipe, *, weights: bool = True, target: Target | None = None,
-    permissions: Permissions = Permissions(),
+    permissions: Permissions = Permissions(), given: Mapping[str, Source] = MappingProxyType({}),
 ) -> Plan:  # fmt: skip
     """Open the inputs of ``recipe`` and decide about every output tensor.
 
     ``weights=False`` is enough for looking: models of the Hub are then opened by their headers alone.  With
-    ``target`` the place of the result is looked at too, before anything is downloaded.  Raises RecipeError,
+    ``target`` the place of the result is looked at too, before anything is downloaded.  ``given`` are models
+    that are open already, by their reference.  Raises RecipeError,
     CheckpointError or OutputError, which lists everything that is wrong.
     """
     check = Collector(CheckpointError)
@@ -50,7 +52,7 @@ def make_plan(
         with check:
             _check_target(target, ())
         weights = weights and not check  # no download for a merge that cannot be
-        opened = _open_all(recipe, weights, permissions, stack, check)
+        opened = _open_all(recipe, weights, permissions, given, stack, check)
         norms = _open_norms(recipe, stack, check)
         with check:
             _check_target(target, [*opened.values(), *norms.values()])
@@ -90,12 +92,16 @@ def _about_jobs(
 
 
 def _open_all(
-    recipe: Recipe, weights: bool, permissions: Permissions, stack: ExitStack, check: Collector
-) -> dict[str, Source]:
+    recipe: Recipe, weights: bool, permissions: Permissions, given: Mapping[str, Source], stack: ExitStack,
+    check: Collector,
+) -> dict[str, Source]:  # fmt: skip
     """Every model by its reference, but those that cannot be opened."""
     folder = recipe.path.parent if recipe.path else None
     opened: dict[str, Source] = {}
     for reference in recipe.references:
+        if reference in given:
+            opened[reference] = given[reference].changed(given[reference].tensors)
+            continue
         with check:
             opened[reference] = stack.enter_context(
                 open_source(

@@ -15,7 +15,7 @@ from della.checkpoint.source import HUB_ID, Source, plain
 from della.errors import Collector, RecipeError
 from della.recipe.reader import Recipe
 from della.recipe.references import identities, named_model
-from della.recipe.text import dump, parse
+from della.recipe.text import dump_all, parse_all
 from della.recipe.tree import Entry, Items, Leaf, Node, Table, make_leaf
 
 _CACHE = re.compile(r"models--(?P<owner>[^/\\]+?)--(?P<name>[^/\\]+)")
@@ -86,7 +86,8 @@ def portable_text(recipe: Recipe, names: Mapping[str, str]) -> str:
     if not names:
         return recipe.text
     known = {reference.rstrip("/\\"): name for reference, name in names.items()}
-    return dump(_renamed(parse(recipe.text, "recipe", Collector(RecipeError)), known))
+    roots = parse_all(recipe.text, "recipe", Collector(RecipeError))
+    return dump_all([_renamed(root, known) for root in roots])
 
 
 def _renamed(node: Node, names: Mapping[str, str], key: str = "") -> Node:
@@ -107,10 +108,12 @@ def _renamed(node: Node, names: Mapping[str, str], key: str = "") -> Node:
 
 
 def _references(recipe: Recipe) -> list[str]:
-    norms = (model.input_norms for model in recipe.models)
-    return list(
-        dict.fromkeys(filter(None, (recipe.base_model, *(m.reference for m in recipe.models), *norms)))
-    )
+    documents = {other.name for other in recipe.others}
+    found: list[str | None] = []
+    for each in (recipe, *recipe.others):
+        norms = (model.input_norms for model in each.models)
+        found += [each.base_model, *(model.reference for model in each.models), *norms]
+    return [name for name in dict.fromkeys(found) if name and name not in documents]
 
 
 def _place(reference: str, recipe: Path | None) -> Path | None:

@@ -51,6 +51,8 @@ class Recipe:
     ``plain_fp8``: float8 tensors are values, no codes; ``tokenizer``: the one that the result shall have.
 
     A recipe of slices or modules has ``parts``, a recipe each; then ``models`` are those of all parts.
+
+    Where the text has several documents, this is the result's, and ``others`` are those that lead to it.
     """
 
     path: Path | None
@@ -74,6 +76,7 @@ class Recipe:
     notes: tuple[str, ...]
     location: Location = field(compare=False, repr=False)
     parts: tuple[Part, ...] = ()
+    others: tuple[Recipe, ...] = ()
 
     @property
     def template(self) -> str:

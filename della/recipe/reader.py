@@ -63,18 +63,24 @@ def read_recipe(
     else:
         path, name, text = load_text(source)
         root = parse(text, name, problems)
-    if not isinstance(root, Table):
-        raise refusal(root.location, *dialect.no_mapping(root))
     if isinstance(overrides, str):
         overrides = (overrides,)
-    notes = apply_overrides(root, overrides, _TOP_KEYS, problems)
-    if overrides:
-        text = None
-    recipe = _Reader(problems, notes, lenient).recipe(root, path, text)
+    recipe = read_tree(root, path, None if overrides else text, problems, overrides, lenient)
     if check:
         recipe.check_count()
         recipe.check_at_once()
     return recipe
+
+
+def read_tree(
+    root: Node, path: Path | None, text: str | None, problems: Collector, overrides: Sequence[str],
+    lenient: bool,
+) -> Recipe:  # fmt: skip
+    """The Recipe of one document; where ``text`` is None it is made from ``root``.  Raises RecipeError."""
+    if not isinstance(root, Table):
+        raise refusal(root.location, *dialect.no_mapping(root))
+    notes = apply_overrides(root, overrides, _TOP_KEYS, problems)
+    return _Reader(problems, notes, lenient).recipe(root, path, text)
 
 
 class _Reader:
@@ -130,7 +136,7 @@ class _Reader:
         assert self.method is not None
         self.notes += without_effect(self.method, self.unused, base, models)
         self._drop_ignored()
-        recipe = Recipe(
+        return Recipe(
             path=path,
             text=dump(root) if text is None or self.ignored else text,
             name=name.text if name else None,
@@ -149,7 +155,6 @@ class _Reader:
             notes=tuple(self.notes),
             location=location,
         )
-        return recipe
 
     def _parted(self, root: Table, path: Path | None, text: str) -> Recipe:
         """The Recipe of slices or modules, each of which is read as a recipe of its own."""
@@ -253,8 +258,7 @@ class _Reader:
     def _missing(self, table: Table, key: str, location: Location, said: str, fix: str | None = None) -> None:
         """Tell that ``key`` is missing, unless a fault or a misspelling of it is told already."""
         strange = [k for k in table.entries if k not in _TOP_KEYS and k not in ALL_PARAMETERS]
-        told = not self.lenient and any(suggest(k, (key,)) for k in strange)
-        if self._entry(table, key) is None and not told:
+        if self._entry(table, key) is None and (self.lenient or not any(suggest(k, (key,)) for k in strange)):
             self._tell(location, key, said, fix)
 
     def _method(self, root: Table) -> None:

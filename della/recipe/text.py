@@ -7,7 +7,7 @@ and what aliases expand to.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from della.recipe.tree import (
 
 MAX_BYTES = 1 << 20
 MAX_EXPANDED = 10_000
+MAX_DOCUMENTS = 100
 TOO_DEEP = f"nested more than {MAX_DEPTH} levels deep, which no recipe is"
 
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -95,11 +96,18 @@ def _location_at(text: str, index: int, name: str) -> Location:
 
 def parse(text: str, name: str, problems: Collector, *, location: Location | None = None) -> Node:
     """The tree of one YAML document.  Every node is placed at ``location`` if it is given (an override)."""
+    return parse_all(text, name, problems, location=location, most=1)[0]
+
+
+def parse_all(
+    text: str, name: str, problems: Collector, *, location: Location | None = None, most: int = MAX_DOCUMENTS
+) -> list[Node]:
+    """The trees of all YAML documents (---) of a text, at least one and at ``most`` so many."""
     bad = FORBIDDEN.search(text)
     if bad:
         raise refusal(location or _location_at(text, bad.start(), name), *forbidden(bad[0]))
     try:
-        return _Composer(text, name, problems, location).document()
+        return _Composer(text, name, problems, location).documents(most)
     except yaml.MarkedYAMLError as error:
         if "nesting depth" in str(error.problem):
             at, said, fix = _too_deep(text, error.problem_mark, name), TOO_DEEP, None
@@ -146,15 +154,16 @@ class _Composer:
         self.values = self.expanded = 0
         self.anchors: dict[str, tuple[Node, int] | None] = {}
 
-    def document(self) -> Node:
-        root: Node | None = None
+    def documents(self, most: int) -> list[Node]:
+        roots: list[Node] = []
         for event in self.events:
             if isinstance(event, yaml.DocumentStartEvent):
-                if root is not None:
-                    said = "a second document (---) begins here, which is not part of this version yet"
+                if len(roots) == most:
+                    said = "one document more (---) begins here than can be read"
                     raise refusal(self.location(event), said, "use one file each")
-                root = self.node(next(self.events), 1)
-        return root if root is not None else Leaf(self.fixed or Location(1, 1, self.name), "", True, None)
+                self.anchors.clear()
+                roots.append(self.node(next(self.events), 1))
+        return roots or [Leaf(self.fixed or Location(1, 1, self.name), "", True, None)]
 
     def location(self, event: Any) -> Location:
         mark = event.start_mark
@@ -317,6 +326,11 @@ def dump(node: Node) -> str:
 
     text: str = yaml.serialize(convert(node), Dumper=_DUMPER, allow_unicode=True, width=1 << 20)
     return text
+
+
+def dump_all(roots: Sequence[Node]) -> str:
+    """Several trees as the documents of one text."""
+    return "---\n".join(map(dump, roots))
 
 
 def to_yaml(recipe: Mapping[str, Any]) -> str:

@@ -114,7 +114,7 @@ def run(
     """
     started = time.monotonic()
     out, single, part = target.out, target.is_single, execution.part
-    stamps = _stamps(plan)
+    stamps = stamps_of(plan)
     names = {} if target.record_paths else portable_references(plan.recipe)
     metadata, room = _embedded(plan, names) if single else (None, 0)
     staged = StagedOutput(
@@ -122,7 +122,7 @@ def run(
         metadata=metadata,
         inputs=[path for source in plan.sources for path in source.paths],
         stem=next((s for s in STEMS if plan.base.files[0].name.startswith(s)), STEMS[0]),
-        key=_key(plan, stamps, room),
+        key=key_of(plan, stamps, room),
         part=(part.number, part.count),
         finish=execution.finish,
     )  # fmt: skip
@@ -176,7 +176,7 @@ def _tensors(plan: Plan) -> list[tuple[str, Any, tuple[int, ...]]]:
     return [(job.name, job.dtype, job.shape) for job in plan.jobs]
 
 
-def _stamps(plan: Plan) -> dict[str, str]:
+def stamps_of(plan: Plan) -> dict[str, str]:
     """By which a changed input is noticed: of a model of the Hub its commit, else size and time of change."""
     stamps = {}
     for source in plan.sources:
@@ -189,14 +189,14 @@ def _stamps(plan: Plan) -> dict[str, str]:
 
 
 def _check_unchanged(plan: Plan, stamps: Mapping[str, str]) -> None:
-    now = _stamps(plan)
+    now = stamps_of(plan)
     names = ", ".join(path for path, stamp in stamps.items() if now.get(path) != stamp)
     if names:
         fix = "is something writing to it? Start again"
         raise CheckpointError(Problem("changed while it was merged", fix, names))
 
 
-def _key(plan: Plan, stamps: Mapping[str, str], room: int) -> str:
+def key_of(plan: Plan, stamps: Mapping[str, str], room: int) -> str:
     """What the bytes of the weights depend on, and where they stand in a single file."""
     identities = [model.identity for model in plan.recipe.models]
     keys = sorted({view.key for job in plan.jobs for view in job.views})

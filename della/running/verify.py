@@ -23,13 +23,15 @@ from della.checkpoint.source import HUB_ID, Source, plain
 from della.checkpoint.strict import json_object
 from della.errors import CheckpointError, DellaError, OutputError, Problem, RecipeError, printable
 from della.options import Checks, Execution, Permissions, spelt
+from della.output.between import kept
 from della.output.manifest import MANIFEST, Entry, Manifest, Recorded, read_manifest, versions
 from della.output.shards import INDEX
 from della.output.staging import unfinished
 from della.planning.job import Job, Plan
 from della.planning.planner import make_plan
 from della.planning.published import is_absolute
-from della.recipe.reader import Recipe, read_recipe
+from della.recipe.documents import read_documents
+from della.recipe.reader import Recipe
 from della.running.compute import Compute
 from della.running.hashing import Check, Hashing, of_file
 from della.running.run import Progress
@@ -100,7 +102,7 @@ def verify(
     with ExitStack() as stack:
         plan = None
         if wanted.sources is not None or wanted.inputs:
-            plan = stack.enter_context(_plan(out, manifest, wanted.base_dir, permissions))
+            plan = stack.enter_context(_plan(out, manifest, wanted.base_dir, permissions, stack))
         checks = _Model(out, manifest, single, verdict).checks()
         if plan and wanted.inputs:
             checks += _input_checks(plan, manifest, verdict)
@@ -256,19 +258,24 @@ def _homes(name: str) -> Iterator[str]:
 # ---- its inputs -------------------------------------------------------------------------------------------
 
 
-def _plan(out: Path, manifest: Manifest, base_dir: Path | None, permissions: Permissions) -> Plan:
+def _plan(
+    out: Path, manifest: Manifest, base_dir: Path | None, permissions: Permissions, stack: ExitStack
+) -> Plan:
     """The plan of the merge that made ``out``; its inputs are opened."""
     text = manifest.recipe
     try:
-        recipe = read_recipe(text if "\n" in text else text + "\n")
+        recipe = read_documents(text if "\n" in text else text + "\n")
+        recipe.check_at_once()
         paths = list(_relative(recipe))
         tried = [Path()] if base_dir else [Path(), *out.absolute().parents]
         holds_all = (each for each in tried if all(os.path.lexists(each / path) for path in paths))
         folder = base_dir or next(holds_all, None)
         if folder is not None:
             recipe = replace(recipe, path=folder / "recipe.yml")
+        permissions = replace(permissions, allow_idle=True)  # it was merged so
         try:
-            return make_plan(recipe, permissions=replace(permissions, allow_idle=True))  # it was merged so
+            given = kept(out, [other.name for other in recipe.others], stack)
+            return make_plan(recipe, permissions=permissions, given=given)
         except CheckpointError as error:
             raise CheckpointError(*error.problems, *_hint(paths, base_dir)) from error
     except RecipeError as error:
@@ -282,7 +289,8 @@ def _relative(recipe: Recipe) -> Iterator[str]:
     norms = (model.input_norms for model in recipe.models)
     for reference in filter(None, (recipe.base_model, *(m.reference for m in recipe.models), *norms)):
         may_be_of_hub = HUB_ID.fullmatch(plain(reference)) and not reference.startswith(".")
-        if not may_be_of_hub and not is_absolute(reference):
+        is_document = reference in {other.name for other in recipe.others}
+        if not may_be_of_hub and not is_absolute(reference) and not is_document:
             yield reference
 
 

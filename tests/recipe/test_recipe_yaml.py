@@ -79,7 +79,7 @@ def either_parser(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
                                        "them")),
         (
             "name: a\n---\nname: b\n",
-            ("2:1: a second document (---) begins here, which is not part of this version yet; use one file "
+            ("2:1: one document more (---) begins here than can be read; use one file "
              "each"),
         ),
         (
