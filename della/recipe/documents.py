@@ -21,6 +21,7 @@ from della.recipe.references import named_model
 from della.recipe.text import dump_all, load_text, parse_all
 from della.recipe.tree import Items, Leaf, Node, Table
 
+_NAMING = ("model", "base_model")
 _SEPARATOR = re.compile(r"^---(\s|$)", re.MULTILINE)
 
 
@@ -139,7 +140,7 @@ def _at(root: Node, key: str) -> Location:
 
 def _references(node: Node, key: str = "") -> Iterator[tuple[str, Location]]:
     """The models that stand in a document, and where."""
-    if key in ("model", "base_model") and (leaf := named_model(node, "", lambda *_: None)):
+    if key in _NAMING and (leaf := named_model(node, "", lambda *_: None)):
         yield leaf.text, leaf.location
     elif isinstance(node, Items):
         for child in node.nodes:
