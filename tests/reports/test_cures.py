@@ -52,12 +52,9 @@ UNTRIED: dict[str, str] = {
         output/writer.py:StagedOutput._check_files
     """,
     "not yet": """
-        checkpoint/norms.py:checked
-        checkpoint/pickles.py:_load
         checkpoint/pickles.py:_mapped_at
         checkpoint/pickles.py:_records
         checkpoint/pickles.py:pickle_refusal
-        checkpoint/pickles.py:read_pickle
         checkpoint/pickles.py:read_pickle
         checkpoint/sides.py:checked_side_files
         evaluate/alpaca.py:_compared
@@ -155,10 +152,6 @@ UNTRIED: dict[str, str] = {
         recipe/reader.py:_Reader._unknown
         recipe/references.py:named_model
         recipe/slices.py:_pieces
-        recipe/slices.py:_range
-        recipe/slices.py:_range
-        recipe/slices.py:_range
-        recipe/slices.py:_range
         recipe/slices.py:_sources
     """,
 }

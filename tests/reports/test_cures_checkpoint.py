@@ -340,3 +340,30 @@ def test_the_hub_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
     with pytest.raises(CheckpointError, match=r"pip install huggingface_hub$"):
         fetch("owner/name", None, weights=True)
+
+
+@cures("checkpoint/pickles.py:read_pickle", "checkpoint/pickles.py:_load")
+@pytest.mark.parametrize("damage", ["cut", "text"])
+def test_a_damaged_pickle_is_downloaded_again(damage: str) -> None:
+    torch = pytest.importorskip("torch")
+    put_all({"model.safetensors": None})
+    file = Path("one/pytorch_model.bin")
+    torch.save({name: torch.from_numpy(array) for name, array in ONE.items()}, file)
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2] if damage == "cut" else b"no pickle")
+    refused("it again" if damage == "cut" else "", allow_pickle=True)
+    file.write_bytes(whole)
+    merge(allow_pickle=True)
+
+
+@cures("checkpoint/norms.py:checked")
+def test_norms_are_calibrated_again(folder: Path) -> None:
+    entry = {"model": "one", "input_norms": "n.safetensors", "parameters": {"density": 1, "epsilon": 0}}
+    recipe: Tensors = {"merge_method": "della", "base_model": "base", "models": [entry]}
+    recipe["parameters"] = {"importance": "wanda"}
+    put(folder, {"n.safetensors": {"w": np.full(4, np.nan, np.float32)}})
+    with pytest.raises(CheckpointError, match="calibrate again"):
+        della.merge(recipe, "out", fsync=False)
+    put(folder, {"n.safetensors": {"w": np.ones(4, np.float32)}})
+    della.merge(recipe, "out", fsync=False)
+    assert np.array_equal(load_file("out/model.safetensors")["w"], ONE["w"])

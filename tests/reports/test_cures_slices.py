@@ -88,11 +88,11 @@ EDITS = [
          " []\n", "\n  - sources: [{model: one, layer_range: [1, 3]}]\n", [11, 12]),
     Edit("recipe/slices.py:_sources", PASS, f"[{TWO}]", "[]", "write 'sources: [{model: NAME", "sources: []",
          f"sources: [{TWO}]", ALL),
-    Edit("recipe/slices.py:layer_range", PASS, ", layer_range: [2, 4]", "", "layer_range: [0, 8]",
+    Edit("recipe/slices.py:_range", PASS, ", layer_range: [2, 4]", "", "layer_range: [0, 8]",
          "{model: two}", "{model: two, layer_range: [0, 1]}", [10, 11, 20]),
-    Edit("recipe/slices.py:layer_range", PASS, "[2, 4]", "2", "layer_range: [0, 8]", "layer_range: 2",
+    Edit("recipe/slices.py:_range", PASS, "[2, 4]", "2", "layer_range: [0, 8]", "layer_range: 2",
          "layer_range: [0, 2]", [10, 11, 20, 21]),
-    Edit("recipe/slices.py:layer_range", PASS, "[2, 4]", "[4, 2]", "write [2, 4]", "[4, 2]", "[2, 4]", ALL),
+    Edit("recipe/slices.py:_range", PASS, "[2, 4]", "[4, 2]", "write [2, 4]", "[4, 2]", "[2, 4]", ALL),
     Edit("recipe/slices.py:check_lengths", LINEAR, "model: two, layer_range: [0, 2]",
          "model: two, layer_range: [1, 4]", "write [1, 3]", "[1, 4]", "[1, 3]", [15.5, 16.5]),
     Edit("planning/layers.py:_check_range", PASS, "[2, 4]", "[2, 8]", "write [2, 4]", "[2, 8]", "[2, 4]",
@@ -106,7 +106,7 @@ EDITS = [
 ]  # fmt: skip
 
 
-@cures("recipe/slices.py:layer_range")
+@cures("recipe/slices.py:_range")
 @pytest.mark.parametrize("edit", EDITS, ids=[f"{e.key}-{e.advice}" for e in EDITS])
 def test_edited_as_the_message_says(edit: Edit) -> None:
     assert edit.of in edit.good
