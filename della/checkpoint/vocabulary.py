@@ -99,7 +99,10 @@ def _rules(fast: Mapping[str, Any]) -> dict[str, Any]:
     model = fast.get("model")
     merges = model.get("merges") if isinstance(model, dict) else None
     pairs = merges if isinstance(merges, list) else []  # "a b" once, ["a", "b"] now
-    joined = "\n".join(" ".join(map(str, each)) if isinstance(each, list) else str(each) for each in pairs)
+    try:
+        joined = "\n".join(pairs if isinstance(pairs[0], str) else map(" ".join, pairs)) if pairs else ""
+    except TypeError:
+        joined = json.dumps(pairs)
     return {**found, "merges": xxhash.xxh3_128_hexdigest(joined.encode(errors="replace"))}
 
 

@@ -16,6 +16,7 @@ from della.checkpoint.source import Source
 from della.checkpoint.view import TensorView
 from della.errors import CheckpointError, Collector, Problem, some
 from della.planning import configs
+from della.planning.tables import OF_THE_VOCABULARY
 
 WRAPPED = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 ONE_BY_ONE = re.compile(r"\.experts\.\d+\.")
@@ -55,7 +56,9 @@ def _mapping(base: Source, model: Source) -> tuple[dict[str, str], list[tuple[st
         if not found:
             continue
         rule, new = found[0]
-        if len({new for _, new in found}) > 1 or base.tensors[new].shape != model.tensors[name].shape:
+        cut = 1 if OF_THE_VOCABULARY.search(new) else 0  # how many tokens it has is looked at later
+        ours, theirs = base.tensors[new].shape[cut:], model.tensors[name].shape[cut:]
+        if len({new for _, new in found}) > 1 or ours != theirs:
             return {}, []
         mapping[name] = new
         used[("_orig_mod." if plain != name and rule == ("", "") else rule[0]), rule[1]] = None

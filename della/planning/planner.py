@@ -35,6 +35,8 @@ from della.planning.overall import check_compat, check_whole_model, islands, ran
 from della.planning.vocabularies import follow_tokens
 from della.recipe.reader import ModelEntry, Recipe
 
+ONE_FILE = "one file has no tokenizer beside it, though its rows follow one; write to a folder to have it"
+
 
 def make_plan(
     recipe: Recipe, *, weights: bool = True, target: Target | None = None,
@@ -60,6 +62,8 @@ def make_plan(
         read = cache(read_vocabulary)
         told, by_token = follow_tokens(recipe, recipe.template, opened, check, read)
         notes += told
+        if target and target.is_single and recipe.tokenizer:
+            notes.append(ONE_FILE)
         sections = _sections(recipe, opened, norms, check)
         base = opened.get(recipe.template)
         models, told = _checked(recipe, base, sections, check, read)

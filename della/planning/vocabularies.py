@@ -6,14 +6,14 @@ the owners'.  What a recipe says of a token (``tokens:``) goes before it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from della.checkpoint.rows import MEAN, REST, ZERO, RowMap, Rows
+from della.checkpoint.rows import ZERO, RowMap, Rows
 from della.checkpoint.source import Source, open_source
 from della.checkpoint.view import TensorView
 from della.checkpoint.vocabulary import Read, Vocabulary
@@ -21,6 +21,7 @@ from della.dtypes import Array
 from della.errors import CheckpointError, Collector, Problem, RecipeError, clip, suggest
 from della.planning.heads import HEAD, embeddings_of
 from della.planning.retokenized import other_files, with_added
+from della.planning.row_maps import placed, row_map
 from della.planning.tables import Known, resized, rows_of, tables, unequal
 from della.recipe.models import Recipe
 from della.recipe.references import same
@@ -203,6 +204,7 @@ class _Follower:
             tokens |= {row["id"]: row["content"] for row in made.new}
             self.departures += [_FIXED] if len(made.new) > 1 else []
             self._tell_left_out(tokens)
+            self._tell_literal(made.new)
         self._check_named(set(tokens.values()))
         names = [tokens.get(i) for i in range(max(made.rows, 1 + max(tokens)))]
         found = np.array([each.found(names) for each in self.known])
@@ -242,6 +244,17 @@ class _Follower:
                 said = f"{len(left)} ordinary tokens that {self.template} lacks ({clip(first)!r}, ...)"
                 why = f"left out, as {self.template}'s tokenizer never makes them of text"
                 self.notes.append(f"{each.source.reference}: {said} are {why}; 'tokens:' can name some")
+
+    def _tell_literal(self, new: Sequence[Mapping[str, Any]]) -> None:
+        """Of new tokens that are ordinary ones elsewhere."""
+        added = {token for each in self.known for token in each.vocabulary.added}
+        tokens = [row["content"] for row in new if row["content"] not in added]
+        found = [token for token in tokens if any(token in each.ids for each in self.known)]
+        if found:
+            said = (
+                f"{len(found)} of the new tokens ({clip(found[0])!r}, ...) are ordinary ones of other models"
+            )
+            self.notes.append(f"{said}; here no text becomes them but these characters themselves")
 
     def _check_named(self, have: set[str]) -> None:
         """Every token that the recipe names is in the result, and its source there.  Raises RecipeError."""
@@ -296,35 +309,14 @@ class _Follower:
 
     def _map(self, k: int, wanted: _Wanted) -> tuple[RowMap, list[int]]:
         """The map of model ``k``, and the models that it reads, itself first."""
-        found, rows = wanted.found, wanted.found[k].copy()
-        which = np.where(rows >= 0, k, REST)
-        owners = (found >= 0).sum(axis=0)
-        first = (found >= 0).argmax(axis=0)
-        if self.anchor is not None:
-            first = np.where(found[self.anchor] >= 0, self.anchor, first)
-        has_base = self.anchor is not None and found[self.anchor] >= 0
-        filled = (rows < 0) & (owners > 0)
-        single = filled & ((owners == 1) | has_base)
-        which[single], rows[single] = first[single], found[first, np.arange(wanted.rows)][single]
-        several = filled & ~single
-        which[several] = MEAN
+        named = {}
         for number, token in wanted.tokens.items() if self.choice.rows else ():
             row = self.choice.rows.get(token)
-            if row and row.kind and number < wanted.rows and (row.force or found[k][number] < 0):
-                which[number], rows[number] = self._source(row)
-        means = {
-            int(i): [(int(j), int(found[j, i])) for j in np.flatnonzero(found[:, i] >= 0)]
-            for i in np.flatnonzero(which == MEAN)
-        }
+            if row and row.kind and number < wanted.rows and (row.force or wanted.found[k][number] < 0):
+                named[number] = self._source(row)
+        which, rows = placed(k, wanted.found, self.anchor, named)
         self._tell_filled(k, which, wanted)
-        used = sorted(
-            {*np.unique(which[which >= 0]).tolist(), *(j for m in means.values() for j, _ in m)} - {k}
-        )
-        local = {j: n for n, j in enumerate([k, *used])}
-        table = np.array([local.get(j, 0) for j in range(len(self.known))])
-        which[which >= 0] = table[which[which >= 0]]
-        means = {i: [(local[j], row) for j, row in each] for i, each in means.items()}
-        return RowMap(which, rows, means), [k, *used]
+        return row_map(k, which, rows, wanted.found)
 
     def _tell_filled(self, k: int, which: Array, wanted: _Wanted) -> None:
         numbers = [i for i in np.flatnonzero(which != k).tolist() if i in wanted.tokens]

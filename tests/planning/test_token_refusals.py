@@ -15,6 +15,9 @@ from vocabularies import ADDED, CORPORA, family, ids, recipe, trained, write
 
 import della
 from della.errors import CheckpointError, DellaError, RecipeError
+from della.options import Target
+from della.planning.planner import make_plan
+from della.recipe.reader import read_recipe
 
 
 def refused(folder: Path, kind: type[DellaError] = RecipeError, **more: Any) -> str:
@@ -160,3 +163,15 @@ def test_ordinary_tokens_are_told(tmp_path: Path) -> None:
         if "ordinary tokens that" in each
     ]
     assert more == []
+    assert any(
+        "ordinary ones of other models" in note for note in planned(tmp_path, tokenizer={}, compat="mergekit")
+    )
+    assert not any("ordinary ones of" in note for note in notes)
+
+
+def test_one_file_has_no_tokenizer(tmp_path: Path) -> None:
+    family(tmp_path, "bpe")
+    target = Target(tmp_path / "one.safetensors")
+    with make_plan(read_recipe(recipe(tmp_path, tokenizer={})), target=target) as plan:
+        assert any("one file has no tokenizer beside it" in note for note in plan.notes)
+    assert not any("one file" in note for note in planned(tmp_path, tokenizer={}))

@@ -288,3 +288,19 @@ def test_slices_of_models_with_other_tokenizers(tmp_path: Path) -> None:
         for token, number in ids(tmp_path / "out").items():
             row = rows(tmp_path, inputs, table, token)[name]
             np.testing.assert_allclose(found[table][number], row, atol=1e-6)
+
+
+def test_a_model_of_other_prefixes_and_nested_configurations(tmp_path: Path) -> None:
+    tensors = family(tmp_path, "wordpiece")
+    save_file({f"module.{n}": t for n, t in tensors["one"].items()}, tmp_path / "one/model.safetensors")
+    path, size = tmp_path / "base" / "config.json", len(tensors["base"][TABLES[0]])
+    nested = {"text_config": {"vocab_size": size}, "audio_config": {"vocab_size": size + 7}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | nested))
+    out = merge(tmp_path, tokenizer_source="union", mismatch="ignore")
+    config = json.loads((out / "config.json").read_text())
+    assert [config["vocab_size"], config["text_config"]["vocab_size"]] == [size + 3] * 2
+    assert config["audio_config"]["vocab_size"] == size + 7
+    number = ids(out)["<|a|>"]
+    np.testing.assert_allclose(
+        loaded(out)[TABLES[1]][number], wanted(rows(tmp_path, tensors, TABLES[1], "<|a|>")), atol=1e-6
+    )
