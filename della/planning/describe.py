@@ -63,7 +63,7 @@ def _cases(plan: Plan) -> Iterator[tuple[str, str, str, int, Setting]]:
             for k, ((part, case), count) in enumerate(zip(setting.cases, counts, strict=True)):
                 key = (model, parameter, k, case.location) if section.label else len(found)
                 before = found[key][3] if key in found else 0
-                found[key] = model, parameter, part, before + count, case
+                found[key] = model, parameter, str(part), before + count, case
     yield from found.values()
 
 

@@ -169,9 +169,11 @@ class Recipe:
         found = []
         for _, parameter, setting, counts in self.matches(names):
             for (part, case), count in zip(setting.cases, counts, strict=True):
-                if not count and case.location not in elsewhere and not any(part in n for n in names):
-                    said = f"the filter {clip(part)!r} of {parameter!r} is in the name of no tensor"
-                    fix = _in_a_name(part, names)
+                if not count and case.location not in elsewhere and not any(map(part.fits, names)):
+                    said = f"the filter {clip(str(part))!r} of {parameter!r} is in the name of no tensor"
+                    said = said if part.is_plain else said.replace("is in the name of", "holds for")
+                    fix = _in_a_name(part.part, names) if part.is_plain else None
+                    fix = fix or f"a tensor is called, for example, {names[0]}"
                     found.append(Problem(said, fix, parameter=parameter, location=case.location))
         needed = [p.name for p in self.method.parameters.values() if p.in_every_case]
         for entry, parameter in product(self.models, needed):
@@ -267,7 +269,8 @@ def _in_a_name(part: str, names: Sequence[str]) -> str:
         counts = {piece: sum(piece in name for name in names) for piece in re.split(_SIGNS, part) if piece}
         rarest = min((piece for piece, count in counts.items() if count), key=counts.__getitem__, default="")
         such = f", such as {rarest!r}" if rarest else ""
-        return f"a filter is a part of a tensor's name, and no pattern: write a part without such signs{such}"
+        said = "a filter is a part of a tensor's name, and no pattern: write a part without such signs"
+        return f"{said}{such}; a regular expression begins with 're:'"
     parts = {piece for name in names for piece in name.split(".") if not piece.isdigit()}
     return suggest(part, parts) or f"a filter is a part of a tensor's name, such as {names[0]}"
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field, replace
 
 from della.errors import Collector, Location, Problem, clip, suggest
 from della.merging.method import Parameter
+from della.recipe.filters import KEYS as FILTERS
+from della.recipe.filters import Filter, read_filter
 from della.recipe.tree import Items, Leaf, Node, Table, Value, number, show
 from della.recipe.values import checked, expected, takes
 
@@ -45,18 +47,18 @@ class Gradient:
 
 @dataclass(frozen=True)
 class Filtered:
-    """Cases ``(part of the tensor's name, setting)``: the first that fits holds; an empty part fits all."""
+    """Cases ``(filter, setting)``: the first whose filter fits a tensor holds."""
 
-    cases: tuple[tuple[str, Scalar | Gradient], ...]
+    cases: tuple[tuple[Filter, Scalar | Gradient], ...]
     location: Location = field(compare=False, repr=False)
 
     def case(self, tensor_name: str) -> int | None:
         """Which of the cases holds for a tensor."""
-        return next((k for k, (part, _) in enumerate(self.cases) if part in tensor_name), None)
+        return next((k for k, (part, _) in enumerate(self.cases) if part.fits(tensor_name)), None)
 
 
 Setting = Scalar | Gradient | Filtered
-CASE_KEYS = ("filter", "value")
+CASE_KEYS = (*FILTERS, "value")
 _TRUTH = {"true": True, "1": True, "false": False, "0": False}
 
 
@@ -121,7 +123,7 @@ def _unfiltered(
 def _filtered(
     parameter: Parameter, tables: list[Node], location: Location, subject: str, problems: Collector
 ) -> Filtered | None:
-    cases: list[tuple[str, Scalar | Gradient]] = []
+    cases: list[tuple[Filter, Scalar | Gradient]] = []
     for table in tables:
         assert isinstance(table, Table)
         for key, entry in table.entries.items():
@@ -134,17 +136,13 @@ def _filtered(
                 problems.add(said, location=table.location, parameter=parameter.name)
             continue
         setting = _unfiltered(parameter, table.entries["value"].node, subject, problems)
-        part = table.entries["filter"].node if "filter" in table.entries else None
-        if part is not None and not isinstance(part, Leaf):
-            said = f"the filter of {subject} must be a part of a tensor's name, found {show(part)}"
-            problems.add(said, location=part.location, parameter=parameter.name)
-        elif cases and not cases[-1][0]:
+        held = read_filter(table, subject, parameter.name, problems)
+        if cases and not cases[-1][0]:
             said = f"this case of {subject} is never reached, since the one before it has no filter"
             fix = "put the case without filter last"
             problems.add(said, fix, location=table.location, parameter=parameter.name)
-        elif setting is not None:
-            everything = part is None or part.value is None or part.text == "*"
-            cases.append(("" if everything or part is None else part.text, setting))
+        elif setting is not None and held is not None:
+            cases.append((held, setting))
     return Filtered(tuple(cases), location)
 
 

@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 from della.errors import Location
 from della.merging.registry import METHODS
+from della.recipe.filters import KEYS as FILTERS
 from della.recipe.models import ModelEntry, Part, Recipe
 from della.recipe.references import identities, same
-from della.recipe.settings import CASE_KEYS
 from della.recipe.tree import Entry, Items, Leaf, Node, Table, example, show
 
 PARTED = ("slices", "modules")
@@ -22,7 +22,6 @@ SLICE_KEYS = ("sources", "merge_method", "base_model", "parameters", "residual_w
 MODULE_KEYS = ("models", "slices", "merge_method", "base_model", "parameters")
 # Of the top level: not of a part, or what a part inherits.
 _ABOVE = ("models", "slices", "modules", "name", "merge_method", "base_model", "parameters")
-_FILTERS = tuple(key for key in CASE_KEYS if key != "value")
 Tell = Callable[[Location, str, str, str | None], None]
 Strange = Callable[[Table, Sequence[str], str, str], None]
 
@@ -140,7 +139,7 @@ def _settings(own: Table, outer: Table) -> dict[str, Entry]:
 def _before(own: Node, outer: Node) -> Node:
     """A setting, with another for those tensors for which none of its cases holds."""
     mine, theirs = _cases(own), _cases(outer)
-    if not mine or not any(_given(mine[-1], key) and _text(mine[-1], key) != "*" for key in _FILTERS):
+    if not mine or not any(_given(mine[-1], key) and _text(mine[-1], key) != "*" for key in FILTERS):
         return own
     rest = theirs or [Table(outer.location, {"value": Entry(outer.location, outer)})]
     return Items(own.location, [*mine, *rest])

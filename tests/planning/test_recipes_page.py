@@ -36,7 +36,7 @@ def test_two_slices(tmp_path: Path) -> None:
 
 def test_a_slice_with_a_method_of_its_own(tmp_path: Path) -> None:
     one, two = models(tmp_path)
-    found, _ = merged(tmp_path, the_one("merge_method: linear"))
+    found, _ = merged(tmp_path, the_one("[1, 0.5]"))
     name = "model.layers.{}.input_layernorm.weight"
     assert found[name.format(0)] == one[name.format(0)].tobytes()
     assert found[name.format(2)] == ((one[name.format(2)] + two[name.format(2)]) / 2).tobytes()
@@ -66,3 +66,38 @@ def test_rows_follow_tokens(tmp_path: Path) -> None:
     one = tensors["one"][TABLES[0]][ids(tmp_path / "one")["<|a|>"]]
     two = tensors["two"][TABLES[0]][ids(tmp_path / "two")["<|c|>"]]
     np.testing.assert_allclose(found[made["<|c|>"]], two + one - one, atol=1e-6)  # base and one have one's
+
+
+def test_modules(tmp_path: Path) -> None:
+    names = {"one": 1, "two": 2}
+    both = {}
+    for name, seed in names.items():
+        text = layered(seed, 2, "model.language_model.layers")
+        vision = layered(seed + 5, 3, "model.vision_tower.layers", head=False)
+        both[name] = text | vision | {"model.connector.weight": np.full(3, seed, np.float32)}
+        config = {"text_config": {"num_hidden_layers": 2}, "vision_config": {"num_hidden_layers": 3}}
+        kept(tmp_path, name, both[name], num_hidden_layers=None, **config)
+    found, config = merged(tmp_path, the_one("modules:"))
+    one, two = both["one"], both["two"]
+    stack = "model.vision_tower.layers"
+    wanted = renumbered(one, 0, 2, 0, stack) | renumbered(two, 1, 3, 2, stack)
+    assert as_bytes(wanted).items() <= found.items()
+    assert found["model.connector.weight"] == one["model.connector.weight"].tobytes()
+    head = np.frombuffer(found["lm_head.weight"], np.float32).reshape(6, 4)
+    assert np.allclose(head, 0.7 * one["lm_head.weight"] + 0.3 * two["lm_head.weight"])
+    assert config["vision_config"]["num_hidden_layers"] == 4
+
+
+@pytest.mark.parametrize(
+    ("layer", "part", "weight"),
+    [
+        (0, "mlp.up_proj", 0.75), (1, "mlp.up_proj", 0.25), (2, "mlp.up_proj", 0.25),
+        (3, "mlp.up_proj", 0.75), (1, "mlp.down_proj", 1), (0, "self_attn.o_proj", 0.5),
+        (2, "self_attn.o_proj", 0.5), (2, "input_layernorm", 1), (3, "input_layernorm", 0.75),
+    ],
+)  # fmt: skip
+def test_filters(tmp_path: Path, layer: int, part: str, weight: float) -> None:
+    one, two = models(tmp_path)
+    found, _ = merged(tmp_path, the_one("layers: 1-2"))
+    name = f"model.layers.{layer}.{part}.weight"
+    assert found[name] == (np.float32(weight) * one[name] + two[name]).tobytes()

@@ -20,6 +20,12 @@ ELSEWHERE: dict[str, tuple[str, ...]] = {
     "merging/methods/spheres.py:_no_mean": (
         "merging/test_directions.py::test_weights_without_a_sum_have_no_mean",
     ),
+    "recipe/filters.py:_layers": ("recipe/test_filters.py::test_mistakes",),
+    "recipe/filters.py:read_filter": (
+        "recipe/test_filters.py::test_mistakes",
+        "recipe/test_filters.py::test_a_case_for_no_tensor",
+    ),
+    "recipe/models.py:Recipe.check_cases": ("recipe/test_filters.py::test_a_case_that_holds_for_no_tensor",),
     "evaluate/evaluation.py:_Run._missing": (
         "evaluate/test_evaluation.py::test_other_settings_and_other_problems_are_refused_or_begun_anew",
     ),
