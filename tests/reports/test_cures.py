@@ -127,6 +127,9 @@ UNTRIED: dict[str, str] = {
         experiments/small_data.py:check_data
         experiments/small_model.py:base_folder
         experiments/small_train.py:train_experts
+        output/between.py:Between._hold
+        output/between.py:Between._hold
+        output/between.py:kept
         output/manifest.py:read_manifest
         output/staging.py:Staging._make_ready
         output/staging.py:Staging._make_ready
@@ -153,12 +156,22 @@ UNTRIED: dict[str, str] = {
         planning/vocabularies.py:_Follower._view
         planning/vocabularies.py:_Follower._wanted
         planning/vocabularies.py:_Follower.all
+        recipe/documents.py:_Links.__init__
+        recipe/documents.py:_Links._needed
+        recipe/documents.py:_Links._needed
+        recipe/documents.py:_Links._visit
+        recipe/documents.py:_Links.order
+        recipe/documents.py:_Links.order
+        recipe/documents.py:_Links.order
+        recipe/documents.py:read_documents
         recipe/reader.py:_Reader._model
         recipe/reader.py:_Reader._unknown
         recipe/reader.py:_Reader._unknown
         recipe/references.py:named_model
         recipe/slices.py:_pieces
         recipe/slices.py:_sources
+        recipe/text.py:_Composer.documents
+        running/documents.py:run_documents
     """,
 }
 

@@ -106,7 +106,6 @@ EDITS = [
          "[{filter: v, value: 0.5}, {value: 0.5}]"),
     Edit("recipe/text.py:_decode", "merge_method", "```yaml\nmerge_method", "remove the line with ```",
          "```yaml\n", ""),
-    Edit("recipe/text.py:_Composer.document", W, W + "---\n" + GOOD, "one file each", "---\n" + GOOD, ""),
     Edit("recipe/text.py:_Composer.node", "0.5", "!!float 0.5", "remove it", "!!float ", ""),
     Edit("recipe/text.py:_Composer.entry", "base_model", "[1, 2]: 3\nbase_model", "a word such as",
          "[1, 2]: 3", "name: word"),
