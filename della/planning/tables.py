@@ -13,9 +13,9 @@ from della.errors import Problem, clip
 from della.planning.heads import embeddings_of
 
 OF_THE_VOCABULARY = re.compile(
-    r"(^|\.)(shared|embed_tokens|wte|word_embeddings?|embed_in|tok_embeddings|backbone\.embeddings|lm_head"
-    r"|embed_out|lm_loss|predictions\.decoder)\.weight$"
-    r"|(^|\.)(final_logits_bias|(lm_head|embed_out|lm_loss|predictions|predictions\.decoder)\.bias)$"
+    r"(^|\.)((shared|embed_tokens|wte|word_embeddings?|embed_in|tok_embeddings|token_embedding|embeddings)\.weight"
+    r"|(lm_head|embed_out|lm_loss|predictions|vocab_projector|generator_lm_head|pred_layer\.proj|proj_out"
+    r"|output)(\.decoder)?\.(weight|bias)|final_logits_bias)$"
 )
 _LEAST = 1000  # rows by which a tensor of another name is known as one of the vocabulary
 
@@ -52,18 +52,36 @@ def rows_of(source: Source, known: Mapping[str, int]) -> int | None:
 def tables(source: Source) -> dict[str, int]:
     """The tensors that have a row for each token, with the axis that counts them: by name, or by a size that
     is no other one of the configuration."""
-    first = embeddings_of(source)
+    first = embeddings_of(source) or next(_sized(source), None)
     if first is None or not source.tensors[first].shape:
         return {}
     rows = source.tensors[first].shape[0]
     telling = rows >= _LEAST and rows not in _sizes(source.config)
     found = {}
     for name, view in source.tensors.items():
-        axis = next((n for n, size in enumerate(view.shape) if size != 1), 0)
+        axis = next((n for n, size in enumerate(view.shape) if size == rows or size != 1), 0)
         known = telling or OF_THE_VOCABULARY.search(name)
         if known and view.dtype.is_float and view.shape[axis : axis + 1] == (rows,):
             found[name] = axis
     return found
+
+
+def _sized(source: Source) -> Iterator[str]:
+    """Embeddings of another name: of as many rows as the configuration counts tokens."""
+    part = source.config.get("text_config")
+    count = source.config.get("vocab_size", part.get("vocab_size") if isinstance(part, dict) else None)
+    for name, view in source.tensors.items():
+        if "embed" in name and len(view.shape) == 2 and view.shape[0] == count:
+            yield name
+
+
+def sideways(source: Source, known: Mapping[str, int]) -> str | None:
+    """A tensor with a column for each token, which is gathered nowhere."""
+    rows = rows_of(source, known) or 0
+    if rows < _LEAST or rows in _sizes(source.config):
+        return None
+    floats = ((name, view) for name, view in source.tensors.items() if view.dtype.is_float)
+    return next((name for name, view in floats if rows in view.shape and name not in known), None)
 
 
 def _sizes(config: Mapping[str, Any]) -> Iterator[int]:

@@ -22,7 +22,7 @@ from della.errors import CheckpointError, Collector, Problem, RecipeError, clip,
 from della.planning.heads import HEAD, embeddings_of
 from della.planning.retokenized import other_files, with_added
 from della.planning.row_maps import placed, row_map
-from della.planning.tables import Known, resized, rows_of, tables, unequal
+from della.planning.tables import Known, resized, rows_of, sideways, tables, unequal
 from della.recipe.models import Recipe
 from della.recipe.references import same
 from della.recipe.tokens import Row, Tokenizer
@@ -163,6 +163,10 @@ class _Follower:
             said = f"has no tokenizer that can be read; its rows are taken as those of {self.template}'s"
             self.notes.append(f"{source.reference}: {said}")
         known = Known(source, theirs if theirs.tokens else ours, rows)
+        if theirs.moved:
+            token, number, _ = theirs.moved[0]
+            said = f"{len(theirs.moved)} added tokens of tokenizer.json follow a hole in its ids"
+            self.notes.append(f"{source.reference}: {said}; row {number} is taken as {clip(token)!r}")
         beyond = sum(number >= rows for number in known.vocabulary.tokens)
         if beyond and source is not self.base:
             self.notes.append(
@@ -334,12 +338,18 @@ class _Follower:
         return k, self.known[k].ids[row.token] if row.token is not None else int(row.token_id or 0)
 
     def _gather(self, wanted: _Wanted, folder: Path) -> None:
-        """Each model with its rows in place, and the base with the files of the tokenizer."""
+        """Each model with its rows in place, and the base with the files of the tokenizer.
+
+        Raises CheckpointError.
+        """
         made: dict[str, Source] = {}
         for k, (name, source) in enumerate(self.opened.items()):
             row_map, used = self._map(k, wanted)
             if row_map.is_identity and wanted.rows == self.known[k].rows:
                 continue
+            if odd := sideways(source, self.tables):
+                said = f"{odd} has tokens along another axis than its first, and rows would not follow them"
+                raise CheckpointError(Problem(said, "give models of one tokenizer", source.reference, odd))
             tensors = dict(source.tensors)
             for table, axis in self.tables.items():
                 if table in source.tensors:

@@ -10,7 +10,10 @@ import pytest
 
 pytest.importorskip("tokenizers", reason="needs tokenizers")
 
+import numpy as np
+import tokenizers
 from checkpoints import put
+from safetensors.numpy import load_file, save_file
 from vocabularies import ADDED, CORPORA, family, ids, recipe, trained, write
 
 import della
@@ -142,8 +145,6 @@ def test_a_model_without_a_tokenizer(tmp_path: Path) -> None:
 
 
 def test_tables_of_different_sizes_in_one_model(tmp_path: Path) -> None:
-    from safetensors.numpy import save_file
-
     tensors = family(tmp_path, "bpe")["one"]
     save_file(tensors | {"lm_head.bias": tensors["lm_head.bias"][:-1]}, tmp_path / "one/model.safetensors")
     said = refused(tmp_path, CheckpointError, tokenizer_source="union")
@@ -175,3 +176,37 @@ def test_one_file_has_no_tokenizer(tmp_path: Path) -> None:
     with make_plan(read_recipe(recipe(tmp_path, tokenizer={})), target=target) as plan:
         assert any("one file has no tokenizer beside it" in note for note in plan.notes)
     assert not any("one file" in note for note in planned(tmp_path, tokenizer={}))
+
+
+def test_columns_of_tokens_cannot_follow(tmp_path: Path) -> None:
+    """A table that has its tokens along the second axis."""
+    for seed, (name, added) in enumerate({"base": [], "one": ["<|a|>"], "two": []}.items()):
+        words = {f"w{n}": n for n in range(1100)}
+        tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "w0"))
+        tokenizer.add_special_tokens(added)
+        tensors = write(tmp_path / name, tokenizer, seed)
+        save_file(
+            tensors | {"odd": np.zeros((2, 1100 + len(added)), np.float32)},
+            tmp_path / name / "model.safetensors",
+        )
+    said = refused(tmp_path, CheckpointError, tokenizer_source="union")
+    assert "odd has tokens along another axis" in said
+    put(tmp_path / "one", {"tokenizer.json": json.loads((tmp_path / "base/tokenizer.json").read_text())})
+    tensors = {n: t[:1100] for n, t in load_file(tmp_path / "one/model.safetensors").items() if n != "odd"}
+    save_file(tensors | {"odd": np.zeros((2, 1100), np.float32)}, tmp_path / "one/model.safetensors")
+    planned(tmp_path, tokenizer_source="union")
+
+
+def test_a_head_by_another_name(tmp_path: Path) -> None:
+    tensors = family(tmp_path, "bpe")
+    names = {
+        "model.embed_tokens.weight": "text.token_embedding.weight",
+        "lm_head.weight": "lm_head.decoder.weight",
+    }
+    for name, held in tensors.items():
+        renamed = {names.get(tensor, tensor): values for tensor, values in held.items()}
+        save_file(renamed, tmp_path / name / "model.safetensors")
+    with della.plan(recipe(tmp_path, tokenizer={})) as plan:
+        counts = {job.name: job.shape[0] for job in plan.jobs if "norm" not in job.name}
+    assert set(counts.values()) == {len(ids(tmp_path / "base")) + 3}
+    assert set(counts) == {*names.values(), "lm_head.bias"}
