@@ -28,6 +28,7 @@ MOST_ROOMS, MOST_FLOORS = 25, 9
 FENCES = {
     "yaml": ["recipe.text"],
     "huggingface_hub": ["checkpoint.source"],
+    "jinja2": ["planning.templates"],
     "numba": ["merging.kernels.compile"],
     "typer": ["cli.main", "cli.options"],
     "rich": ["cli.console"],

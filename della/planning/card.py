@@ -75,11 +75,16 @@ def side_file(path: Path, auto_map: bool = False) -> bytes:
         raise OutputError(
             Problem(f"cannot be copied to the result ({error.strerror})", subject=str(path))
         ) from error
+    return published(path.name, raw, auto_map, str(path))
+
+
+def published(name: str, raw: bytes, auto_map: bool, shown: str) -> bytes:
+    """What `side_file` gives of a file with this content; ``shown`` names it in messages."""
     says_more = any(key.encode() in raw for key in (*CODE, *_ORIGINS, "\\u"))  # an escape may hide a key
-    is_config = path.name == "config.json" or path.name.endswith("_config.json")
+    is_config = name == "config.json" or name.endswith("_config.json")
     if not is_config or not says_more:
         return raw
-    config = json_object(raw, str(path))
+    config = json_object(raw, shown)
     kept = _published(config, auto_map)
     return raw if kept == config else _json(kept)
 

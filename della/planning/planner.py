@@ -32,6 +32,7 @@ from della.planning.heads import settled
 from della.planning.job import Job, Model, Operand, Plan, Section
 from della.planning.layers import Sections, depths, parted
 from della.planning.overall import check_compat, check_whole_model, islands, ranked, storage
+from della.planning.templates import settle_template
 from della.planning.vocabularies import follow_tokens
 from della.recipe.reader import ModelEntry, Recipe
 
@@ -68,6 +69,8 @@ def make_plan(
         base = opened.get(recipe.template)
         models, told = _checked(recipe, base, sections, check, read)
         recipe, notes = replace(recipe, models=tuple(model.entry for model in models)), [*notes, *told]
+        if base is not None:
+            notes += settle_template(recipe, base, opened.values(), check)
         with check:
             _check_space(target, base, sections)
         check.raise_any()
@@ -174,7 +177,9 @@ def _checked(
         once: dict[object, Source] = {}
         for source in fitting:
             once.setdefault((source.folder, source.reference), source)
-        notes += tokenizers.compare(base, [*once.values()], check, recipe.tokenizer, read)
+        notes += tokenizers.compare(
+            base, [*once.values()], check, recipe.tokenizer, read, bool(recipe.chat_template)
+        )
     for section in sections.each:
         for each in dict.fromkeys(model.norms for model in section.models if model.norms):
             check.extend(misfits(each, section.base))

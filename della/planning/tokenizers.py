@@ -39,12 +39,12 @@ FILES = (
 
 def compare(
     base: Source, models: Sequence[Source], problems: Collector,
-    choice: Tokenizer | None = None, read: Read = read_vocabulary,
+    choice: Tokenizer | None = None, read: Read = read_vocabulary, names_template: bool = False,
 ) -> list[str]:  # fmt: skip
     """A line on each model whose tokenizer is another than the base's; ids without a row are ``problems``.
 
     With a ``choice`` rows follow tokens, so that other ids are no difference; that of a model is written, and
-    nothing is held against the base's.
+    nothing is held against the base's.  With ``names_template`` the recipe says which template is written.
     """
     if choice and choice.source not in ("base", "union"):
         return []
@@ -69,7 +69,7 @@ def compare(
                 notes.append(
                     f"{model.reference}: another tokenizer than {base.reference}'s, which is written: {said}"
                 )
-        own = chat_template(model.folder)
+        own = None if names_template else chat_template(model.folder)
         lacking = [*_lacking(base, model), *([own[0]] if own and not template else [])]
         if said := ", ".join(lacking):
             notes.append(f"{model.reference}: has {said}; {base.reference} has none, and so has the result")

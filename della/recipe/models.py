@@ -15,6 +15,7 @@ from della.dtypes import DType
 from della.errors import Collector, Location, Problem, RecipeError, clip, some, suggest
 from della.merging.method import Method
 from della.recipe.settings import Filtered, Gradient, Scalar, Setting, choose, possible
+from della.recipe.templates import ChatTemplate
 from della.recipe.tokens import Tokenizer
 
 _MOST_COMPLAINTS = 5
@@ -48,7 +49,8 @@ class Recipe:
     Settings that the method does not use are in neither.  What to do about unfit inputs: ``nonfinite``
     ("error", "keep", "zero"), ``missing`` ("error", "base"), ``extra`` ("error", "ignore", "copy"),
     ``mismatch`` of model types ("error", "ignore");
-    ``plain_fp8``: float8 tensors are values, no codes; ``tokenizer``: the one that the result shall have.
+    ``plain_fp8``: float8 tensors are values, no codes; ``tokenizer`` and ``chat_template``: those that the
+    result shall have.
 
     A recipe of slices or modules has ``parts``, a recipe each; then ``models`` are those of all parts.
 
@@ -73,6 +75,7 @@ class Recipe:
     mismatch: str
     plain_fp8: bool
     tokenizer: Tokenizer | None
+    chat_template: ChatTemplate | None
     notes: tuple[str, ...]
     location: Location = field(compare=False, repr=False)
     parts: tuple[Part, ...] = ()

@@ -25,6 +25,7 @@ from della.recipe.references import identities, named_model, same
 from della.recipe.remarks import told_twice, without_effect
 from della.recipe.settings import Setting, read_setting, read_value
 from della.recipe.slices import check_lengths, is_parted, joined, layer_range, pieces
+from della.recipe.templates import read_template
 from della.recipe.text import dump, load_text, parse
 from della.recipe.tokens import read_tokenizer
 from della.recipe.tree import Items, Leaf, Node, Table, example, from_objects, refusal, show
@@ -37,7 +38,6 @@ _TOP_KEYS = (
     "tokenizer", "chat_template",
 )  # fmt: skip
 _MODEL_KEYS = ("model", "parameters", "input_norms")
-_LATER_KEYS = {"chat_template": "remove it, and the chat template is the base model's"}
 _BESIDE = "names a file of one model, so it belongs beside 'model:' in an entry of 'models'"
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
@@ -108,11 +108,7 @@ class _Reader:
         self._refuse_strange_keys(root, _TOP_KEYS, "at the top level", "")
         if is_parted(root):
             return self._parted(root, path, dump(root) if text is None else text)
-        for key, instead in _LATER_KEYS.items():
-            if self._entry(root, key):
-                said, at = f"{key!r} is not part of this version yet", root.entries[key].key
-                self._tell(at, key, said, instead)
-        tokenizer = read_tokenizer(root, self.problems)
+        tokenizer, template = read_tokenizer(root, self.problems), read_template(root, self.problems)
         self._method(root)
         base = self._named(root, "base_model", "'base_model'")
         if base is not None:
@@ -151,6 +147,7 @@ class _Reader:
             compat=compat is not None,
             plain_fp8=bool(self._value(root, dialect.PLAIN_FP8)),
             tokenizer=tokenizer,
+            chat_template=template,
             **policies,
             notes=tuple(self.notes),
             location=location,

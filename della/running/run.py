@@ -28,7 +28,7 @@ from della.options import Execution, Permissions, Target, spelt
 from della.output.journal import Done
 from della.output.manifest import MANIFEST, UNKNOWN, build_manifest, dump, embed, recorded, sealed, versions
 from della.output.writer import StagedOutput
-from della.planning.card import config_json, model_card, side_file
+from della.planning.card import config_json, model_card, published, side_file
 from della.planning.job import Job, Plan, html_table
 from della.planning.published import portable_references, portable_text
 from della.running import measure
@@ -259,7 +259,8 @@ def _complete(
     if plan.base.config:
         files["config.json"] = config_json(plan.base.config, plan.jobs, auto_map)
     files |= {name: side_file(path, auto_map) for name, path in plan.base.side_files().items()}
-    files |= {name: made for name, made in plan.base.instead.items() if isinstance(made, bytes)}
+    made = {name: raw for name, raw in plan.base.instead.items() if isinstance(raw, bytes)}
+    files |= {name: published(name, raw, auto_map, name) for name, raw in made.items()}
     for name, content in files.items():
         staged.add_file(name, content)
     table = {shard.name: _entry(shard.header, shard.size) for shard in staged.shards}

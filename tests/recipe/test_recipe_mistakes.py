@@ -128,10 +128,8 @@ def test_all_problems_are_told_at_once_in_the_order_of_lines_with_the_file(tmp_p
              "union}', or 'tokenizer_source: base'"),
         ),
         (
-            "chat_template: auto\n",
-            ("6:1: 'chat_template' is not part of this version yet; remove it, and the chat template is "
-             "the base "
-            "model's"),
+            "chat_template: chatlm\n",
+            "6:16: unknown chat_template 'chatlm'; did you mean 'chatml'?",
         ),
         ("seed: -1\n", "6:7: 'seed' must lie between 0 and 18446744073709551615, found -1"),
         ("seed: 1.5\n", "6:7: 'seed' must be a whole number, found 1.5"),
