@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -245,7 +246,8 @@ def test_a_template_that_wants_no_system_message_may_say_so(here: Path) -> None:
 def test_tags_that_transformers_knows(here: Path) -> None:
     text = (
         "{% for m in messages %}{% if m.role == 'x' %}{% continue %}{% endif %}"
-        "{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}{{ strftime_now('%d') }}{{ messages | tojson(indent=2) }}"
+        "{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+        "{{ strftime_now('%d') }}{{ messages | tojson(indent=2) }}"
     )
     assert "is written" in notes(text)
 
@@ -268,3 +270,10 @@ def test_the_cure_of_a_template_of_another_model_works(here: Path) -> None:
     with pytest.raises(RecipeError, match="name another one, such as 'chat_template: chatml'"):
         della.plan(recipe("auto"))
     assert "is written" in notes("chatml")
+
+
+def test_the_example_of_the_page(here: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs/documents.md").read_text(encoding="utf-8")
+    (text,) = (each for each in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL) if "chat_template" in each)
+    out = della.merge(text, "out").out
+    assert (out / "chat_template.jinja").read_text() == TEMPLATES["chatml"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import time
 from pathlib import Path
@@ -358,3 +359,10 @@ def test_the_command_merges_documents(here: Path, command: Command) -> None:
 
 def test_read_recipe_takes_one_document(here: Path) -> None:
     assert "one document more" in _told(RECIPE)
+
+
+def test_the_example_of_the_page(here: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs/documents.md").read_text(encoding="utf-8")
+    (text,) = (each for each in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL) if "\n---\n" in each)
+    della.merge(text, "out")
+    assert np.allclose(weights(here / "out"), SECOND, atol=1e-6)
