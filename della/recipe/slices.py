@@ -156,7 +156,7 @@ def _without_idle(found: Sequence[Piece], base: Entry | None) -> list[Piece]:
     methods = [METHODS.get(_text(piece.table, "merge_method")) for piece in found]
     used = {name for method in methods if method for name in method.parameters}
     based = [
-        method is None or method.needs_base or _lists_base(piece.table)
+        method is None or (method.with_base or method).needs_base or _lists_base(piece.table)
         for piece, method in zip(found, methods, strict=True)
     ]
     made = []

@@ -294,3 +294,42 @@ def test_a_filter_holds_in_one_slice_at_least(site: Path) -> None:
     assert "layers.7.mlp.up" in said
     own = FRANKEN.replace("[0, 3]}", "[0, 3], parameters: {scale: [{filter: layers.6.mlp.up, value: 2}]}}")
     assert "layers.6.mlp.up" in told(site, own, RecipeError)
+
+
+def slerp(base: Any, other: Any, t: float) -> Any:
+    one, two = base.astype(float).ravel(), other.astype(float).ravel()
+    angle = np.arccos(one @ two / np.linalg.norm(one) / np.linalg.norm(two))
+    return (np.sin((1 - t) * angle) * base + np.sin(t * angle) * other) / np.sin(angle)
+
+
+def test_slerp_as_most_recipes_in_the_wild_write_it(site: Path) -> None:
+    """Both models whole, as the sources of one slice; t by part and by layer."""
+    a, _ = two(site)
+    c = kept(site, "c", layered(3, 4))
+    found, _ = merged(
+        site,
+        "slices:\n  - sources:\n      - {model: a, layer_range: [0, 4]}\n"
+        "      - {model: c, layer_range: [0, 4]}\n"
+        "merge_method: slerp\nbase_model: a\nparameters:\n  t:\n"
+        "    - {filter: self_attn, value: [0, 0.3, 0.6, 0.9]}\n    - {filter: mlp, value: 0.2}\n"
+        "    - value: 0.5\n",
+    )
+    for name, values in a.items():
+        layer = int(name.split(".")[2]) if ".layers." in name else 0
+        t = 0.3 * layer if "self_attn" in name else 0.2 if "mlp" in name else 0.5
+        made = np.frombuffer(found[name], np.float32).reshape(values.shape)
+        np.testing.assert_allclose(made, slerp(values, c[name], t), rtol=0, atol=2e-6)
+
+
+def test_a_base_that_a_method_can_do_without_counts_in_slices_too(site: Path) -> None:
+    a, b = two(site)
+    c = kept(site, "c", layered(3, 4))
+    found, _ = merged(
+        site,
+        "merge_method: nuslerp\nbase_model: a\nslices:\n"
+        "  - sources: [{model: b, layer_range: [0, 4]}, {model: c, layer_range: [0, 4]}]\n",
+    )
+    name = "model.layers.2.mlp.up_proj.weight"
+    made = np.frombuffer(found[name], np.float32).reshape(4, 4)
+    wanted = a[name] + slerp(b[name] - a[name], c[name] - a[name], 0.5)
+    np.testing.assert_allclose(made, wanted, rtol=0, atol=2e-6)
