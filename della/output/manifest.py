@@ -47,12 +47,14 @@ def versions() -> dict[str, str]:
 
 def build_manifest(
     *, recipe: str, method: str, seed: int, base: Mapping[str, Any], models: Sequence[Mapping[str, Any]],
-    coverage: Mapping[str, Mapping[str, Any]], hashes: Mapping[str, str], departures: Sequence[str],
+    others: Sequence[Mapping[str, Any]], coverage: Mapping[str, Mapping[str, Any]],
+    hashes: Mapping[str, str], departures: Sequence[str],
     files: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:  # fmt: skip
     """The manifest as a JSON object.
 
-    ``base`` and ``models`` are as `recorded` gives them, each model with its identity and input norms;
+    ``base``, ``models`` and ``others`` (bases of single slices) are as `recorded` gives them, each model with
+    its identity and input norms;
     ``coverage`` is how much of each model takes part; ``hashes`` are of the output's tensors; ``files`` are
     size and hash of each file.  It holds nothing that differs between two runs of one recipe on one machine:
     no time, no path, no thread count.
@@ -65,7 +67,7 @@ def build_manifest(
         "merge_method": method,
         "seed": seed,
         "departures_from_mergekit": list(departures),
-        "inputs": {"base": dict(base), "models": list(models)},
+        "inputs": {"base": dict(base), "models": list(models)} | ({"others": list(others)} if others else {}),
         "coverage": dict(coverage),
         "tensor_hash": "xxh3_128",
         "tensors": dict(hashes),
@@ -150,6 +152,7 @@ class Manifest:
     files: dict[str, Entry]
     base: Recorded
     models: list[Recorded]
+    others: list[Recorded]
 
 
 class _NotOurs(Exception):
@@ -224,6 +227,7 @@ def _parse(found: Mapping[str, Any]) -> Manifest:
         files={name: _entry(name, entry) for name, entry in files.items()},
         base=_recorded(_part(inputs, "base", dict)),
         models=[_recorded(model) for model in _part(inputs, "models", list)],
+        others=[_recorded(each) for each in _part({"others": [], **inputs}, "others", list)],
     )
 
 

@@ -285,7 +285,19 @@ class Plan:
     def sources(self) -> list[Source]:
         """The base, the models and their files of input norms, each once."""
         norms = (model.norms for model in self.models)
-        return list(dict.fromkeys((self.base, *(m.source for m in self.models), *filter(None, norms))))
+        merged = (self.base, *(m.source for m in self.models), *self.others)
+        return list(dict.fromkeys((*merged, *filter(None, norms))))
+
+    @property
+    def others(self) -> list[Source]:
+        """The bases of slices and modules that are neither the base nor a model, as far as they are read."""
+        known = {self.base.reference, *(model.source.reference for model in self.models)}
+        found: dict[str, Source] = {}
+        for base in (section.base for section in self.sections):
+            if base.reference not in known:
+                held = found[base.reference].tensors if base.reference in found else {}
+                found[base.reference] = base.changed({**held, **base.tensors})
+        return list(found.values())
 
     @property
     def bytes_read(self) -> int:

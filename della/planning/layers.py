@@ -206,7 +206,24 @@ class Sections:
             config, told, lists = layer_config.joined(config, cutting.stack, cutting.cuts)
             notes += told
             self.lists += lists
+            if not lists:
+                self._check_numbers(base, cutting)
         return config, notes
+
+    def _check_numbers(self, base: Source, cutting: Cutting) -> None:
+        """Where layers are of several kinds, and no list of the configuration says which is which, it goes by
+        their numbers.  Raises CheckpointError for a layer of another kind than the base's of its number.
+        """
+        kinds = _layers(base, cutting.stack)
+        if len(set(kinds.values())) < 2:
+            return
+        for section in (s for s in self.each if s.layers and s.layers[0] == cutting.stack):
+            for number, kind in _layers(section.base, cutting.stack).items():
+                if kinds.get(number, kind) != kind:
+                    said = f"{section.label}: layer {number} of the result is of another kind than layer"
+                    said += f" {number} of {base.reference}, and its config.json tells kinds by their numbers"
+                    fix = "choose ranges in which layers of a kind of their own keep their numbers"
+                    raise CheckpointError(Problem(said, fix, section.base.reference))
 
     def departures(self) -> Iterator[str]:
         """What mergekit 0.1.5 does otherwise."""
@@ -339,21 +356,29 @@ def check_kin(base: Source, sections: Sequence[Section], check: Collector) -> No
                 break
 
 
-def _kinds(source: Source, stack: str) -> dict[frozenset[tuple[str, tuple[int, ...]]], str]:
-    """What a layer consists of, for each kind of layer; with the name of the first such layer."""
-    layers: dict[str, dict[str, tuple[int, ...]]] = {}
+_Kind = frozenset[tuple[str, tuple[int, ...]]]
+
+
+def _layers(source: Source, stack: str) -> dict[int, _Kind]:
+    """What each layer consists of: names and shapes."""
+    layers: dict[int, dict[str, tuple[int, ...]]] = {}
     for name, view in source.tensors.items():
         if (match := configs.STACK.match(name)) and match[1] == stack:
-            layers.setdefault(name[: match.end() - 1], {})[name[match.end() :]] = view.shape
-    found: dict[frozenset[tuple[str, tuple[int, ...]]], str] = {}
-    for layer, own in layers.items():
-        found.setdefault(frozenset(own.items()), layer)
+            layers.setdefault(int(match[2]), {})[name[match.end() :]] = view.shape
+    return {number: frozenset(own.items()) for number, own in layers.items()}
+
+
+def _kinds(source: Source, stack: str) -> dict[_Kind, str]:
+    """What a layer consists of, for each kind of layer; with the name of the first such layer."""
+    found: dict[_Kind, str] = {}
+    for number, kind in _layers(source, stack).items():
+        found.setdefault(kind, f"{stack}.{number}")
     return found
 
 
 def _stranger(
     base: Source, section: Section, layer: Mapping[str, tuple[int, ...]],
-    known: Mapping[frozenset[tuple[str, tuple[int, ...]]], str], name: str,
+    known: Mapping[_Kind, str], name: str,
 ) -> Problem:  # fmt: skip
     theirs = max((dict(kind) for kind in known), key=lambda kind: len(kind.keys() & layer.keys()), default={})
     here = f"{section.label}: {name}"

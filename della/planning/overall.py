@@ -19,6 +19,12 @@ _SOON_READ = 1 << 20  # elements of a tensor that a plan reads without delay
 def check_whole_model(recipe: Recipe, jobs: Sequence[Job]) -> None:
     """What a method learns of the whole model is of one kind: the same settings, and float32, everywhere."""
     whole = [(job, why) for job in jobs if job.method and (why := job.method.whole_model)]
+    kinds = {(type(job.method), *(each.identity for each in job.experts)) for job, _ in whole}
+    if len(kinds) > 1:
+        why = whole[0][1]
+        said = f"{why.option} {why.does}, and parts of the model are of other models or methods"
+        fix = f"use {why.instead}, or the same sources and merge_method in every part"
+        raise RecipeError(recipe.located(Problem(said, fix, parameter=why.option.parameter)))
     for why in dict.fromkeys(why for _, why in whole):
         mine, parameter = [job for job, own in whole if own is why], why.option.parameter
         for name in why.same:

@@ -227,6 +227,7 @@ def _manifest(
         seed=plan.recipe.seed,
         base=record(plan.base),
         models=models,
+        others=[record(source) for source in plan.others],
         coverage={name: each.as_dict for name, each in zip(called, plan.coverage, strict=True)},
         hashes={job.name: done[job.name].hash for job in plan.jobs},
         departures=plan.departures,

@@ -308,7 +308,7 @@ def _input_checks(plan: Plan, manifest: Manifest, verdict: Verdict) -> list[Chec
     if (now := len(plan.models)) != (told := len(manifest.models)):
         verdict.tell(f"models in its recipe: {now}, in its manifest: {told}", verdict.out)
     found: dict[tuple[Source, str, str], Check] = {}
-    pairs = [(plan.base, manifest.base)]
+    pairs = [(plan.base, manifest.base), *zip(plan.others, manifest.others)]
     for model, was in zip(plan.models, manifest.models):
         pairs.append((model.source, was))
         if model.norms and was.norms:

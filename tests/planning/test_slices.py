@@ -171,6 +171,37 @@ def test_overrides_reach_every_slice(site: Path) -> None:
     assert found == plain
 
 
+def test_a_slice_with_a_base_of_its_own(site: Path) -> None:
+    """Which is an input like any other: verified, and looked at before it is read."""
+    a, b = two(site)
+    c = kept(site, "c", layered(3, 6))
+    text = FRANKEN.replace(
+        "- sources: [{model: b", "- base_model: c\n    merge_method: task_arithmetic\n    sources: [{model: b"
+    )
+    found, _ = merged(site, text + "base_model: a\n")
+    name, new = (f"model.layers.{n}.mlp.up_proj.weight" for n in (5, 6))
+    assert found[new] == (c[name] + (b[name] - c[name])).tobytes()
+    assert found["model.layers.0.mlp.up_proj.weight"] == a["model.layers.0.mlp.up_proj.weight"].tobytes()
+    kept(site, "c", {n: v + 1 for n, v in c.items()})
+    bad = della.verify(site / "out", inputs=True, base_dir=site).bad
+    assert bad
+    assert all(str(site / "c") in line for line in bad)
+
+
+@pytest.mark.parametrize("cured", [False, True])
+def test_what_is_learnt_of_a_whole_model_is_of_the_same_models(site: Path, cured: bool) -> None:
+    two(site)
+    kept(site, "c", layered(3, 6))
+    text = "merge_method: ties\nbase_model: b\nparameters: {density: 0.5, scope: model}\nslices:\n"
+    text += "  - sources: [{model: c, layer_range: [0, 2]}]\n  - sources: [{model: d, layer_range: [2, 6]}]\n"
+    kept(site, "d", layered(4, 6))
+    if cured:
+        merged(site, text.replace("model: d", "model: c"))
+        merged(site, text.replace("scope: model", "scope: tensor"))
+    else:
+        assert re.search(r":3:\d+: scope: model .* same sources", told(site, text, RecipeError))
+
+
 # ---- mistakes ----------------------------------------------------------------------------------------------
 
 LAST = "  - sources: [{model: b, layer_range: [2, 6]}]\n"
@@ -272,6 +303,20 @@ def test_layers_of_another_kind_are_refused(site: Path, change: str) -> None:
     said = told(site, FRANKEN)
     words = {"shape": r"slice 2.*up_proj.*\[3, 4\].*\[4, 4\]", "more": "o_proj.bias", "type": "qwen2.*llama"}
     assert re.search(words[change], said), said
+
+
+@pytest.mark.parametrize("first", [1, 3])
+def test_layers_whose_kind_goes_by_their_number(site: Path, first: int) -> None:
+    """As DeepSeek's: the first layer is dense, the others are mixtures."""
+    mixed = {n: v for n, v in layered(1, 5).items() if "mlp" not in n or ".0." in n}
+    mixed |= {f"model.layers.{n}.mlp.experts.0.w": np.ones((2, 2), np.float32) for n in range(1, 5)}
+    kept(site, "a", mixed, first_k_dense_replace=1)
+    text = "merge_method: passthrough\nslices:\n  - sources: [{model: a, layer_range: [0, 4]}]\n"
+    merged(site, text + f"  - sources: [{{model: a, layer_range: [{first}, 5]}}]\n")
+    said = told(
+        site, text.replace("[0, 4]", f"[{first}, 5]") + "  - sources: [{model: a, layer_range: [0, 2]}]\n"
+    )
+    assert re.search(r"slice 1: layer 0 of the result is of another kind .* keep their numbers", said)
 
 
 def test_several_stacks_are_refused_with_their_names(site: Path) -> None:

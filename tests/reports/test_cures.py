@@ -20,6 +20,12 @@ ELSEWHERE: dict[str, tuple[str, ...]] = {
     "merging/methods/spheres.py:_no_mean": (
         "merging/test_directions.py::test_weights_without_a_sum_have_no_mean",
     ),
+    "planning/layers.py:Sections._check_numbers": (
+        "planning/test_slices.py::test_layers_whose_kind_goes_by_their_number",
+    ),
+    "planning/overall.py:check_whole_model": (
+        "planning/test_slices.py::test_what_is_learnt_of_a_whole_model_is_of_the_same_models",
+    ),
     "recipe/filters.py:_layers": ("recipe/test_filters.py::test_mistakes",),
     "recipe/filters.py:read_filter": (
         "recipe/test_filters.py::test_mistakes",
