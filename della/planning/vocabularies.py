@@ -195,9 +195,8 @@ class _Follower:
 
     def _wanted(self, folder: Path) -> _Wanted:
         """Its tokens.  Raises RecipeError, CheckpointError."""
-        source, k = self.choice.source, self._index(self.choice.source)
-        if source in ("base", "union"):
-            k = self._index(self.template)
+        source, here = self.choice.source, folder.resolve()
+        k = next((k for k, each in enumerate(self.known) if each.source.folder.resolve() == here), None)
         vocabulary = self.known[k].vocabulary if k is not None else self.read(folder)
         if not vocabulary.tokens:
             raise CheckpointError(Problem("has no tokenizer that can be read", CURE, source))

@@ -304,3 +304,10 @@ def test_a_model_of_other_prefixes_and_nested_configurations(tmp_path: Path) -> 
     np.testing.assert_allclose(
         loaded(out)[TABLES[1]][number], wanted(rows(tmp_path, tensors, TABLES[1], "<|a|>")), atol=1e-6
     )
+
+
+def test_a_model_under_another_path_is_itself(tmp_path: Path) -> None:
+    tensors = family(tmp_path, "bpe", pad=4)
+    (tmp_path / "link").symlink_to(tmp_path / "one")
+    out = merge(tmp_path, tokenizer_source=str(tmp_path / "link"))
+    assert len(loaded(out)[TABLES[0]]) == len(tensors["one"][TABLES[0]])  # its padding too

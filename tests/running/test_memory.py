@@ -75,15 +75,21 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @pytest.mark.skipif(
     not Path("/proc/self/status").exists(), reason="only Linux tells a process's high-water mark"
 )
-@pytest.mark.parametrize("method", ["della", "ties", "linear"])
+@pytest.mark.parametrize("method", ["della", "ties", "linear", "linear, rows by token"])
 def test_memory_stays_under_the_ceiling(models: list[Path], method: str, tmp_path: Path) -> None:
     base, *experts = models
+    method, _, by_token = method.partition(", ")
+    for seed, folder in enumerate(models if by_token else ()):  # each with the tokens in another order
+        order = np.random.default_rng(seed).permutation(VOCABULARY).tolist()
+        vocabulary = {f"w{word}": number for number, word in enumerate(order)}
+        (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}}))
     recipe: dict[str, Any] = {
         "merge_method": method,
         "models": [{"model": str(expert)} for expert in experts],
     }
     if method != "linear":
         recipe |= {"base_model": str(base), "parameters": {"density": 0.5}}
+    recipe |= {"tokenizer_source": "base"} if by_token else {}
     out = tmp_path / "out"
     path = tmp_path / "recipe.yml"
     path.write_text(json.dumps(recipe))
