@@ -100,6 +100,19 @@ class Combination(Method):
         return Along.TENSOR
 
     @property
+    def is_mean(self) -> bool:
+        """Whether vectors that are all the same give that vector."""
+        return True
+
+    def _factors(self, subject: Subject, gram: Array) -> Array:
+        """`factors`; of vectors that are all the same the first, so that what no model changed stays as it
+        is to the last bit."""
+        found = self.factors(subject, gram)
+        same = (gram == gram[:, :1, :1]).all(axis=(1, 2)) & self.is_mean
+        first = np.arange(found.shape[1]) == 0
+        return np.where(same[:, None], first, found)
+
+    @property
     def _has_base_vector(self) -> bool:
         return self.needs_base and not self.of_deltas
 
@@ -108,7 +121,7 @@ class Combination(Method):
         if base is not None and self.needs_base:
             vectors = [model - base for model in models] if self.of_deltas else [base, *models]
         along = self.along.of(subject.shape)
-        factors = self.factors(subject, gram(vectors, along))
+        factors = self._factors(subject, gram(vectors, along))
         total = np.zeros_like(vectors[0])
         for column, values in zip(factors.T, vectors, strict=True):
             total = total + self._spread(along, column.astype(total.dtype), total.shape) * values
@@ -131,7 +144,7 @@ class Combination(Method):
             found = _of_rows(passes, count, subject.shape[-1])
         else:
             found = _of_columns(passes, count, subject.size // subject.shape[0])
-        return self.factors(subject, found).astype(np.float32)
+        return self._factors(subject, found).astype(np.float32)
 
     def apply(self, tile: Tile, facts: Array, out: Array) -> None:
         from della.merging.kernels import cast, dots

@@ -115,6 +115,18 @@ def test_nuslerp_of_one_change_takes_its_sine() -> None:
     close(found - base, np.sin(np.pi / 4) * (changed - base))
 
 
+def test_a_tensor_that_only_one_model_has_changed() -> None:
+    base, delta = normal(0, 6, 7), (0.05 * normal(1, 6, 7)).astype(np.float32)
+    models = [base + delta, base]
+    shares = {"sce": 1, "ram": 1, "ties": 1, "della": 1, "model_stock": 0, "multislerp": 0.5}
+    for method, share in shares.items():
+        close(MERGE(base, models, method=method) - base, share * delta)
+    for method in ("task_arithmetic", "nuslerp"):
+        share = np.sin(np.pi / 4) if method == "nuslerp" else 0.5
+        close(MERGE(base, models, weights=[0.5, 0.5], method=method) - base, share * delta)
+    assert np.abs(MERGE(None, models, method="karcher") - base - delta / 2).max() < 0.002
+
+
 @pytest.mark.parametrize("by_column", [False, True])
 def test_nuslerp_of_rows_and_columns(by_column: bool) -> None:
     one, two = normal(1, 5, 8), normal(2, 5, 8)
@@ -138,7 +150,14 @@ def test_multislerp_and_karcher_by_hand() -> None:
 def test_frozen_tensors_stay_the_base() -> None:
     base = normal(0, 3, 4)
     for method in ("multislerp", "model_stock", "sce", "ram", "ramplus_tl"):
-        assert np.array_equal(MERGE(base, [base, base, base], method=method), base), method
+        assert MERGE(base, [base, base, base], method=method).tobytes() == base.tobytes(), method
+    for t in (0.3, 0.7, 1.5):
+        assert MERGE(base, [base], method="slerp", t=t).tobytes() == base.tobytes()
+    for method in ("nuslerp", "multislerp", "karcher"):
+        more: dict[str, Any] = {} if method == "karcher" else {"weights": [0.3, 1.1]}
+        assert MERGE(None, [base, base], method=method, **more).tobytes() == base.tobytes(), method
+    doubled = MERGE(None, [base, base], weights=[1, 1], method="multislerp", normalize_weights=False)
+    close(doubled, 2 * base)
 
 
 @pytest.mark.parametrize("size", [1.0, 1e-5])
@@ -296,6 +315,8 @@ def test_what_hardly_anyone_expects_is_said(tmp_path: Path) -> None:
         assert any("only one of the two has changed" in note for note in plan.notes)
     with della.plan(write(tmp_path, "nuslerp", "one", "two", base=None)) as plan:
         assert not any("only one of the two" in note for note in plan.notes)
+    with della.plan(write(tmp_path, "model_stock", "one", "two")) as plan:
+        assert any("model_stock takes nothing" in note for note in plan.notes)
     with della.plan(write(tmp_path, "karcher", "one", "two")) as plan:
         assert any("base_model has no part in merge_method karcher" in note for note in plan.notes)
 

@@ -156,6 +156,10 @@ class Multislerp(Combination):
         if models and cls(shared).shared["normalize_weights"]:
             yield from _no_mean([cls.expert(identity, own)["weight"] for identity, own in models.items()])
 
+    @property
+    def is_mean(self) -> bool:
+        return bool(self.shared["normalize_weights"])
+
     def factors(self, subject: Subject, gram: Array) -> Array:
         weights = np.array(subject.column("weight"))
         if len(weights) == 1:
@@ -259,6 +263,7 @@ class ModelStock(Combination):
     )
     takes = (FILTER_WISE,)
     experts = (2, None)
+    remark = "of a tensor that only one model has changed, model_stock takes nothing: the cosines are 0"
     nanoseconds = 1.2
 
     def axis(self) -> Along:
