@@ -14,8 +14,9 @@ from della.checkpoint.source import Source
 from della.checkpoint.view import Renamed, TensorView
 from della.errors import CheckpointError, Collector, Location, Problem, RecipeError, some
 from della.planning import configs, layer_config
-from della.planning.heads import HEAD
+from della.planning.heads import HEAD, embeddings_of, is_tied
 from della.planning.job import Model, Section
+from della.planning.kin import check_kin, layers_of
 from della.planning.modules import owner, owners, prefix_of
 from della.recipe.models import Part, Recipe
 
@@ -28,7 +29,7 @@ AFTER = re.compile(r"(^|\.)(embed_out|lm_head|lm_loss)(\.|$)")
 
 
 class Moved(Renamed):
-    """A tensor of a layer under its new number."""
+    """A tensor of a layer under its new number, or embeddings that are a head too."""
 
 
 @dataclass
@@ -214,11 +215,11 @@ class Sections:
         """Where layers are of several kinds, and no list of the configuration says which is which, it goes by
         their numbers.  Raises CheckpointError for a layer of another kind than the base's of its number.
         """
-        kinds = _layers(base, cutting.stack)
+        kinds = layers_of(base, cutting.stack)
         if len(set(kinds.values())) < 2:
             return
         for section in (s for s in self.each if s.layers and s.layers[0] == cutting.stack):
-            for number, kind in _layers(section.base, cutting.stack).items():
+            for number, kind in layers_of(section.base, cutting.stack).items():
                 if kinds.get(number, kind) != kind:
                     said = f"{section.label}: layer {number} of the result is of another kind than layer"
                     said += f" {number} of {base.reference}, and its config.json tells kinds by their numbers"
@@ -260,12 +261,24 @@ def parted(
         prefixes = owners(list(base.tensors), [part for part in recipe.parts if part.module])
     if len(check) > before:
         return made
+    opened = _with_heads(opened)
     parting = _Parting(recipe, opened, {model.entry.identity: model for model in models}, prefixes)
     for part in recipe.parts:
         with check:
             made.each.append(parting.section(part))
     made.cuttings = list(parting.cuttings.values())
     made.left = [name for name in base.tensors if prefixes and owner(name, prefixes) is None]
+    return made
+
+
+def _with_heads(opened: Mapping[str, Source]) -> dict[str, Source]:
+    """Where one model has a head of its own, that of a tied one is its embeddings."""
+    head = next((name for source in opened.values() for name in source.tensors if HEAD.search(name)), None)
+    made = dict(opened)
+    for reference, source in opened.items():
+        first = embeddings_of(source)
+        if head and first and is_tied(source) and not any(map(HEAD.search, source.tensors)):
+            made[reference] = source.changed({**source.tensors, head: Moved(head, source.tensors[first])})
     return made
 
 
@@ -339,54 +352,3 @@ class _Parting:
             stack = self.cuttings[module].stack
             self._splits[source, module] = _Split.of(source, self._of(source, module), stack)
         return self._splits[source, module]
-
-
-def check_kin(base: Source, sections: Sequence[Section], check: Collector) -> None:
-    """Layers of one model are of one kind: each has tensors and shapes of a layer of ``base``, whose
-    configuration is written."""
-    kinds = {stack: _kinds(base, stack) for stack in {s.layers[0] for s in sections if s.layers}}
-    for section in sections:
-        if not section.layers or section.base.folder == base.folder:
-            continue
-        known = kinds[section.layers[0]]
-        for kind, name in _kinds(section.base, section.layers[0]).items():
-            if kind not in known:
-                with check:
-                    raise CheckpointError(_stranger(base, section, dict(kind), known, name))
-                break
-
-
-_Kind = frozenset[tuple[str, tuple[int, ...]]]
-
-
-def _layers(source: Source, stack: str) -> dict[int, _Kind]:
-    """What each layer consists of: names and shapes."""
-    layers: dict[int, dict[str, tuple[int, ...]]] = {}
-    for name, view in source.tensors.items():
-        if (match := configs.STACK.match(name)) and match[1] == stack:
-            layers.setdefault(int(match[2]), {})[name[match.end() :]] = view.shape
-    return {number: frozenset(own.items()) for number, own in layers.items()}
-
-
-def _kinds(source: Source, stack: str) -> dict[_Kind, str]:
-    """What a layer consists of, for each kind of layer; with the name of the first such layer."""
-    found: dict[_Kind, str] = {}
-    for number, kind in _layers(source, stack).items():
-        found.setdefault(kind, f"{stack}.{number}")
-    return found
-
-
-def _stranger(
-    base: Source, section: Section, layer: Mapping[str, tuple[int, ...]],
-    known: Mapping[_Kind, str], name: str,
-) -> Problem:  # fmt: skip
-    theirs = max((dict(kind) for kind in known), key=lambda kind: len(kind.keys() & layer.keys()), default={})
-    here = f"{section.label}: {name}"
-    fix = "all layers of a model must be of one kind and size: name a model of the same architecture"
-    for part in layer.keys() & theirs.keys():
-        if layer[part] != theirs[part]:
-            said = f"{here}.{part} has shape {list(layer[part])}, and a layer of {base.reference}"
-            return Problem(f"{said} {list(theirs[part])}", fix, section.base.reference, f"{name}.{part}")
-    more, fewer = sorted(layer.keys() - theirs.keys()), sorted(theirs.keys() - layer.keys())
-    said = f"has {some(more)}, which no layer of {base.reference} has" if more else f"lacks {some(fewer)}"
-    return Problem(f"{here} {said}", fix, section.base.reference, name)

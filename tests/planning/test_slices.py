@@ -319,6 +319,46 @@ def test_layers_whose_kind_goes_by_their_number(site: Path, first: int) -> None:
     assert re.search(r"slice 1: layer 0 of the result is of another kind .* keep their numbers", said)
 
 
+@pytest.mark.parametrize(("one", "other"), [(True, True), (True, False), (False, True)])
+def test_tied_heads(site: Path, one: bool, other: bool) -> None:
+    """A tied model's head is its embeddings, where the result has a head."""
+    a = kept(site, "a", layered(1, 4, head=not one), tie_word_embeddings=one)
+    b = kept(site, "b", layered(2, 6, head=not other), tie_word_embeddings=other)
+    found, config = merged(site, FRANKEN)
+    assert found[EMBED] == a[EMBED].tobytes()
+    if one and other:
+        assert (HEAD in found, config["tie_word_embeddings"]) == (False, True)
+    else:
+        assert found[HEAD] == b[EMBED if other else HEAD].tobytes()
+        assert config["tie_word_embeddings"] is False
+    with della.plan(site / "recipe.yml") as plan:
+        assert all(each.merged <= each.of for each in plan.coverage)
+
+
+@pytest.mark.parametrize(("name", "cure"), [(HEAD, "as many rows"), (NORM, "of the same sizes")])
+def test_tables_of_other_sizes_are_refused_with_a_cure_that_works(site: Path, name: str, cure: str) -> None:
+    _, b = two(site)
+    kept(site, "b", {**b, name: np.concatenate([b[name], b[name]])})
+    said = told(site, FRANKEN)
+    assert re.search(rf"b: slice 2: {name} has shape .* of a .*{cure}", said), said
+    kept(site, "b", b)
+    merged(site, FRANKEN)
+
+
+def test_other_tokenizers_are_told_with_a_cure_that_works(site: Path) -> None:
+    pytest.importorskip("tokenizers", reason="needs tokenizers")
+    from vocabularies import TABLES, loaded, trained, write
+
+    words = ["a few words for a tokenizer", "and some more of them"]
+    for name, seed, added in (("a", 1, ()), ("b", 2, ("<|x|>", "<|y|>"))):
+        tensors = write(site / name, trained("bpe", words, added), seed)
+        kept(site, name, tensors | {n: v for n, v in layered(seed, 6).items() if ".layers." in n})
+    assert "tokenizer_source: union" in told(site, FRANKEN)
+    (site / "recipe.yml").write_text(FRANKEN + "tokenizer_source: union\n")
+    found = loaded(della.merge(site / "recipe.yml", site / "out", fsync=False).out)
+    assert len({len(found[table]) for table in TABLES}) == 1
+
+
 def test_several_stacks_are_refused_with_their_names(site: Path) -> None:
     both = layered(1, 4, "encoder.layers") | layered(2, 4, "decoder.layers")
     kept(site, "a", both, num_hidden_layers=None, encoder_layers=4, decoder_layers=4)
