@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from della.errors import Location
 from della.merging.method import Method
+from della.recipe.dialect import WITHOUT_EFFECT
 from della.recipe.models import ModelEntry
 from della.recipe.references import same
 from della.recipe.tree import Leaf
@@ -33,7 +34,9 @@ def without_effect(
     notes = [method.remark] if method.remark else []
     for key, locations in unused.items():
         more = f" (it is set in {len(locations)} locations)" if len(locations) > 1 else ""
-        notes.append(f"{locations[0]}: {key!r} has no effect with merge_method {method.name}{more}")
+        where = f"with merge_method {method.name}{more}"
+        where = f"here: {WITHOUT_EFFECT[key]}" if key in WITHOUT_EFFECT else where
+        notes.append(f"{locations[0]}: {key!r} has no effect {where}")
     if base is not None and not method.needs_base and not any(same(m.reference, base.text) for m in models):
         said = f"base_model has no part in merge_method {method.name} unless 'models' lists it too"
         notes.append(f"{base.location}: {said}")

@@ -23,7 +23,7 @@ from della.checkpoint.source import HUB_ID, Source, plain
 from della.checkpoint.strict import json_object
 from della.errors import CheckpointError, DellaError, OutputError, Problem, RecipeError, printable
 from della.options import Checks, Execution, Permissions, spelt
-from della.output.between import kept
+from della.output.between import Between, kept
 from della.output.manifest import MANIFEST, Entry, Manifest, Recorded, read_manifest, versions
 from della.output.shards import INDEX
 from della.output.staging import unfinished
@@ -112,6 +112,8 @@ def verify(
         if plan and wanted.sources is not None:
             _recompute(plan, manifest, wanted.sources, verdict, hashing)
     verdict.problems = list(dict.fromkeys(verdict.problems))
+    if (between := Between(out).folder).is_dir():
+        verdict.notes.append(f"{between}: results of the recipe's other documents, which OUT does not need")
     verdict.notes = [_line(text) for text in verdict.notes]
     return verdict
 

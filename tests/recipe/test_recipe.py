@@ -88,7 +88,7 @@ def test_known_settings_without_effect_are_notes() -> None:
     )
     assert recipe.notes == (
         "recipe:5:5: model 1 is the base model itself, so its parameters have no effect",
-        "recipe:10:14: 'int8_mask' has no effect with merge_method task_arithmetic",
+        "recipe:10:14: 'int8_mask' has no effect here: masks are not kept, so they take no memory",
         "recipe:7:18: 'density' has no effect with merge_method task_arithmetic (it is set in 2 locations)",
     )
     assert dict(recipe.parameters) == {}

@@ -228,6 +228,7 @@ def test_results_between_are_kept_where_that_is_asked_for(here: Path) -> None:
     verdict = della.verify("out", sources=1.0, inputs=True)
     assert verdict.is_well
     assert verdict.recomputed == 1
+    assert [note for note in verdict.notes if str(between) in note]
     again: list[str] = []
     della.merge("recipe.yml", "out", overwrite=True, tell=again.append)
     assert len([line for line in again if "was merged before" in line]) == 2
