@@ -1,4 +1,4 @@
-"""Time and memory of `della plan` on four models of 60 shards and 3,000 tensors each, as sparse files.
+"""Time and memory of `della plan` on sparse files: four models of 60 shards and 3,000 tensors each; slices.
 
 python -m benchmarks.planning [--rounds 5]
 """
@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from della.checkpoint.header import build_header
@@ -20,28 +21,82 @@ from della.dtypes import DTYPES
 
 SHARDS, PER_SHARD, SHAPE = 60, 50, (1024, 1024)
 MODELS = ("base", "a", "b", "c")
+WIDE, INNER, KEYS = 8192, 28672, 1024  # a Llama of 70 B
+LAYER = {
+    "self_attn.q_proj": (WIDE, WIDE), "self_attn.k_proj": (KEYS, WIDE), "self_attn.v_proj": (KEYS, WIDE),
+    "self_attn.o_proj": (WIDE, WIDE), "mlp.gate_proj": (INNER, WIDE), "mlp.up_proj": (INNER, WIDE),
+    "mlp.down_proj": (WIDE, INNER), "input_layernorm": (WIDE,), "post_attention_layernorm": (WIDE,),
+}  # fmt: skip
+Shape = tuple[int, ...]
 
 
-def make(folder: Path) -> Path:
-    """The models, which take next to nothing on the disk; the recipe."""
-    for model in MODELS:
-        (folder / model).mkdir()
-        homes: dict[str, str] = {}
-        for number in range(SHARDS):
-            shard = f"model-{number + 1:05d}-of-{SHARDS:05d}.safetensors"
-            names = [f"model.layers.{number}.part{k}.weight" for k in range(PER_SHARD)]
-            header, spans = build_header([(name, DTYPES["BF16"], SHAPE) for name in names])
-            with (folder / model / shard).open("wb") as file:
-                file.write(header)
-                file.truncate(len(header) + max(end for _, end in spans.values()))
-            homes |= dict.fromkeys(names, shard)
-        config = {"model_type": "llama", "num_hidden_layers": SHARDS}
-        (folder / model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": homes}))
-        (folder / model / "config.json").write_text(json.dumps(config))
-    experts = "".join(f"  - model: {name}\n    parameters: {{density: 0.5}}\n" for name in MODELS[1:])
-    recipe = folder / "recipe.yml"
-    recipe.write_text(f"merge_method: della\nbase_model: base\nmodels:\n{experts}")
+def model(folder: Path, shards: Sequence[Mapping[str, Shape]], layers: int) -> None:
+    """A model of zeros, which takes next to nothing on the disk."""
+    folder.mkdir()
+    homes: dict[str, str] = {}
+    for number, tensors in enumerate(shards, 1):
+        shard = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        header, spans = build_header([(name, DTYPES["BF16"], shape) for name, shape in tensors.items()])
+        with (folder / shard).open("wb") as file:
+            file.write(header)
+            file.truncate(len(header) + max(end for _, end in spans.values()))
+        homes |= dict.fromkeys(tensors, shard)
+    config = {"model_type": "llama", "num_hidden_layers": layers, "tie_word_embeddings": False}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": homes}))
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def experts(folder: Path) -> Path:
+    """The recipe of four models of 3,000 tensors each."""
+    for name in MODELS:
+        parts = [
+            {f"model.layers.{number}.part{k}.weight": SHAPE for k in range(PER_SHARD)}
+            for number in range(SHARDS)
+        ]
+        model(folder / name, parts, SHARDS)
+    listed = "".join(f"  - model: {name}\n    parameters: {{density: 0.5}}\n" for name in MODELS[1:])
+    recipe = folder / "experts.yml"
+    recipe.write_text(f"merge_method: della\nbase_model: base\nmodels:\n{listed}")
     return recipe
+
+
+def stack(folder: Path, name: str, layers: int, scale: int, slices: int) -> Path:
+    """The recipe of ``slices`` slices of 20 layers, each 10 layers on, of two models of a Llama's layers."""
+    for k in "xy":
+        shards: list[dict[str, Shape]] = [
+            {
+                f"model.layers.{number}.{part}.weight": tuple(size // scale for size in shape)
+                for number in range(first, min(first + 5, layers))
+                for part, shape in LAYER.items()
+            }
+            for first in range(0, layers, 5)
+        ]
+        ends = {"model.embed_tokens": (32000, WIDE), "model.norm": (WIDE,), "lm_head": (32000, WIDE)}
+        shards.append(
+            {f"{key}.weight": tuple(size // scale for size in shape) for key, shape in ends.items()}
+        )
+        model(folder / f"{name}-{k}", shards, layers)
+    recipe = folder / f"{name}.yml"
+    sources = (
+        f"  - sources: [{{model: {name}-{'xy'[k % 2]}, layer_range: [{10 * k}, {10 * k + 20}]}}]\n"
+        for k in range(slices)
+    )
+    recipe.write_text(f"merge_method: passthrough\nslices:\n{''.join(sources)}")
+    return recipe
+
+
+def measured(recipe: Path, rounds: int) -> tuple[float, float]:
+    """Seconds (the median) and megabytes (the most) of planning a recipe."""
+    seconds, peak = [], 0
+    for _ in range(rounds):
+        started = time.perf_counter()
+        process = subprocess.Popen([sys.executable, "-m", "della", "plan", recipe], stdout=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        seconds.append(time.perf_counter() - started)
+        peak = max(peak, usage.ru_maxrss << 10)
+        assert process.returncode == 0
+    return statistics.median(seconds), peak / 1e6
 
 
 def main() -> None:
@@ -49,20 +104,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n", maxsplit=1)[0])
     parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds
-    with tempfile.TemporaryDirectory() as folder:
-        recipe = make(Path(folder))
-        seconds, peak = [], 0
-        for _ in range(rounds):
-            started = time.perf_counter()
-            process = subprocess.Popen(
-                [sys.executable, "-m", "della", "plan", recipe], stdout=subprocess.DEVNULL
-            )
-            _, status, usage = os.wait4(process.pid, 0)
-            process.returncode = os.waitstatus_to_exitcode(status)
-            seconds.append(time.perf_counter() - started)
-            peak = max(peak, usage.ru_maxrss << 10)
-            assert process.returncode == 0
-    print(f"della plan: {statistics.median(seconds):.2f} s (must: 1.5), {peak / 1e6:.0f} MB (must: 250)")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for title, recipe, most in (
+            ("four models of 3,000 tensors", experts(folder), 1.5),
+            ("120 layers of two models of 70 B", stack(folder, "giant", 80, 1, 6), 2.0),
+            ("1,000 layers of two models of 1,000", stack(folder, "deep", 1000, 64, 50), 5.0),
+        ):
+            seconds, peak = measured(recipe, rounds)
+            print(f"della plan, {title}: {seconds:.2f} s (must: {most}), {peak:.0f} MB (must: 250)")
 
 
 if __name__ == "__main__":
