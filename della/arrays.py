@@ -5,6 +5,7 @@ Inputs are used where they lie, without a copy in another format; results are of
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -114,7 +115,7 @@ def merge_tensors(
     root = models[0] if base is None else _as_array(base, f"{name} of the base")
     picked = row(shared)
     if why := picked.whole_model:
-        fix = 'merge checkpoints instead, or give {}="{}"'.format(*why.instead.split(": "))
+        fix = "merge checkpoints instead, or " + re.sub("^(.+): (.+)$", r'give \1="\2"', why.instead)
         raise RecipeError(Problem(f"{why.option} needs the whole model", fix, parameter=why.option.parameter))
     for k, model in enumerate(models, 1):
         if model.shape != root.shape:

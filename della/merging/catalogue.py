@@ -25,12 +25,14 @@ def defaults(method: type[Method]) -> dict[str, Any]:
         method: Any method.
 
     Returns:
-        Values by the name of the parameter; those that give way to others (window_size) are not there.
+        Values by the name of the parameter; those that must be given (t) or give way to others (window_size)
+        are not there.
 
     >>> defaults(METHODS["ties"])["density"], defaults(METHODS["ties"])["fuse"]
     (1.0, 'mean')
     """
-    return {**method.expert("", {}).values, **method().shared}
+    usual = {**method.expert("", {}).values, **method().shared}
+    return {name: value for name, value in usual.items() if value is not None}
 
 
 def method_json(method: type[Method]) -> dict[str, Any]:
