@@ -77,7 +77,12 @@ wrong(
     f'name: !!python/object/apply:builtins.open ["FOLDER/{PAYLOAD}", "w"]\n{RECIPE_TEXT}',
     WHERE.format(1, 7), "tag", "remove it",
 )  # fmt: skip
-wrong(17, "two-documents", RECIPE_TEXT + "---\n" + RECIPE_TEXT, "second document", "one file each")
+wrong(17, "two-documents", RECIPE_TEXT + "---\n" + RECIPE_TEXT, "has no name", "a file of its own")
+wrong(17, "many-documents", "---\n".join([RECIPE_TEXT] * 101), "one document more", "one file each")
+wrong(
+    17, "documents-in-a-circle",
+    f"name: A\n{RECIPE_TEXT}  - model: B\n---\nname: B\n{RECIPE_TEXT}  - model: A\n", "circle: A -> B -> A",
+)  # fmt: skip
 wrong(17, "utf-16", RECIPE_TEXT.encode("utf-16"), "save the file as UTF-8")
 wrong(17, "not-text", b"\x80\x81" + RECIPE_TEXT.encode(), "not UTF-8")
 wrong(17, "a-nul", RECIPE_TEXT + "name: a\0b\n", r"U\+0000", "remove it")
