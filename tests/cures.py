@@ -57,7 +57,7 @@ def _fix(call: ast.Call) -> ast.expr | None:
             return keyword.value
     at = ARGUMENTS.get(name, len(call.args))
     if isinstance(call.func, ast.Name) and name == "tell":
-        at = 2  # recipe/references.py hands one on
+        at = 3 if len(call.args) == 4 else 2  # those that recipe/ hands on: with a key, or without
     starred = any(isinstance(argument, ast.Starred) for argument in call.args)
     return call.args[at] if at < len(call.args) and not starred else None
 

@@ -73,7 +73,8 @@ class Edit(NamedTuple):
 
 
 M, W = "task_arithmetic", "      weight: 0.5\n"
-CASES = "      weight:\n"
+LONG = "x" * 100_000
+ECHO = "{% for m in messages %}{{ m['role'] + m['content'] }}{% endfor %}"
 EDITS = [
     Edit("recipe/reader.py:_Reader.recipe", GOOD, GOOD.replace("models:", "experts:"), "under 'models'",
          "experts:", "models:"),
@@ -123,14 +124,25 @@ EDITS = [
          "input_norms: norms.safetensors\n    ", ""),
     Edit("recipe/models.py:Recipe.check_cases", "0.5", "[{filter: lyers, value: 0.5}, {value: 0.5}]",
          "did you mean 'layers'", "lyers", "layers"),
-    Edit("recipe/reader.py:_Reader.recipe", W, W + "chat_template: chatml\n", "remove it",
-         "chat_template: chatml\n", ""),
+    Edit("recipe/templates.py:read_template", W, W + "chat_template: [x]\n", "'chat_template: auto'",
+         "[x]", "auto"),
+    Edit("recipe/templates.py:read_template", W, W + "chat_template: catml\n", "did you mean 'chatml'",
+         "catml", "chatml"),
+    Edit("recipe/templates.py:read_template", W, W + "chat_template: zzzz\n", "write one of auto, ", "zzzz",
+         "auto"),
+    Edit("recipe/templates.py:read_template", W, W + f"chat_template: \"{ECHO}{LONG}\"\n", "right file?",
+         LONG, ""),
     Edit("recipe/references.py:named_model", "model: one", "model: {paht: one}", "did you mean 'path'",
          "paht", "path"),
     Edit("recipe/references.py:named_model", "model: one", "model: {model: base, lora: two}",
          "merge the adapter into its base", "{model: base, lora: two}", "one"),
     Edit("recipe/references.py:named_model", "model: one", "model: {revision: main}",
          "write the model as text", "{revision: main}", "one"),
+    Edit("recipe/references.py:named_model", "model: one", "model: {model: one, override_architecture: x}",
+         "remove it", "{model: one, override_architecture: x}", "one"),
+    Edit("recipe/reader.py:_Reader._unknown", W, W + "random_seed: 3\n", "write 'seed'", "random_seed",
+         "seed"),
+    Edit("recipe/reader.py:_Reader._unknown", W, W + "sead: 3\n", "did you mean 'seed'", "sead", "seed"),
     Edit("recipe/text.py:_explain", W, "\t" + W, "indented with spaces", "\t", ""),
     Edit("recipe/text.py:_explain", "model: one", 'model: "C:\\one"', "in single quotes, or with /",
          '"C:\\one"', "'one'"),
