@@ -272,7 +272,7 @@ for _name, (_value, _says) in INDEXES.items():
 # ---- row 13: OUT is there already -------------------------------------------------------------------------
 
 
-@refused(13, OUTPUT, "FOLDER/out", "exists already", "--overwrite")
+@refused(13, OUTPUT, "FOLDER/out", "exists already", "to be replaced: .*overwrite")
 def an_older_model_there(folder: Path) -> None:
     good(folder / "old")
     (folder / "old/base").rename(folder / "out")
