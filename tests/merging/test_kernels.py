@@ -212,6 +212,32 @@ def test_ranks_of_rows_with_many_equal_and_many_different_values(n: int, distinc
     assert got.tobytes() == wanted.tobytes()
 
 
+def continuous_rows(n: int) -> Array:
+    """Rows that spread badly over buckets: crowds, equal values, outliers, zeros, denormals, NaN, inf."""
+    gauss = np.random.default_rng(n).standard_normal((8, n)).astype(np.float32)
+    gauss[0, ::2] *= np.float32(1e-4)
+    gauss[1] = 1 + gauss[1] * np.float32(1e-4)
+    gauss[2, :16] *= 1e30
+    gauss[3] = np.exp(3 * gauss[3])
+    gauss[4] = gauss[4, np.arange(n) % max(n // 3, 1)]
+    gauss[5] *= np.float32(1e-42)
+    gauss[6, ::7], gauss[6, 1::7], gauss[6, 2::50] = 0.0, -0.0, np.inf
+    gauss[7, 3::40] = np.nan
+    gauss[7].view(np.uint32)[0] = 0xFFFFFFFF
+    return gauss
+
+
+@pytest.mark.parametrize("n", [5, 127, 128, 129, 1023, 4096, 32768, 32769])
+@pytest.mark.parametrize("rank_by", ["row", "random"])
+def test_continuous_rows_give_the_reference_bytes(n: int, rank_by: str) -> None:
+    delta = continuous_rows(n)
+    picked, experts = METHODS["della_linear"]({"rank_by": rank_by}), two("della_linear", 0.5, 0.4)[:1]
+    # A NaN has no rank in the reference: the last row only must not disturb the others.
+    wanted = picked.merge("x", np.zeros_like(delta), [delta], experts)
+    got = fast(picked, np.zeros_like(delta), [delta], experts, "x", delta.size)
+    assert got[:7].tobytes() == wanted[:7].tobytes()
+
+
 def test_a_long_row_of_continuous_values() -> None:
     delta = np.random.default_rng(0).standard_normal((1, 300_000)).astype(np.float32)
     picked, experts = METHODS["della_linear"]({}), two("della_linear", 0.5, 0.4)[:1]

@@ -82,17 +82,22 @@ class _Rows(Ranking):
     def apply(
         self, drop: Magprune, tile: Tile, t: int, delta: Array, tables: list[Table], q: Array | None
     ) -> None:
+        from della.merging.kernels import continuous
         from della.merging.kernels import drop as kernels
 
         subject, n = tile.subject, delta.shape[1]
         low, step = drop.ladder_of(subject, t, n)
         key, shift = drop.stream(subject, t)
         probabilities = np.empty((1, n), np.float32) if q is None else q
-        kernels.drop_ranked(
-            delta, tile_saliency(subject.experts[t], delta).view(np.uint32), not self.ranks_saliency,
-            kernels.bucket_bits(n), low, step, np.uint64(subject.key(t, "rank")), np.uint64(key), shift,
-            tile.start, drop.rescale.per_element, probabilities,
+        left = np.empty(delta.shape[0] if continuous.suits(n) else 0, np.int64)
+        bits, at_random = tile_saliency(subject.experts[t], delta).view(np.uint32), not self.ranks_saliency
+        rest = (
+            low, step, np.uint64(subject.key(t, "rank")), np.uint64(key), shift, tile.start,
+            drop.rescale.per_element, probabilities,
         )  # fmt: skip
+        leaves = kernels.drop_ranked(delta, bits, at_random, kernels.bucket_bits(n), *rest, left)
+        if leaves:  # compiled only where there are such rows
+            continuous.drop_continuous(delta, bits, left[:leaves], at_random, *rest)
 
 
 class _Given(Ranking):

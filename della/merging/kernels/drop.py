@@ -19,29 +19,29 @@ from della.dtypes import MAGNITUDE_BITS
 from della.merging.kernels.compile import inlined, kernel
 from della.merging.random import GAMMA, MIX1, MIX2
 
-_GAMMA, _MIX1, _MIX2 = np.uint64(GAMMA), np.uint64(MIX1), np.uint64(MIX2)
+STEP, _MIX1, _MIX2 = np.uint64(GAMMA), np.uint64(MIX1), np.uint64(MIX2)
 _TICKS = np.int64((1 << 24) - 1)
 _TICK = np.float32(2.0**-24)
 _FEW = 24  # more odd keys than this in one bucket are sorted: comparing all with all would be quadratic
 
 
 @inlined
-def _mix(z: Any) -> Any:
+def mix(z: Any) -> Any:
     z = (z ^ (z >> np.uint64(30))) * _MIX1
     z = (z ^ (z >> np.uint64(27))) * _MIX2
     return z ^ (z >> np.uint64(31))
 
 
 @inlined
-def _draw(key: Any, start: Any, shift: Any, u: Any) -> None:
+def draw(key: Any, start: Any, shift: Any, u: Any) -> None:
     """random.uniforms into ``u``."""
     for i in range(u.shape[0]):
-        ticks = np.int64(_mix(key + np.uint64(start + i + 1) * _GAMMA) >> np.uint64(40))
+        ticks = np.int64(mix(key + np.uint64(start + i + 1) * STEP) >> np.uint64(40))
         u[i] = np.float32((ticks + shift) & _TICKS) * _TICK
 
 
 @inlined
-def _sample(values: Any, q: Any, u: Any, per_element: Any) -> None:
+def sample(values: Any, q: Any, u: Any, per_element: Any) -> None:
     """delta becomes m delta / q, or m delta, in place (with a second array LLVM would have to fear an
     overlap).
     """
@@ -58,7 +58,7 @@ def _sample(values: Any, q: Any, u: Any, per_element: Any) -> None:
 
 
 @inlined
-def _heap_sort(values: Any, begin: Any, end: Any) -> None:
+def heap_sort(values: Any, begin: Any, end: Any) -> None:
     count = end - begin
     for phase in range(count // 2 + count):
         if phase < count // 2:
@@ -78,17 +78,14 @@ def _heap_sort(values: Any, begin: Any, end: Any) -> None:
 
 
 @inlined
-def _count(keys: Any, shift: Any, bucket: Any, table: Any, odd: Any) -> Any:
-    """Assign each key its bucket and count: ``table`` becomes (odd keys << 32) + plain keys of each bucket,
-    and ``odd`` the list of odd ones; how many they are.
+def _count(keys: Any, top: Any, shift: Any, bucket: Any, table: Any, odd: Any) -> Any:
+    """Assign each key (``top`` is the largest) its bucket and count: ``table`` becomes (odd keys << 32) +
+    plain keys of each bucket, and ``odd`` the list of odd ones; how many they are.
 
     Bucket 0 is for zeros.  A key is plain when its lower bits are zero: all plain keys of a bucket are equal,
     and less than its odd ones.  In bucket 1, where all that is far below the largest goes, every key is odd.
     """
     n, buckets = keys.shape[0], table.shape[0] - 1
-    top = np.uint32(0)
-    for i in range(n):
-        top = max(top, keys[i])
     floor = max(np.int32(top >> shift) - np.int32(buckets - 1), np.int32(-2))
     for i in range(n):
         bucket[i] = max(np.int32(keys[i] >> shift) - floor, np.int32(1)) if keys[i] != 0 else np.int32(0)
@@ -104,7 +101,7 @@ def _count(keys: Any, shift: Any, bucket: Any, table: Any, odd: Any) -> Any:
 
 
 @inlined
-def _chance(low: Any, step: Any, twice: Any) -> Any:
+def chance(low: Any, step: Any, twice: Any) -> Any:
     """The keep probability of twice a rank."""
     return np.float32(min(max(low + step * np.float64(twice), 0.0), 1.0))
 
@@ -128,7 +125,7 @@ def _rank_odd(
                 other = np.uint32(packed[i] >> np.uint64(32))
                 less += np.int32(other < keys[odd[k]])
                 not_more += np.int32(other <= keys[odd[k]])
-            q[odd[k]] = _chance(low, step, less + not_more)
+            q[odd[k]] = chance(low, step, less + not_more)
         elif packed[begin] & np.uint64(0xFFFFFFFF) == odd[k]:  # its last one: sort it once, for all
             _rank_many(packed, begin, end, low, step, q)
 
@@ -136,7 +133,7 @@ def _rank_odd(
 @inlined
 def _rank_many(packed: Any, begin: Any, end: Any, low: Any, step: Any, q: Any) -> None:
     """Probabilities of the odd keys of one bucket, which stand in ``packed`` from ``begin`` to ``end``."""
-    _heap_sort(packed, begin, end)
+    heap_sort(packed, begin, end)
     first = begin
     while first < end:
         key = packed[first] >> np.uint64(32)
@@ -144,17 +141,17 @@ def _rank_many(packed: Any, begin: Any, end: Any, low: Any, step: Any, q: Any) -
         while behind < end and packed[behind] >> np.uint64(32) == key:
             behind += 1
         for i in range(first, behind):
-            q[packed[i] & np.uint64(0xFFFFFFFF)] = _chance(low, step, first + behind - 1)
+            q[packed[i] & np.uint64(0xFFFFFFFF)] = chance(low, step, first + behind - 1)
         first = behind
 
 
 @inlined
 def _rank(
-    keys: Any, shift: Any, bucket: Any, table: Any, start: Any, ranks: Any, chances: Any, odd: Any,
+    keys: Any, top: Any, shift: Any, bucket: Any, table: Any, start: Any, ranks: Any, chances: Any, odd: Any,
     packed: Any, low: Any, step: Any, q: Any,
 ) -> None:  # fmt: skip
     """low + step * reference.average_ranks of the integers ``keys`` into ``q``; other arrays are scratch."""
-    found = _count(keys, shift, bucket, table, odd)
+    found = _count(keys, top, shift, bucket, table, odd)
     total = np.int32(0)
     for b in range(table.shape[0] - 1):
         plain, more = np.int32(np.uint32(table[b])), np.int32(table[b] >> np.uint64(32))
@@ -163,22 +160,38 @@ def _rank(
         total += plain + more
     start[table.shape[0] - 1] = total
     for b in range(ranks.shape[0]):
-        chances[b] = _chance(low, step, ranks[b])
+        chances[b] = chance(low, step, ranks[b])
     for i in range(keys.shape[0]):
         q[i] = chances[np.uint32(bucket[i])]
     if found > 0:
         _rank_odd(keys, bucket, table, start, odd[:found], packed, low, step, q)
 
 
+@inlined
+def _continuous(keys: Any, lower: Any) -> Any:
+    """Whether more than a third of the nonzero keys are odd; 64 of them show most rows that are not so."""
+    stride, odd = max(keys.shape[0] >> 6, 1), 0
+    for i in range(0, keys.shape[0], stride):
+        odd += (keys[i] & lower) != 0
+    if odd < 4:
+        return False
+    odds, nonzeros = np.uint32(0), np.uint32(0)
+    for i in range(keys.shape[0]):
+        odds = np.uint32(odds + min(keys[i] & lower, np.uint32(1)))
+        nonzeros = np.uint32(nonzeros + min(keys[i], np.uint32(1)))
+    return 3 * np.int64(odds) > np.int64(nonzeros)
+
+
 @kernel
 def drop_ranked(
     delta: Any, bits: Any, random_order: Any, bucket_bits: Any, low: Any, step: Any, order_key: Any, key: Any,
-    shift: Any, start_element: Any, per_element: Any, q_out: Any,
-) -> None:  # fmt: skip
+    shift: Any, start_element: Any, per_element: Any, q_out: Any, left: Any,
+) -> Any:  # fmt: skip
     """MAGPRUNE in place by the rank in its row of what ``bits`` are the bits of (delta, or its saliency), or
     (``random_order``) by a random rank.
 
-    ``q_out``: (rows, n) to keep the probabilities, or (1, n) as scratch.
+    ``q_out``: (rows, n) to keep the probabilities, or (1, n) as scratch.  ``left`` (rows, or
+    empty to leave none) becomes the list of the rows of continuous keys, not touched; how many they are.
     """
     rows, n = delta.shape
     keys, bucket = np.empty(n, np.uint32), np.empty(n, np.int32)
@@ -188,18 +201,27 @@ def drop_ranked(
     odd = np.empty(n + 1, np.int32)
     packed, u = np.empty(n, np.uint64), np.empty(n, np.float32)
     bucket_shift = np.uint32(31 - bucket_bits if random_order else 26 - bucket_bits)
+    lower, leaves = np.uint32((1 << bucket_shift) - 1), 0
     for r in range(rows):
         first = start_element + r * n
         if random_order:
             for i in range(n):
-                keys[i] = np.uint32(_mix(order_key + np.uint64(first + i + 1) * _GAMMA) >> np.uint64(33))
+                keys[i] = np.uint32(mix(order_key + np.uint64(first + i + 1) * STEP) >> np.uint64(33))
         else:
             for i in range(n):
                 keys[i] = bits[r, i] & MAGNITUDE_BITS
+        top = np.uint32(0)
+        for i in range(n):
+            top = max(top, keys[i])
+        if left.shape[0] > 0 and top < MAGNITUDE_BITS and _continuous(keys, lower):
+            left[leaves] = r
+            leaves += 1
+            continue
         q = q_out[r % q_out.shape[0]]
-        _rank(keys, bucket_shift, bucket, table, start, ranks, chances, odd, packed, low, step, q)
-        _draw(key, first, shift, u)
-        _sample(delta[r], q, u, per_element)
+        _rank(keys, top, bucket_shift, bucket, table, start, ranks, chances, odd, packed, low, step, q)
+        draw(key, first, shift, u)
+        sample(delta[r], q, u, per_element)
+    return leaves
 
 
 def bucket_bits(n: int) -> int:
@@ -218,8 +240,8 @@ def drop_given(delta: Any, q: Any, key: Any, shift: Any, start_element: Any, per
     """
     u = np.empty(delta.shape[1], np.float32)
     for r in range(delta.shape[0]):
-        _draw(key, start_element + r * delta.shape[1], shift, u)
-        _sample(delta[r], q[r % q.shape[0]], u, per_element)
+        draw(key, start_element + r * delta.shape[1], shift, u)
+        sample(delta[r], q[r % q.shape[0]], u, per_element)
 
 
 @kernel
