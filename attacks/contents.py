@@ -63,7 +63,7 @@ def pickled(name: str, *, zipped: bool, reference: str = "./math") -> Maker:
     return make
 
 
-HOW = ("a pickle", "run any code", "save_pretrained")
+HOW = ("a pickle", "run any code", "save_file")
 for _suffix in ("bin", "pt", "pth", "ckpt"):
     _file = f"pytorch_model.{_suffix}"
     for _zipped in (False, True):

@@ -59,7 +59,7 @@ MISTAKES: list[tuple[str, str, tuple[int, int], str, str]] = [
     ("della", "    parameters: {weight: high}\n", (5, 26), "weight", ""),
     ("della", "    parameters: {density: 2}\n", (5, 27), "density", ""),
     ("dela", "", (1, 15), "merge_method", "did you mean 'della'"),
-    ("slerp", "", (1, 15), "merge_method", "there is della"),
+    ("frankenmerge", "", (1, 15), "merge_method", "there is della"),
     ("della", "dtype: bf61\n", (5, 8), "dtype", "did you mean 'bf16'"),
     ("della", "seed: -1\n", (5, 7), "seed", ""),
     ("della", "slices: []\n", (5, 1), "slices", "keep one of"),
