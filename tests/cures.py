@@ -95,7 +95,7 @@ def _given(node: ast.AST, name: str) -> Iterator[ast.expr]:
 def tried() -> Counter[str]:
     """How many cures of each function the tests beside this file say that they carry out."""
     keys: Counter[str] = Counter()
-    for path in sorted((Path(__file__).parent / "reports").glob("test_cures*.py")):
+    for path in sorted((Path(__file__).parent / "reports").glob("test_cures_*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and _is_key(node.value):
                 keys[node.value] += 1

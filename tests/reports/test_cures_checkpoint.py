@@ -3,10 +3,12 @@ for what else is wrong with it."""
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shlex
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from safetensors.numpy import load_file, save
 
 import della
 from della.checkpoint.header import build_header
+from della.checkpoint.pickles import pickle_refusal
 from della.checkpoint.source import fetch, open_source
 from della.errors import CheckpointError, DellaError
 
@@ -342,18 +345,45 @@ def test_the_hub_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
         fetch("owner/name", None, weights=True)
 
 
-@cures("checkpoint/pickles.py:read_pickle", "checkpoint/pickles.py:_load")
-@pytest.mark.parametrize("damage", ["cut", "text"])
-def test_a_damaged_pickle_is_downloaded_again(damage: str) -> None:
+@cures("checkpoint/pickles.py:read_pickle", "checkpoint/pickles.py:_load", "checkpoint/pickles.py:_records")
+@cures("checkpoint/pickles.py:read_pickle", "checkpoint/pickles.py:_mapped_at")
+@cures("checkpoint/pickles.py:pickle_refusal")
+@pytest.mark.parametrize("damage", ["cut", "text", "packed", "order"])
+def test_a_damaged_pickle_is_downloaded_again(damage: str, folder: Path) -> None:
     torch = pytest.importorskip("torch")
     put_all({"model.safetensors": None})
     file = Path("one/pytorch_model.bin")
     torch.save({name: torch.from_numpy(array) for name, array in ONE.items()}, file)
     whole = file.read_bytes()
-    file.write_bytes(whole[: len(whole) // 2] if damage == "cut" else b"no pickle")
-    refused("it again" if damage == "cut" else "", allow_pickle=True)
+    if damage in ("cut", "text"):
+        file.write_bytes(whole[: len(whole) // 2] if damage == "cut" else b"no pickle")
+    else:
+        packing = zipfile.ZIP_DEFLATED if damage == "packed" else zipfile.ZIP_STORED
+        with zipfile.ZipFile(io.BytesIO(whole)) as old, zipfile.ZipFile(file, "w", packing) as new:
+            for name in old.namelist():
+                new.writestr(
+                    name, old.read(name).replace(b"little", b"little" if damage == "packed" else b"big")
+                )
+    advice = {"cut": "download it again", "order": "give the model as safetensors"}
+    refused(advice.get(damage, "download the file again"), allow_pickle=True)
+    if damage == "order":
+        file.unlink()
+        put(folder, {"one/model.safetensors": ONE})
+        merge()
+        return
     file.write_bytes(whole)
+    on_hub = pickle_refusal(file, on_hub=True).fix or ""
+    assert on_hub.startswith("download the folder yourself, give that, and allow it with allow_pickle=True")
     merge(allow_pickle=True)
+
+
+@cures("checkpoint/sides.py:checked_side_files")
+def test_a_side_file_is_renamed(folder: Path) -> None:
+    put(folder, {"base/a:b.tiktoken": b"x"})
+    refused("rename it")
+    (folder / "base/a:b.tiktoken").rename(folder / "base/ab.tiktoken")
+    merge()
+    assert Path("out/ab.tiktoken").read_bytes() == b"x"
 
 
 @cures("checkpoint/norms.py:checked")

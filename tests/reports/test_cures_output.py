@@ -316,3 +316,43 @@ def test_where_the_recipe_was(run: Run, folder: Path, monkeypatch: pytest.Monkey
     assert (code, "--from FOLDER" in said) == (3, True)
     assert run("verify", "out", "--sources", "--from", "a b")[0] == 0
     assert della.verify("out", sources=True, base_dir="a b").is_well
+
+
+@cures("output/manifest.py:read_manifest")
+def test_a_manifest_that_is_none_of_ours(run: Run) -> None:
+    assert run("merge", "recipe.yml", "out")[0] == 0
+    reseal(Path("out"), lambda manifest: manifest.pop("inputs"))
+    assert "merge again to have one" in " ".join(run("verify", "out")[1].split())
+    assert run("merge", "recipe.yml", "out", "--overwrite")[0] == 0
+    assert run("verify", "out")[0] == 0
+    check()
+
+
+@cures("output/writer.py:StagedOutput.add_file", "output/writer.py:StagedOutput.add_file")
+def test_side_files_have_plain_names_and_a_folder(folder: Path) -> None:
+    plan = [("w", DTYPES["F32"], (2,))]
+    with StagedOutput(folder / "out", plan, fsync=False) as output:
+        for name in ("../x", "model.safetensors"):
+            with pytest.raises(OutputError, match="a plain name is needed"):
+                output.add_file(name, b"x")
+        output.add_file("notes.txt", b"x")
+    with (
+        StagedOutput(folder / "o.safetensors", plan, single_file=True, fsync=False) as output,
+        pytest.raises(OutputError, match="write to a folder"),
+    ):
+        output.add_file("notes.txt", b"x")
+
+
+@cures("output/writer.py:StagedOutput._create")
+def test_a_link_in_place_of_a_shard(run: Run) -> None:
+    started(run)
+    shard = next((STAGING / "model").glob("*.safetensors"))
+    shard.unlink()
+    shard.symlink_to(Path("base/model.safetensors").absolute())
+    before = Path("base/model.safetensors").read_bytes()
+    code, said = run("merge", "recipe.yml", "out", "--shard-size", "1kB")
+    assert (code, "not a plain file; remove it" in " ".join(said.split())) == (4, True), said
+    shard.unlink()
+    assert run("merge", "recipe.yml", "out", "--shard-size", "1kB")[0] == 0
+    check()
+    assert Path("base/model.safetensors").read_bytes() == before

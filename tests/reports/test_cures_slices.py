@@ -125,3 +125,46 @@ def test_edited_as_the_message_says(edit: Edit) -> None:
 def test_a_slice_of_its_own_for_each_model() -> None:
     refused("merge_method: passthrough\nmodels: [{model: one}, {model: two}]\n", "a slice of its own")
     assert merged(PASS) == ALL
+
+
+@cures("planning/layer_config.py:check_count")
+def test_a_configuration_that_counts_other_layers(folder: Path) -> None:
+    put(folder, {"one/config.json": {"num_hidden_layers": 5}})
+    refused(PASS, "as it was saved by transformers")
+    put(folder, {"one/config.json": {"num_hidden_layers": 4}})
+    assert merged(PASS) == ALL
+
+
+@cures("planning/layers.py:_check_range", "planning/layers.py:_check_range", "planning/kin.py:_stranger")
+@pytest.mark.parametrize("kind", ["no layers", "other sizes"])
+def test_a_model_of_the_same_kind(folder: Path, kind: str) -> None:
+    odd = {"v": np.ones(3, np.float32)}
+    if kind == "other sizes":
+        odd = {f"model.layers.{k}.w": np.ones((3, 3), np.float32) for k in range(4)}
+    put(folder, {"odd/model.safetensors": odd})
+    refused(PASS.replace("model: two", "model: odd"), f"name a model of the same {ODD[kind]}")
+    assert merged(PASS) == ALL
+
+
+ODD = {"no layers": "kind as the others", "other sizes": "architecture"}
+
+
+@cures("planning/layers.py:_stack", "planning/layers.py:_stack")
+def test_which_layers_are_cut(folder: Path) -> None:
+    put(folder, {"plain/model.safetensors": {"v": np.ones(3, np.float32)}})
+    refused(PASS.replace("model: one", "model: plain"), "list whole models under 'models'")
+    della.merge("merge_method: passthrough\nmodels: [{model: plain}]\n", "whole", fsync=False)
+    with open_source("whole") as source:
+        assert source.tensors["v"].read().tolist() == [1, 1, 1]
+    two = {f"{stack}.layers.{k}.w": np.full(2, by + k, np.float32) for stack, by in (("a", 0), ("b", 10))
+           for k in range(3)}  # fmt: skip
+    put(folder, {"both/model.safetensors": two})
+    cut = "slices: [{sources: [{model: both, layer_range: [1, 3]}]}]"
+    refused(f"merge_method: passthrough\n{cut}\n", "write the slices under 'modules', such as 'modules: {a")
+    Path("recipe.yml").write_text(
+        f"merge_method: passthrough\nmodules: {{a: {{{cut}}}, b: {{models: [{{model: both}}]}}}}\n"
+    )
+    della.merge("recipe.yml", "parts", fsync=False)
+    with open_source("parts") as source:
+        found = {name: float(view.read()[0]) for name, view in source.tensors.items()}
+    assert found == {"a.layers.0.w": 1, "a.layers.1.w": 2} | {f"b.layers.{k}.w": 10 + k for k in range(3)}
