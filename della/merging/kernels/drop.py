@@ -204,15 +204,16 @@ def drop_ranked(
     lower, leaves = np.uint32((1 << bucket_shift) - 1), 0
     for r in range(rows):
         first = start_element + r * n
+        top = np.uint32(0)
         if random_order:
             for i in range(n):
                 keys[i] = np.uint32(mix(order_key + np.uint64(first + i + 1) * STEP) >> np.uint64(33))
+                top = max(top, keys[i])
         else:
             for i in range(n):
-                keys[i] = bits[r, i] & MAGNITUDE_BITS
-        top = np.uint32(0)
-        for i in range(n):
-            top = max(top, keys[i])
+                magnitude = np.uint32(bits[r, i] & MAGNITUDE_BITS)
+                keys[i] = magnitude
+                top = max(top, magnitude)
         if left.shape[0] > 0 and top < MAGNITUDE_BITS and _continuous(keys, lower):
             left[leaves] = r
             leaves += 1
