@@ -80,6 +80,7 @@ UNTRIED: dict[str, str] = {
         evaluate/alpaca.py:_not_run
         evaluate/endpoint.py:Endpoint.__init__
         evaluate/hf.py:load
+        evaluate/numpy_backend.py:load
         evaluate/tokenizer.py:load_tokenizer
         evaluate/vllm_server.py:vllm_server
         sandbox/walls.py:open_sandbox
@@ -96,65 +97,34 @@ UNTRIED: dict[str, str] = {
         evaluate/alpaca.py:_result
         evaluate/alpaca.py:_run
         evaluate/calibration.py:calibrate
-        evaluate/calibration.py:read_texts
         evaluate/endpoint.py:Endpoint._ask
         evaluate/endpoint.py:Endpoint._ask
         evaluate/endpoint.py:Endpoint._ask
         evaluate/endpoint.py:Endpoint._refused
-        evaluate/endpoint.py:key_in
         evaluate/evaluation.py:_Run._check_annotator
-        evaluate/evaluation.py:_Run._missing
         evaluate/evaluation.py:_Run._store
-        evaluate/generations.py:Store.__init__
-        evaluate/generations.py:Store._open
         evaluate/generations.py:Store._read
         evaluate/generations.py:Store._read
-        evaluate/generations.py:Store._record
         evaluate/hf.py:HfModel._encoded
         evaluate/hf.py:HfModel._encoded
         evaluate/hf.py:HfModel.answer
         evaluate/hf.py:HfScorer.sums
         evaluate/loss.py:_tokenised
         evaluate/loss.py:answer
-        evaluate/loss.py:loss_of
         evaluate/numpy_backend.py:NumpyModel.answer
-        evaluate/numpy_backend.py:_ends
-        evaluate/numpy_backend.py:load
-        evaluate/numpy_backend.py:load
-        evaluate/numpy_backend.py:load
-        evaluate/numpy_backend.py:load
         evaluate/numpy_backend.py:load
         evaluate/options.py:_files
-        evaluate/problems.py:_Record.bad
-        evaluate/problems.py:_file
-        evaluate/problems.py:_file
-        evaluate/problems.py:_file
         evaluate/problems.py:_hub
         evaluate/problems.py:_hub
-        evaluate/problems.py:_paragraphs
-        evaluate/problems.py:load
-        evaluate/problems.py:read_limited
-        evaluate/settings.py:_check_loss
-        evaluate/settings.py:_check_loss
-        evaluate/settings.py:check
-        evaluate/settings.py:check
-        evaluate/settings.py:check
-        evaluate/settings.py:check
         evaluate/vllm_server.py:_wait
         evaluate/vllm_server.py:_wait
         experiments/bench.py:Bench.shares
         experiments/full.py:_check_settings
         experiments/full.py:_mean
-        experiments/full_data.py:_records
-        experiments/full_data.py:_write
-        experiments/full_data.py:calibration
         experiments/full_models.py:prepare
-        experiments/options.py:read_file
-        experiments/options.py:read_file
         experiments/small.py:run_small
         experiments/small.py:run_small
         experiments/small.py:run_small
-        experiments/small_data.py:check_data
         experiments/small_model.py:base_folder
         experiments/small_train.py:train_experts
         output/staging.py:Staging._make_ready
