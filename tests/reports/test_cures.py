@@ -103,8 +103,6 @@ UNTRIED: dict[str, str] = {
         evaluate/endpoint.py:Endpoint._refused
         evaluate/evaluation.py:_Run._check_annotator
         evaluate/evaluation.py:_Run._store
-        evaluate/generations.py:Store._read
-        evaluate/generations.py:Store._read
         evaluate/hf.py:HfModel._encoded
         evaluate/hf.py:HfModel._encoded
         evaluate/hf.py:HfModel.answer
@@ -113,7 +111,6 @@ UNTRIED: dict[str, str] = {
         evaluate/loss.py:answer
         evaluate/numpy_backend.py:NumpyModel.answer
         evaluate/numpy_backend.py:load
-        evaluate/options.py:_files
         evaluate/problems.py:_hub
         evaluate/problems.py:_hub
         evaluate/vllm_server.py:_wait

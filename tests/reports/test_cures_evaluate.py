@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmark_files import PEAS, lines, sums
+from benchmark_files import ADD, PEAS, lines, sums
+from commands import Command
 from cures import cures
 from stub_server import StubServer
 
@@ -123,7 +124,8 @@ def test_settings_that_cannot_be(
 
 @cures("evaluate/evaluation.py:_Run._missing", "evaluate/generations.py:Store._record")
 @cures("evaluate/generations.py:Store.__init__", "evaluate/generations.py:Store._open")
-@pytest.mark.parametrize("what", ["score only", "a damaged line", "a link", "in use"])
+@cures("evaluate/generations.py:Store._read", "evaluate/generations.py:Store._read")
+@pytest.mark.parametrize("what", ["score only", "a damaged line", "a link", "in use", "other settings"])
 def test_answers_that_cannot_be_used(folder: Path, what: str) -> None:
     data = {"gsm8k": lines(folder / "gsm8k.jsonl", *sums(4))}
     file = folder / "out/m/gsm8k.jsonl"
@@ -152,6 +154,11 @@ def test_answers_that_cannot_be_used(folder: Path, what: str) -> None:
             refused("delete this line")
             file.write_text("".join([*whole[:2], *whole[3:]]))
             assert answered() == 5, "and its answer is asked for again"
+        elif what == "other settings":
+            assert answered() == 4
+            refused("choose another out, or begin anew with fresh=True", max_tokens=9)
+            assert answered("other", max_tokens=9) == 8
+            assert answered(max_tokens=9, fresh=True) == 12
         elif what == "a link":
             file.parent.mkdir(parents=True)
             file.symlink_to(folder / "elsewhere")
@@ -164,3 +171,14 @@ def test_answers_that_cannot_be_used(folder: Path, what: str) -> None:
             held.close()
             file.unlink()
             assert answered() == 8
+
+
+@cures("evaluate/options.py:_files")
+def test_a_file_for_each_task(folder: Path, command: Command) -> None:
+    lines(folder / "gsm8k.jsonl", PEAS)
+    lines(folder / "mbpp.jsonl", ADD)
+    words = ["eval", "one", "--tasks", "gsm8k,mbpp", "--score-only"]
+    ended = command(None, *words, "--data", "gsm8k.jsonl")
+    assert (ended.returncode, "give --data TASK=FILE" in ended.stderr) == (6, True)
+    ended = command(None, *words, "--data", "gsm8k=gsm8k.jsonl", "--data", "mbpp=mbpp.jsonl")
+    assert "1 of 1 answers are missing; leave out --score-only" in " ".join(ended.stderr.split())
