@@ -181,4 +181,4 @@ def test_a_file_for_each_task(folder: Path, command: Command) -> None:
     ended = command(None, *words, "--data", "gsm8k.jsonl")
     assert (ended.returncode, "give --data TASK=FILE" in ended.stderr) == (6, True)
     ended = command(None, *words, "--data", "gsm8k=gsm8k.jsonl", "--data", "mbpp=mbpp.jsonl")
-    assert "1 of 1 answers are missing; leave out --score-only" in " ".join(ended.stderr.split())
+    assert "nothing to score; leave out --score-only" in " ".join(ended.stderr.split())
