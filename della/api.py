@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from della.options import TILE, Changes, Checks, Execution, Permissions, Share, Target
+from della.output.disk import refusals_of_system
 from della.planning.documents import Planned, plan_documents
 from della.planning.job import Plan
 from della.planning.planner import make_plan
@@ -180,7 +181,15 @@ def run_merge(
     on_plan: Callable[[Plan], None] | None = None,
 ) -> Result:  # fmt: skip
     """As `merge`; ``on_plan`` is called with the plan, before the first byte is computed."""
-    read_in = read(recipe, changes)
+    with refusals_of_system(target.out):
+        return _merged(read(recipe, changes), target, execution, permissions, progress, tell, on_plan)
+
+
+def _merged(
+    read_in: Recipe, target: Target, execution: Execution, permissions: Permissions,
+    progress: Callable[[Progress], None] | None, tell: Callable[[str], None] | None,
+    on_plan: Callable[[Plan], None] | None,
+) -> Result:  # fmt: skip
     if read_in.others:
         from della.running.documents import run_documents
 
@@ -197,7 +206,13 @@ def run_merge(
 
 def run_plan(recipe: Source, changes: Changes, permissions: Permissions, sample: bool = False) -> Plan:
     """As `plan`; with ``sample`` some of each tensor is read, and the coverage has what that says."""
-    made = plan_documents(read(recipe, changes), weights=sample, permissions=permissions)
+    with refusals_of_system():
+        return _planned(
+            plan_documents(read(recipe, changes), weights=sample, permissions=permissions), sample
+        )
+
+
+def _planned(made: Plan, sample: bool) -> Plan:
     for each in (*made.before, made) if sample else ():
         if any(isinstance(source, Planned) for source in each.sources):
             continue  # of what is not merged yet there is no sample
@@ -215,7 +230,8 @@ def run_verify(
     """As `verify`."""
     from della.running.verify import verify
 
-    return verify(out, checks, permissions, execution, progress)
+    with refusals_of_system(out):
+        return verify(out, checks, permissions, execution, progress)
 
 
 def read(recipe: Source, changes: Changes) -> Recipe:

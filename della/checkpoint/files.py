@@ -5,11 +5,13 @@ This module and output/disk.py are the only ones that know one system from anoth
 
 from __future__ import annotations
 
+import errno
 import io
 import os
+import stat
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,6 +23,8 @@ if sys.platform == "win32":
     PLAIN = os.O_BINARY
 else:
     PLAIN = os.O_NONBLOCK
+
+NO_NAMES = (21, 123, 1921)  # what Windows says of drives without a disk, of odd names, of links in a circle
 
 _turns = [threading.Lock() for _ in range(64)]
 
@@ -45,6 +49,33 @@ def read_at(fd: int, buffer: memoryview, at: int) -> int:
 def turn(fd: int) -> threading.Lock:
     """Held while a file is read or written at its one position, where the system knows no other way."""
     return _turns[fd % len(_turns)]
+
+
+def is_there(path: Path) -> bool:
+    """Whether anything is called ``path``, a broken link as well.
+
+    Raises OSError where the system cannot say: os.path.lexists says no there, and so does Path.is_file from
+    Python 3.14 on, by which a file would be left out of a result.
+    """
+    return _exists(os.lstat, path) is not None
+
+
+def is_file(path: Path) -> bool:
+    """Whether ``path`` leads to a plain file.  Raises OSError as `is_there`."""
+    found = _exists(os.stat, path)
+    return found is not None and stat.S_ISREG(found.st_mode)
+
+
+def _exists(look: Callable[[Path], os.stat_result], path: Path) -> os.stat_result | None:
+    try:
+        return look(path)
+    except ValueError:  # no name that a file can have
+        return None
+    except OSError as error:
+        is_no_name = getattr(error, "winerror", None) in NO_NAMES
+        if is_no_name or error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            return None
+        raise
 
 
 @contextmanager

@@ -6,7 +6,6 @@ index stay in the folder, links stay in the folder or in its hub cache, each ten
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from typing import Any
 import xxhash
 
 from della.checkpoint.adapters import CONFIG, cure, factors, said_kind
-from della.checkpoint.files import readable
+from della.checkpoint.files import is_file, is_there, readable
 from della.checkpoint.header import Header, parse_header, read_header
 from della.checkpoint.names import why_hostile
 from della.checkpoint.pickles import PICKLES, pickle_refusal, read_pickle
@@ -139,9 +138,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     """config.json of ``folder``, or {}; a quantised model is refused.  Raises CheckpointError."""
     named = folder / "config.json"
     path = confined(folder, named.name)
-    if not os.path.lexists(named):
+    if not is_there(named):
         return {}
-    if not path.is_file():
+    if not is_file(path):
         raise CheckpointError(Problem(*why_no_file(path), str(named)))
     config = json_object(read_small(path, MOST_CONFIG_BYTES), str(named))
     refuse_quantised_config(folder, config)
@@ -254,7 +253,7 @@ def _why_no_weights(folder: Path, names: Collection[str], kind: Kind, on_hub: bo
 def _read_index(folder: Path, name: str, kind: Kind) -> dict[str, str]:
     where = str(folder / name)
     path = confined(folder, name)
-    if not path.is_file():
+    if not is_file(path):
         raise CheckpointError(Problem(*why_no_file(path), where))
     weight_map = json_object(read_small(path, MOST_INDEX_BYTES), where).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -309,11 +308,11 @@ def _assemble(
             if name in remote:
                 raw, size = remote[name].raw, remote[name].size
                 header = parse_header(raw, size, str(where))
-            elif path.is_file() and kind is PICKLE:
+            elif is_file(path) and kind is PICKLE:
                 header, raw, size, held[name] = read_pickle(path, str(where))
-            elif path.is_file():
+            elif is_file(path):
                 header, raw, size = read_header(path, str(where))
-            elif index is not None and not os.path.lexists(where):
+            elif index is not None and not is_there(where):
                 said = "the index names this file, but it is not there"
                 raise CheckpointError(Problem(said, AGAIN, str(where)))
             else:

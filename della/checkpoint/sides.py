@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
+from della.checkpoint.files import is_file
 from della.checkpoint.layout import MOST_CONFIG_BYTES, check_small, confined, read_small, why_no_file
 from della.checkpoint.names import why_hostile
 from della.checkpoint.strict import json_value
@@ -59,7 +60,7 @@ def checked_side_files(folder: Path) -> dict[str, Path]:
             raise CheckpointError(
                 Problem(f"{name!r} is no name for a file of a model", "rename it", str(folder))
             )
-        if not path.is_file():
+        if not is_file(path):
             raise CheckpointError(Problem(*why_no_file(path), str(folder / name)))
         if name.endswith("_config.json"):
             check_small(path, MOST_CONFIG_BYTES)
@@ -68,7 +69,7 @@ def checked_side_files(folder: Path) -> dict[str, Path]:
         if why := why_hostile(name, ""):
             raise CheckpointError(Problem(f"{name[:200]!r}: {why}", subject=str(folder)))
         path = confined(folder, name)
-        if not path.is_file():
+        if not is_file(path):
             raise CheckpointError(Problem(*why_no_file(path), str(folder / name)))
         check_small(path, MOST_CONFIG_BYTES if name.endswith(".json") else MOST_BYTES)
     return {name: folder / name for name in sorted((*names, *nested))}
@@ -96,7 +97,7 @@ def _modules(folder: Path) -> tuple[str, ...]:
     """The folders ("1_Pooling/") of what comes after the model, as modules.json names them."""
     where = folder / MODULES
     path = confined(folder, MODULES)
-    if not path.is_file():
+    if not is_file(path):
         return ()
     try:
         rows = json_value(read_small(path, MOST_CONFIG_BYTES), str(where))

@@ -18,6 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
+from della.checkpoint.files import is_file, is_there
 from della.checkpoint.header import LENGTH_BYTES, header_length
 from della.checkpoint.layout import (
     INDEX,
@@ -200,7 +201,7 @@ def _snapshot(folder: Path) -> Path:
         return folder
     found = sorted(path for path in (folder / "snapshots").iterdir() if path.is_dir())
     main = folder / "refs/main"
-    commit = main.read_text().strip() if main.is_file() else ""
+    commit = main.read_text().strip() if is_file(main) else ""
     chosen = [path for path in found if path.name == commit] or (found if len(found) == 1 else [])
     if not chosen:
         said = f"a folder of a hub cache with {len(found)} snapshots, of which none is the main branch's"
@@ -215,8 +216,8 @@ def open_file(reference: str, *, base_dir: Path | None = None) -> Source:
     """
     tried = _candidates(reference, base_dir)
     for path in tried:
-        if os.path.lexists(path):
-            if path.suffix != ".safetensors" or not path.is_file():
+        if is_there(path):
+            if path.suffix != ".safetensors" or not is_file(path):
                 raise CheckpointError(Problem("expected a .safetensors file", subject=str(path)))
             return Source(reference, path, read_single(path))
     raise CheckpointError(Problem(f"no such file; tried {_shown(tried)}", _near(tried), reference))

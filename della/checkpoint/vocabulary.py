@@ -10,6 +10,7 @@ from typing import Any
 
 import xxhash
 
+from della.checkpoint.files import is_file
 from della.checkpoint.layout import read_small
 from della.errors import CheckpointError
 
@@ -119,7 +120,7 @@ def contradicting(folder: Path) -> list[str]:
     if any(said.get(key, text) != text for key, text in old.items()) or (all(lists) and len(set(lists)) > 1):
         found.append("special_tokens_map.json")
     added = _json(folder / "added_tokens.json")
-    if added and (folder / "tokenizer.json").is_file():
+    if added and is_file(folder / "tokenizer.json"):
         tokens = read_vocabulary(folder).tokens
         if any(tokens.get(number) != word for word, number in added.items() if type(number) is int):
             found.append("added_tokens.json")
@@ -130,7 +131,7 @@ def chat_template(folder: Path) -> tuple[str, str] | None:
     """(file, text) of the chat template that transformers 5 takes: a file of its own goes before the key in a
     configuration; None where there is none."""
     plain = folder / "chat_template.jinja"
-    if plain.is_file():
+    if is_file(plain):
         return plain.name, plain.read_text(errors="replace")
     for name in ("chat_template.json", "tokenizer_config.json"):
         found = _json(folder / name).get("chat_template")
@@ -158,7 +159,7 @@ def _special(table: Mapping[str, Any]) -> dict[str, str]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:  # it is only looked at, and large: not read as strictly as what is believed
-        found = json.loads(read_small(path, MOST_BYTES)) if path.is_file() else {}
+        found = json.loads(read_small(path, MOST_BYTES)) if is_file(path) else {}
     except (CheckpointError, OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -166,7 +167,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _lines(path: Path) -> dict[str, int]:
     try:
-        text = read_small(path, MOST_BYTES).decode() if path.is_file() else ""
+        text = read_small(path, MOST_BYTES).decode() if is_file(path) else ""
     except (CheckpointError, OSError, UnicodeError):
         return {}
     return {line: number for number, line in enumerate(text.split("\n")) if line}

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterable
 from pathlib import Path
 
-from della.checkpoint.files import open_to_read, read_at
+from della.checkpoint.files import open_to_read, read_at, readable
 from della.checkpoint.layout import File
 from della.errors import CheckpointError, Problem
 
@@ -77,7 +77,12 @@ def _open_unchanged(path: Path, size: int) -> int:
         ) from error
     except OSError as error:
         raise CheckpointError(Problem(f"cannot be opened ({error.strerror})", subject=str(path))) from error
-    found = os.fstat(fd).st_size
+    try:
+        with readable(path):
+            found = os.fstat(fd).st_size
+    except CheckpointError:
+        os.close(fd)
+        raise
     if found != size:
         os.close(fd)
         raise CheckpointError(

@@ -136,6 +136,8 @@ def _errors(debug: bool, as_json: bool) -> Iterator[None]:
         known = isinstance(error, DellaError)
         code, message = getattr(error, "exit_code", 1), str(error)
         problems = [problem.as_dict() for problem in error.problems] if isinstance(error, DellaError) else []
+        if isinstance(error, OSError) and error.filename is not None:
+            known, message = True, f"{error.filename}: {error.strerror}"  # the system's word, not a defect
         if not known:
             message = f"a defect of della, please report it: {type(error).__name__}: {error}"
         if debug:

@@ -120,12 +120,18 @@ class Between:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._fd >= 0 and not any(path.is_dir() for path in self.folder.iterdir()):
-            self.remove()
-        if self._journal is not None:
-            self._journal.end()
-        self._close_journal()
-        self._close()
+        try:
+            with disk.explained(self.folder):
+                if self._fd >= 0 and not any(path.is_dir() for path in self.folder.iterdir()):
+                    self.remove()
+                if self._journal is not None:
+                    self._journal.end()
+        except OutputError:
+            if error is None:  # else that is the news
+                raise
+        finally:
+            self._close_journal()
+            self._close()
 
     def _close_journal(self) -> None:
         if self._journal is not None:

@@ -23,7 +23,7 @@ from typing import Any
 
 from della.checkpoint.files import PLAIN, read_at, turn
 from della.checkpoint.names import is_windows_name
-from della.errors import OutputError, Problem
+from della.errors import CheckpointError, OutputError, Problem
 
 if sys.platform == "win32":
     import _winapi
@@ -64,6 +64,30 @@ def explained(path: Path) -> Iterator[None]:
             why = "open in another program; close it there"
         said, _, fix = why.partition("; ")
         raise OutputError(Problem(said, fix or None, str(path))) from error
+
+
+@contextmanager
+def refusals_of_system(out: Path | None = None) -> Iterator[None]:
+    """Turns an OSError about a file that no step has told better into an OutputError, if the file belongs to
+    ``out``, or else into a CheckpointError."""
+    try:
+        yield
+    except OSError as error:
+        if not isinstance(error.filename, str | bytes | Path):
+            raise  # of a stream, of the network, or of who called
+        path = Path(os.path.abspath(os.fsdecode(error.filename)))
+        if out is not None and _belongs(path, Path(os.path.abspath(out))):
+            with explained(path):
+                raise
+        raise CheckpointError(Problem(f"cannot be read ({error.strerror})", subject=str(path))) from error
+
+
+def _belongs(path: Path, out: Path) -> bool:
+    """Whether ``path`` is a result, stands in it, or in one of the folders that a merge keeps beside it."""
+    if not path.is_relative_to(out.parent):
+        return out.is_relative_to(path)
+    first = path.relative_to(out.parent).parts[:1]
+    return not first or first[0] == out.name or first[0].startswith(f".{out.name}.della-")
 
 
 # ---- locks, and who holds them ----

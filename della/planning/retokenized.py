@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from della.checkpoint.files import is_file
 from della.checkpoint.layout import read_small
 from della.checkpoint.sides import TEMPLATES, checked_side_files
 from della.checkpoint.source import Source
@@ -29,7 +30,7 @@ def with_added(base: Source, new: Sequence[Mapping[str, Any]]) -> dict[str, Path
     Raises CheckpointError where the tokenizers library would give tokens other ids.
     """
     path = base.folder / FAST
-    if not path.is_file():
+    if not is_file(path):
         said = f"has no {FAST}, to which tokens could be added"
         fix = "let transformers make one: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
         raise CheckpointError(Problem(said, fix, base.reference))
@@ -42,7 +43,7 @@ def with_added(base: Source, new: Sequence[Mapping[str, Any]]) -> dict[str, Path
     listed = sorted([*listed, *new], key=lambda row: int(row["id"]))
     raw = f"{text[: place.end()]}{json.dumps(listed, indent=2, ensure_ascii=False)}{text[end:]}".encode()
     _check(raw, {str(row["content"]): row["id"] for row in listed}, base.reference)
-    made: dict[str, Path | bytes | None] = {name: None for name in FILES if (base.folder / name).is_file()}
+    made: dict[str, Path | bytes | None] = {name: None for name in FILES if is_file(base.folder / name)}
     made.pop("special_tokens_map.json", None)
     made[FAST] = raw
     if SETTINGS in made:
@@ -94,9 +95,9 @@ def other_files(base: Source, own: Path, folder: Path) -> None:
         keep = set()
         ids = {token: number for number, token in now.tokens.items()}
         config = folder / "config.json"
-        said = json_object(read_small(config, MOST_BYTES), str(config)) if config.is_file() else {}
+        said = json_object(read_small(config, MOST_BYTES), str(config)) if is_file(config) else {}
         base.config = _renumbered(base.config, said, ours.tokens, ids)
-    gone: dict[str, Path | bytes | None] = {name: None for name in names - keep if (own / name).is_file()}
+    gone: dict[str, Path | bytes | None] = {name: None for name in names - keep if is_file(own / name)}
     gone |= {name: None for name in checked_side_files(own) if name.startswith(templates)}
     base.instead = {**gone, **theirs}
 

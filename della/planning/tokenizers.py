@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from della.checkpoint.files import is_file
 from della.checkpoint.layout import WEIGHTS
 from della.checkpoint.pickles import PICKLES
 from della.checkpoint.sides import MODULES
@@ -106,7 +107,7 @@ def _nested(source: Source) -> dict[str, Path]:
 def _opaque(model: Source, raw: Mapping[str, bytes], changed: Sequence[str]) -> Iterator[str]:
     """Vocabularies that both have and whose bytes differ; ``raw`` are the base's."""
     for name in OPAQUE:
-        if name in changed and raw[name] and (model.folder / name).is_file():
+        if name in changed and raw[name] and is_file(model.folder / name):
             yield f"{name} differs"
 
 
@@ -116,7 +117,7 @@ def _ends(base: Source, model: Source) -> Iterator[str]:
     if eos != base_eos and eos is not None:
         yield f"{model.reference}: eos_token_id {eos} against {base_eos}, which is written"
     now, then = read_eos(model.folder), read_eos(base.folder)
-    if now is not None and now != then and (base.folder / "generation_config.json").is_file():
+    if now is not None and now != then and is_file(base.folder / "generation_config.json"):
         said = f"generation_config.json: eos_token_id {now} against {then}"
         yield f"{model.reference}: {said}, which is written"
 
@@ -143,7 +144,7 @@ def left_behind(base: Source) -> list[str]:
         and not entry.name.endswith(_OF_WEIGHTS)
     ]
     inner = (path for home in sorted(homes) for path in sorted((base.folder / home).rglob("*")))
-    names = (path.relative_to(base.folder).as_posix() for path in inner if path.is_file())
+    names = (path.relative_to(base.folder).as_posix() for path in inner if is_file(path))
     left += [name for name in names if name not in nested]
     notes = [f"{base.reference}: {some(left, what='files')} left behind"] if left else []
     if own := [name for name in nested if name.endswith(WEIGHTS)]:
@@ -160,7 +161,7 @@ def left_behind(base: Source) -> list[str]:
 
 def _raw(path: Path) -> bytes:
     try:
-        return path.read_bytes() if path.is_file() else b""
+        return path.read_bytes() if is_file(path) else b""
     except OSError:
         return b""
 
