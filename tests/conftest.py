@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from commands import Command
+from hypothesis import HealthCheck, settings
 from llamas import save, trio
 from merged import FILE, FOLDER, make
 
 from della.cli import main as cli
 from della.sandbox.walls import Sandbox
+
+# How long inputs take to make says how busy the machine is.
+settings.register_profile("della", suppress_health_check=[HealthCheck.too_slow], deadline=None)
+settings.load_profile("della")
+# A shell starts what runs in the background with SIGINT ignored, and so would be what tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
