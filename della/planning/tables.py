@@ -127,6 +127,7 @@ def unequal(base: Source, models: Iterable[Source], read: Read) -> Iterator[Prob
         if new:
             does = f"{len(new)} added tokens ({clip(new[0])!r}, ...) of it get rows behind the base's tokens"
         if len(more) > len(new):
-            does += f", and {len(more) - len(new)} ordinary ones are left out"
+            left = len(more) - len(new)
+            does += f", and {left} ordinary {'one is' if left == 1 else 'ones are'} left out"
         said = f"against {base.reference}: {first} has {theirs} rows, expected {ours}"
         yield Problem(said, f"write 'tokenizer_source: union': {does}", model.reference, first)
