@@ -15,11 +15,13 @@ from della.errors import OutputError, Problem
 from della.output.manifest import versions
 from della.planning.compatibility import CODE
 from della.planning.job import Job, Plan
-from della.planning.published import hub_name, is_absolute, shown_references, shown_text
+from della.planning.published import hub_name, is_absolute, shown_references, shown_text, silent
 from della.version import __version__
 
 _DTYPES = ("dtype", "torch_dtype")
-_ORIGINS = ("_name_or_path", "name_or_path", "base_model_name_or_path")
+_ORIGINS = (
+    "_name_or_path", "name_or_path", "base_model_name_or_path", "tokenizer_file", "special_tokens_map_file",
+)  # fmt: skip
 
 
 def config_json(config: Mapping[str, Any], jobs: Sequence[Job], auto_map: bool = False) -> bytes:
@@ -81,7 +83,7 @@ def side_file(path: Path, auto_map: bool = False) -> bytes:
 def published(name: str, raw: bytes, auto_map: bool, shown: str) -> bytes:
     """What `side_file` gives of a file with this content; ``shown`` names it in messages."""
     says_more = any(key.encode() in raw for key in (*CODE, *_ORIGINS, "\\u"))  # an escape may hide a key
-    is_config = name == "config.json" or name.endswith("_config.json")
+    is_config = name in ("config.json", "model_index.json") or name.endswith("_config.json")
     if not is_config or not says_more:
         return raw
     config = json_object(raw, shown)
@@ -104,7 +106,7 @@ def model_card(plan: Plan, record_paths: bool = False) -> bytes:
     sources = (plan.base, *(model.source for model in plan.models))
     on_hub = list(dict.fromkeys(name for source in sources if (name := hub_name(source))))
     names = {} if record_paths else shown_references(recipe)
-    text = shown_text(recipe.text, names)
+    text = recipe.text if record_paths else silent(shown_text(recipe.text, names))
     library = "diffusers" if "_class_name" in plan.base.config else "transformers"
     front: dict[str, Any] = {"base_model": on_hub} if on_hub else {}
     front |= {"base_model_relation": "merge", "library_name": library}

@@ -22,6 +22,7 @@ _CACHE = re.compile(r"models--(?P<owner>[^/\\]+?)--(?P<name>[^/\\]+)")
 # Keys of a recipe under which a model is named, and what is none there.
 _NAMING = ("base_model", "model", "input_norms", "tokenizer_source", "source")
 _WORDS = ("base", "union")
+_WORD = re.compile(r"""[^\s'"\[\]{},()<>`]+""")
 
 
 def hub_name(source: Source) -> str | None:
@@ -81,10 +82,20 @@ def portable_references(recipe: Recipe) -> dict[str, str]:
     return names
 
 
+def silent(text: str) -> str:
+    """The text of a recipe, without its comments where one of them tells of this machine."""
+    words = {word for word in _WORD.findall(text) if len(word) > 1 and is_absolute(word)}
+    if not words:
+        return text
+    roots = parse_all(text, "recipe", Collector(RecipeError))
+    bare = dump_all(list(roots))
+    return text if all(word in bare for word in words) else bare
+
+
 def portable_text(recipe: Recipe, names: Mapping[str, str]) -> str:
-    """The recipe with its models as ``names`` has them, without its comments, which may hold paths too."""
+    """The recipe with its models as ``names`` has them, without comments that tell of this machine."""
     if not names:
-        return recipe.text
+        return silent(recipe.text)
     known = {reference.rstrip("/\\"): name for reference, name in names.items()}
     roots = parse_all(recipe.text, "recipe", Collector(RecipeError))
     return dump_all([_renamed(root, known) for root in roots])

@@ -115,7 +115,7 @@ def run(
     started = time.monotonic()
     out, single, part = target.out, target.is_single, execution.part
     stamps = stamps_of(plan)
-    names = {} if target.record_paths else portable_references(plan.recipe)
+    names = None if target.record_paths else portable_references(plan.recipe)
     metadata, room = _embedded(plan, names) if single else (None, 0)
     staged = StagedOutput(
         out, _tensors(plan), execution.shard_bytes, target.overwrite, single, execution.fsync,
@@ -146,6 +146,8 @@ def run(
             raise KeyboardInterrupt(f"{out} is complete") from error
         if staged.kept and not execution.finish:
             again = f"the same {either('command', 'call')} resumes it"
+            if staged.keeps:  # it would be refused again
+                again = "they are not computed again"
             kept = f"{len(staged.done)} finished tensors are kept in {staged.kept}; {again}"
             if isinstance(error, KeyboardInterrupt):
                 raise KeyboardInterrupt(f"the output is as it was; {kept}") from error
@@ -205,13 +207,18 @@ def key_of(plan: Plan, stamps: Mapping[str, str], room: int) -> str:
 
 
 def _manifest(
-    plan: Plan, done: Mapping[str, Done], files: Mapping[str, Mapping[str, Any]], names: Mapping[str, str]
+    plan: Plan,
+    done: Mapping[str, Done],
+    files: Mapping[str, Mapping[str, Any]],
+    names: Mapping[str, str] | None,
 ) -> dict[str, Any]:
-    """The manifest, in which models are called as ``names`` has them, or else as in the recipe."""
+    """The manifest, in which models are called as ``names`` has them, or else as in the recipe, which without
+    ``names`` is recorded to the letter."""
+    called_here = names or {}
 
     def record(source: Source) -> dict[str, Any]:
         found = recorded(source, hashes)
-        return found | {"reference": names.get(source.reference, source.reference)}
+        return found | {"reference": called_here.get(source.reference, source.reference)}
 
     hashes: dict[Stored, str] = {}
     for job in plan.jobs:
@@ -220,9 +227,9 @@ def _manifest(
     for model in plan.models:
         models.append(record(model.source) | {"identity": model.entry.identity})
         models[-1] |= {"input_norms": record(model.norms)} if model.norms else {}
-    called = distinct(names.get(model.entry.reference, model.entry.reference) for model in plan.models)
+    called = distinct(called_here.get(model.entry.reference, model.entry.reference) for model in plan.models)
     return build_manifest(
-        recipe=portable_text(plan.recipe, names),
+        recipe=plan.recipe.text if names is None else portable_text(plan.recipe, names),
         method=plan.recipe.merge_method,
         seed=plan.recipe.seed,
         base=record(plan.base),
@@ -235,7 +242,7 @@ def _manifest(
     )
 
 
-def _embedded(plan: Plan, names: Mapping[str, str]) -> tuple[dict[str, str], int]:
+def _embedded(plan: Plan, names: Mapping[str, str] | None) -> tuple[dict[str, str], int]:
     """Metadata of a single file before anything is known, and the bytes that it takes in the header: as many
     as what is measured may need."""
     manifest = _manifest(
@@ -246,7 +253,7 @@ def _embedded(plan: Plan, names: Mapping[str, str]) -> tuple[dict[str, str], int
 
 
 def _complete(
-    plan: Plan, staged: StagedOutput, room: int, auto_map: bool, names: Mapping[str, str]
+    plan: Plan, staged: StagedOutput, room: int, auto_map: bool, names: Mapping[str, str] | None
 ) -> dict[str, Any]:
     """Everything but the weights: side files and the manifest, which in a single file has ``room`` bytes of
     the header.  Returns the manifest."""
@@ -254,9 +261,7 @@ def _complete(
         manifest = _manifest(plan, staged.done, {}, names)
         staged.rewrite_header(_tensors(plan), embed(manifest, room), sealed)
         return manifest
-    files = {
-        "README.md": model_card(plan, record_paths=not names)
-    }  # without them none is absolute, or all are kept
+    files = {"README.md": model_card(plan, record_paths=names is None)}
     if plan.base.config:
         files["config.json"] = config_json(plan.base.config, plan.jobs, auto_map)
     files |= {name: side_file(path, auto_map) for name, path in plan.base.side_files().items()}

@@ -258,7 +258,12 @@ def test_a_plan_shows_layers_in_their_order(tmp_path: Path) -> None:
 def test_configurations_do_not_say_where_a_model_lay(tmp_path: Path, auto_map: bool) -> None:
     inner = {"_name_or_path": "owner/inner", "name_or_path": "~/inner", "model_type": "x"}
     config = {"_name_or_path": "/home/me/base", "model_type": "llama", "text_config": inner, "list": [inner]}
-    tokenizer = {"name_or_path": "file:///home/me/base", "chat_template": "/home", "model_max_length": 9}
+    tokenizer = {
+        "tokenizer_file": "/me/t.json",
+        "special_tokens_map_file": "/me/s.json",
+        "chat_template": "/home",
+        "model_max_length": 9,
+    }
     plain = {"base_model_name_or_path": "owner/name", "_name_or_path": "C:/me/base", "eos_token_id": 2}
     files = {"config": config, "tokenizer_config": tokenizer, "generation_config": plain}
     put(tmp_path, {"base/model.safetensors": BASE, "one/model.safetensors": {"w": BASE["w"] + 1}})
@@ -274,3 +279,24 @@ def test_configurations_do_not_say_where_a_model_lay(tmp_path: Path, auto_map: b
     assert read["tokenizer_config"] == {"chat_template": "/home", "model_max_length": 9}
     assert read["generation_config"] == {"base_model_name_or_path": "owner/name", "eos_token_id": 2}
     assert della.verify(out).is_well
+
+
+@pytest.mark.parametrize(
+    ("comment", "told"),
+    [("# from /home/me/secret, of May", True), ("# ~/secret", True), ("# May: 1/2 of it", False)],
+)
+def test_a_comment_does_not_say_where_a_model_lay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, comment: str, told: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    put(tmp_path, {"base/model.safetensors": BASE, "one/model.safetensors": {"w": BASE["w"] + 1}})
+    put(tmp_path, {"base/config.json": {"model_type": "llama"}})
+    Path("r.yml").write_text(
+        f"merge_method: task_arithmetic {comment}\nbase_model: base\nmodels: [model: one]\n"
+    )
+    for record_paths in (False, True):
+        out = della.merge("r.yml", "out", fsync=False, record_paths=record_paths, overwrite=True).out
+        for text in ((out / "README.md").read_text(), json.loads((out / "della.json").read_text())["recipe"]):
+            assert (comment in text) == (record_paths or not told)
+            assert "merge_method: task_arithmetic" in text
+        assert della.verify(out, sources=1.0).is_well
