@@ -2,7 +2,8 @@
 
     python mergekit_runner.py TASKS.json
 
-TASKS: ``merges``, pairs of a recipe file and the folder for its result; ``bias``, a file with deltas of shape
+TASKS: ``merges``, pairs of a recipe file and the folder for its result; ``values``, pairs of a recipe file
+and the file for the value of every parameter at every tensor; ``bias``, a file with deltas of shape
 (rows, n), how often to drop from them, density, epsilon and the file for the mean, if any.
 """
 
@@ -26,6 +27,24 @@ def merge(pairs: list[tuple[str, str]]) -> None:
         merging.run_merge(checked, out, options, config_source=text)
 
 
+def values(pairs: list[tuple[str, str]]) -> None:
+    """Of each recipe what mergekit gives its method for each tensor: {tensor: [shared, {model: own}]}."""
+    planning: Any = importlib.import_module("mergekit.plan")
+    task = planning.ExecuteMergeMethodTask
+    for recipe, out in pairs:
+        found: dict[str, Any] = {}
+
+        def noted(found: dict[str, Any] = found, **given: Any) -> Any:
+            own = {str(model): dict(each.items()) for model, each in given["input_parameters"].items()}
+            found[given["output_weight"].name] = [dict(given["parameters"].items()), own]
+            return task(**given)
+
+        planning.ExecuteMergeMethodTask = noted
+        merge([(recipe, f"{out}-merged")])
+        Path(out).write_text(json.dumps(found))
+    planning.ExecuteMergeMethodTask = task
+
+
 def mean_of_drops(task: dict[str, Any]) -> None:
     """The mean over many draws of what mergekit's MAGPRUNE with its l1 rescale makes of one tensor."""
     torch, numpy = importlib.import_module("torch"), importlib.import_module("numpy")
@@ -40,6 +59,7 @@ def mean_of_drops(task: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     tasks = json.loads(Path(sys.argv[1]).read_text())
-    merge(tasks["merges"])
+    merge(tasks.get("merges", []))
+    values(tasks.get("values", []))
     if "bias" in tasks:
         mean_of_drops(tasks["bias"])
