@@ -21,8 +21,10 @@ def kernel(function: F) -> F:
 
 
 def inlined(function: F) -> F:
-    """A piece of kernels: compiled into each of them."""
-    return numba.njit(nogil=True, error_model="numpy", boundscheck=False)(function)  # type: ignore
+    """A piece of kernels: compiled into each of them, and not to be called from Python."""
+    return numba.njit(  # type: ignore
+        nogil=True, error_model="numpy", boundscheck=False, no_cpython_wrapper=True, no_cfunc_wrapper=True
+    )(function)
 
 
 class _Listener(event.Listener):

@@ -178,7 +178,8 @@ def _sort(many: Any, other: Any, counts: Any) -> None:
         return
     for digit in range(4):
         shift, mask = np.uint64(32 + 8 * digit), np.uint64(0xFF)
-        counts[:] = 0
+        for k in range(256):
+            counts[k] = 0
         for i in range(many.shape[0]):
             counts[(many[i] >> shift) & mask] += np.int32(1)
         total = np.int32(0)
@@ -188,7 +189,8 @@ def _sort(many: Any, other: Any, counts: Any) -> None:
             k = (many[i] >> shift) & mask
             other[np.uint32(counts[k])] = many[i]
             counts[k] += np.int32(1)
-        many[:] = other[: many.shape[0]]
+        for i in range(many.shape[0]):  # a copy by slices takes seconds to compile: what it would raise
+            many[i] = other[i]
 
 
 @inlined
