@@ -22,7 +22,7 @@ _CACHE = re.compile(r"models--(?P<owner>[^/\\]+?)--(?P<name>[^/\\]+)")
 # Keys of a recipe under which a model is named, and what is none there.
 _NAMING = ("base_model", "model", "input_norms", "tokenizer_source", "source")
 _WORDS = ("base", "union")
-_WORD = re.compile(r"""[^\s'"\[\]{},()<>`]+""")
+_WORD = re.compile(r"""[^\s'"\[\]{},()`]+""")
 
 
 def hub_name(source: Source) -> str | None:
