@@ -84,7 +84,9 @@ def portable_references(recipe: Recipe) -> dict[str, str]:
 
 def silent(text: str) -> str:
     """The text of a recipe, without its comments where one of them tells of this machine."""
-    words = {word for word in _WORD.findall(text) if len(word) > 1 and is_absolute(word)}
+    words = {
+        word for word in _WORD.findall(text) if is_absolute(word) and re.search(r"[\w~][/\\]|[/\\]\w", word)
+    }
     if not words:
         return text
     roots = parse_all(text, "recipe", Collector(RecipeError))
