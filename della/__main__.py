@@ -1,6 +1,6 @@
 """`python -m della`: the command."""
 
-from della.cli.main import main
+from della.cli.main import process
 
 if __name__ == "__main__":
-    main()
+    process()

@@ -136,6 +136,14 @@ def test_a_closed_pipe_is_no_error_of_ours(site: Path) -> None:
     assert (done.returncode, done.stderr) == (1, "")
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_under_what_is_printed_is_told(site: Path) -> None:
+    with open("/dev/full", "w") as full:
+        done = run(site, "plan", "r.yml", "--json", stdout=full.fileno())
+    assert done.returncode == 1
+    assert done.stderr == "della: what is printed: No space left on device\n"
+
+
 # ---- options ----------------------------------------------------------------------------------------------
 
 
