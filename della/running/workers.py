@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+# A signal that comes just before a wait without a time limit is heard when the wait is over, by Python.
+HEARS = 0.2  # seconds
 Job = TypeVar("Job")
 Found = TypeVar("Found")
 
@@ -60,8 +62,8 @@ def each(
             futures = [pool.submit(one, job) for job in given]
             # concurrent.futures.wait takes the lock of every future in turn, and an interrupt meanwhile would
             # leave some of them taken: no worker could end any more.
-            if given:
-                over.wait()
+            while given and not over.wait(HEARS):
+                pass
         except BaseException:
             ended.set()
             raise

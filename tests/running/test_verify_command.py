@@ -114,12 +114,12 @@ def test_exit_codes(made: Path, tmp_path: Path, della_verify: Run, monkeypatch: 
 
 
 SLOW = """
-import signal, sys, time
+import os, signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from della.cli import main as cli
 from della.running import verify as verifying
 def slow(path, offset, nbytes):
-    print("ready", flush=True)
+    os.write(1, b"ready\\n")  # in one piece, from two threads
     while True:
         time.sleep(0.02)
         yield memoryview(b"x")
