@@ -13,6 +13,8 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -64,33 +66,24 @@ def kernels(folder: str) -> Callable[[Array, bool], None]:
     for name in [name for name in sys.modules if name.split(".")[0] == "della"]:
         del sys.modules[name]
     sys.path.insert(0, folder)
-    drop = importlib.import_module("della.merging.kernels.drop")
-    try:
-        continuous = importlib.import_module("della.merging.kernels.continuous")
-    except ModuleNotFoundError:  # before there was one
-        continuous = None
+    magprune = importlib.import_module("della.merging.drops.magprune")
+    tiles = importlib.import_module("della.merging.tile")
+    for name in ("drop", "continuous"):
+        with suppress(ModuleNotFoundError):  # before there was one
+            importlib.import_module(f"della.merging.kernels.{name}")
     sys.path.pop(0)
+    own = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "della"}
+    subject = SimpleNamespace(experts=[tiles.Expert("a")], key=lambda t, what: 7)
+    tile = SimpleNamespace(subject=subject, start=0)
 
     def run(x: Array, random_order: bool) -> None:
-        rows, n = x.shape
-        rest: tuple[Any, ...] = (
-            0.4,
-            0.1 / n,
-            np.uint64(7),
-            np.uint64(9),
-            0,
-            0,
-            True,
-            np.empty((1, n), np.float32),
+        sys.modules.update(own)  # as kernels are imported where they are called
+        drop = SimpleNamespace(
+            ladder_of=lambda *about: (0.4, 0.1 / x.shape[1]),
+            stream=lambda *about: (9, 0),
+            rescale=SimpleNamespace(per_element=True),
         )
-        head = (x, x.view(np.uint32), random_order, drop.bucket_bits(n), *rest)
-        if continuous is None:
-            drop.drop_ranked(*head)
-            return
-        left = np.empty(rows if continuous.suits(n) else 0, np.int64)
-        leaves = drop.drop_ranked(*head, left)
-        if leaves:
-            continuous.drop_continuous(x, x.view(np.uint32), left[:leaves], random_order, *rest)
+        magprune._Rows(not random_order).apply(drop, tile, 0, x, [], None)
 
     return run
 

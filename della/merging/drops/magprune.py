@@ -85,19 +85,24 @@ class _Rows(Ranking):
         from della.merging.kernels import continuous
         from della.merging.kernels import drop as kernels
 
-        subject, n = tile.subject, delta.shape[1]
+        subject, (rows, n) = tile.subject, delta.shape
         low, step = drop.ladder_of(subject, t, n)
         key, shift = drop.stream(subject, t)
         probabilities = np.empty((1, n), np.float32) if q is None else q
-        left = np.empty(delta.shape[0] if continuous.suits(n) else 0, np.int64)
         bits, at_random = tile_saliency(subject.experts[t], delta).view(np.uint32), not self.ranks_saliency
-        rest = (
-            low, step, np.uint64(subject.key(t, "rank")), np.uint64(key), shift, tile.start,
+        settings = (
+            at_random, low, step, np.uint64(subject.key(t, "rank")), np.uint64(key), shift, tile.start,
             drop.rescale.per_element, probabilities,
         )  # fmt: skip
-        leaves = kernels.drop_ranked(delta, bits, at_random, kernels.bucket_bits(n), *rest, left)
-        if leaves:  # compiled only where there are such rows
-            continuous.drop_continuous(delta, bits, left[:leaves], at_random, *rest)
+        bucket_bits, chosen, ranked = kernels.bucket_bits(n), np.arange(rows), np.arange(rows)
+        if continuous.suits(n):
+            count = rows if at_random else kernels.continuous_rows(bits, bucket_bits, chosen, ranked)
+            ranked = ranked[: rows - count]
+            if count:  # each is compiled only where there are such rows
+                left = continuous.drop_continuous(delta, bits, chosen[:count], *settings)
+                ranked = np.concatenate([ranked, chosen[:left]])
+        if ranked.size:
+            kernels.drop_ranked(delta, bits, ranked, *settings, bucket_bits)
 
 
 class _Given(Ranking):

@@ -13,6 +13,7 @@ one word belong to the four quarters of the buckets, so a sum over words is four
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Any
 
@@ -219,9 +220,9 @@ def _scale(keys: Any, zeros: Any) -> Any:
     total = np.int64(0)
     for i in range(keys.shape[0]):
         total += np.int64(keys[i] >> np.int32(9))
-    mean = np.empty(1, np.int32)
-    mean[0] = np.int32((total // (keys.shape[0] - zeros)) << 9)
-    return min(np.float32(2) * mean.view(np.float32)[0], _CEILING)
+    mean = (total // (keys.shape[0] - zeros)) << 9
+    fraction = np.float64(mean & 0x7FFFFF) / 0x800000
+    return min(np.float32(math.ldexp(1.0 + fraction, (mean >> 23) - 126)), _CEILING)
 
 
 @inlined
@@ -241,8 +242,12 @@ def _chances(twice: Any, low: Any, step: Any, chances: Any) -> None:
 def drop_continuous(
     delta: Any, bits: Any, chosen: Any, random_order: Any, low: Any, step: Any, order_key: Any, key: Any,
     shift: Any, start_element: Any, per_element: Any, q_out: Any,
-) -> None:  # fmt: skip
-    """As `drop.drop_ranked`, in the rows ``chosen``: those it left, none all zeros, no key 2**31 - 1."""
+) -> Any:  # fmt: skip
+    """As `drop.drop_ranked`, for the rows of `drop.continuous_rows`, or any in random order.
+
+    Of these the first ones of ``chosen`` become those that are not touched, as nothing would stand behind
+    their largest key; how many they are.
+    """
     n = delta.shape[1]
     quarter_bits = 0
     while (4 << quarter_bits) < n:
@@ -256,12 +261,19 @@ def drop_continuous(
     many, other, counts = np.empty(n, np.uint64), np.empty(n, np.uint64), np.empty(256, np.int32)
     padded[:_PAD] = -1
     padded[_PAD:] = _LAST
+    left = 0
     for row in range(chosen.shape[0]):
         r = chosen[row]
         first, nonzeros = start_element + r * n, np.int32(0)
         if random_order:
+            top = np.int32(0)
             for i in range(n):
                 keys[i] = np.int32(mix(order_key + np.uint64(first + i + 1) * STEP) >> np.uint64(33))
+                top = max(top, keys[i])
+            if top == _LAST:
+                chosen[left] = r
+                left += 1
+                continue
         else:
             for i in range(n):
                 keys[i] = np.int32(bits[r, i] & MAGNITUDE_BITS)
@@ -291,3 +303,4 @@ def drop_continuous(
             q[i] = chances[positions[i]]
         draw(key, first, shift, u)
         sample(delta[r], q, u, per_element)
+    return left

@@ -167,42 +167,54 @@ def _rank(
         _rank_odd(keys, bucket, table, start, odd[:found], packed, low, step, q)
 
 
-@inlined
-def _continuous(keys: Any, lower: Any) -> Any:
-    """Whether more than a third of the nonzero keys are odd; 64 of them show most rows that are not so."""
-    stride, odd = max(keys.shape[0] >> 6, 1), 0
-    for i in range(0, keys.shape[0], stride):
-        odd += (keys[i] & lower) != 0
-    if odd < 4:
-        return False
-    odds, nonzeros = np.uint32(0), np.uint32(0)
-    for i in range(keys.shape[0]):
-        odds = np.uint32(odds + min(keys[i] & lower, np.uint32(1)))
-        nonzeros = np.uint32(nonzeros + min(keys[i], np.uint32(1)))
-    return 3 * np.int64(odds) > np.int64(nonzeros)
+@kernel
+def continuous_rows(bits: Any, bucket_bits: Any, found: Any, others: Any) -> Any:
+    """The rows of ``bits`` in which more than a third of the nonzero keys are odd, into ``found``; how many.
+    All others into ``others``.
+
+    64 keys show most rows that are not so.  A row with the largest of all keys is left out: no key stands
+    behind it.
+    """
+    lower, count = np.uint32((1 << (26 - bucket_bits)) - 1), 0
+    for r in range(bits.shape[0]):
+        keys = bits[r]
+        stride, odd = max(keys.shape[0] >> 6, 1), 0
+        for i in range(0, keys.shape[0], stride):
+            odd += (keys[i] & lower) != 0
+        others[r - count] = r
+        if odd < 4:
+            continue
+        odds, nonzeros, top = np.uint32(0), np.uint32(0), np.uint32(0)
+        for i in range(keys.shape[0]):
+            odds = np.uint32(odds + min(keys[i] & lower, np.uint32(1)))
+            nonzeros = np.uint32(nonzeros + min(keys[i] & MAGNITUDE_BITS, np.uint32(1)))
+            top = max(top, np.uint32(keys[i] & MAGNITUDE_BITS))
+        if 3 * np.int64(odds) > np.int64(nonzeros) and top < MAGNITUDE_BITS:
+            found[count] = r
+            count += 1
+    return count
 
 
 @kernel
 def drop_ranked(
-    delta: Any, bits: Any, random_order: Any, bucket_bits: Any, low: Any, step: Any, order_key: Any, key: Any,
-    shift: Any, start_element: Any, per_element: Any, q_out: Any, left: Any,
-) -> Any:  # fmt: skip
-    """MAGPRUNE in place by the rank in its row of what ``bits`` are the bits of (delta, or its saliency), or
-    (``random_order``) by a random rank.
+    delta: Any, bits: Any, chosen: Any, random_order: Any, low: Any, step: Any, order_key: Any, key: Any,
+    shift: Any, start_element: Any, per_element: Any, q_out: Any, bucket_bits: Any,
+) -> None:  # fmt: skip
+    """MAGPRUNE in place, in the rows ``chosen``, by the rank in its row of what ``bits`` are the bits of
+    (delta, or its saliency), or (``random_order``) by a random rank.
 
-    ``q_out``: (rows, n) to keep the probabilities, or (1, n) as scratch.  ``left`` (rows, or
-    empty to leave none) becomes the list of the rows of continuous keys, not touched; how many they are.
+    ``q_out``: (rows, n) to keep the probabilities, or (1, n) as scratch.
     """
-    rows, n = delta.shape
+    n, buckets = delta.shape[1], 1 << bucket_bits
     keys, bucket = np.empty(n, np.uint32), np.empty(n, np.int32)
-    buckets = 1 << bucket_bits
-    table, start = np.zeros(buckets + 1, np.uint64), np.empty(buckets + 1, np.int32)
+    table, start = np.empty(buckets + 1, np.uint64), np.empty(buckets + 1, np.int32)
     ranks, chances = np.empty(buckets, np.int32), np.empty(buckets, np.float32)
     odd = np.empty(n + 1, np.int32)
     packed, u = np.empty(n, np.uint64), np.empty(n, np.float32)
+    table[buckets] = 0
     bucket_shift = np.uint32(31 - bucket_bits if random_order else 26 - bucket_bits)
-    lower, leaves = np.uint32((1 << bucket_shift) - 1), 0
-    for r in range(rows):
+    for row in range(chosen.shape[0]):
+        r = chosen[row]
         first = start_element + r * n
         top = np.uint32(0)
         if random_order:
@@ -214,15 +226,10 @@ def drop_ranked(
                 magnitude = np.uint32(bits[r, i] & MAGNITUDE_BITS)
                 keys[i] = magnitude
                 top = max(top, magnitude)
-        if left.shape[0] > 0 and top < MAGNITUDE_BITS and _continuous(keys, lower):
-            left[leaves] = r
-            leaves += 1
-            continue
         q = q_out[r % q_out.shape[0]]
         _rank(keys, top, bucket_shift, bucket, table, start, ranks, chances, odd, packed, low, step, q)
         draw(key, first, shift, u)
         sample(delta[r], q, u, per_element)
-    return leaves
 
 
 def bucket_bits(n: int) -> int:
