@@ -141,6 +141,7 @@ class Tile:
         return self.values.shape[1], self.values.shape[2]
 
 
+MOST_HELD = 48_000_000  # bytes of a tensor's inputs that a thread keeps from one pass to the next
 Passes = Callable[[], Iterable[Tile]]
 """Each call starts a pass over the tiles of a tensor, in order; the buffers of a tile are reused for the
 next."""

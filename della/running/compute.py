@@ -6,7 +6,7 @@ Each is a pure function of the recipe, the inputs and the seed: it does not depe
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -17,11 +17,11 @@ from della.errors import OutputError, Problem
 from della.merging.driver import merged
 from della.merging.kernels import cast
 from della.merging.method import Method
-from della.merging.tile import Passes, Subject, Workspace
+from della.merging.tile import MOST_HELD, Passes, Subject, Tile, Workspace
 from della.options import TILE
 from della.planning.job import Job, Plan
 from della.running.measure import Probe
-from della.running.reading import CURE, Reader
+from della.running.reading import CURE, Held, Reader
 from della.running.workers import Stopped
 
 
@@ -66,10 +66,14 @@ class Compute:
         if job.method.compat is not None or job.exact_double:
             yield self._whole(job, job.method, subject, reader), 0
             return
+        held = Held() if sum(view.nbytes for view in job.weights) <= MOST_HELD else None
+
+        def passes() -> Iterable[Tile]:
+            reader.held = held  # for the last pass: nothing is kept where it is the only one
+            return self._reader(job, held=held).tiles(self.tile, subject)
+
         tiles = reader.tiles(self.tile, subject)
-        for start, values in merged(
-            job.method, subject, self._passes(job, subject), tiles, learnt, self._workspace
-        ):
+        for start, values in merged(job.method, subject, passes, tiles, learnt, self._workspace):
             yield values, start
 
     def _whole(self, job: Job, method: Method, subject: Subject, reader: Reader) -> Array:
@@ -111,8 +115,10 @@ class Compute:
     def _passes(self, job: Job, subject: Subject) -> Passes:
         return lambda: self._reader(job).tiles(self.tile, subject)
 
-    def _reader(self, job: Job, hashes: Hashes | None = None, probe: Probe | None = None) -> Reader:
-        return Reader(job, self.plan.recipe.nonfinite, self._workspace, self.stop, hashes, probe)
+    def _reader(
+        self, job: Job, hashes: Hashes | None = None, probe: Probe | None = None, held: Held | None = None
+    ) -> Reader:
+        return Reader(job, self.plan.recipe.nonfinite, self._workspace, self.stop, hashes, probe, held)
 
     def _narrow(self, job: Job, values: Array) -> tuple[Array, bool]:
         """Rounded to the storage dtype of the output; whether all of it is finite then."""

@@ -27,6 +27,26 @@ _COPY_BYTES = 1 << 22
 _COUNTED = 1 << 21  # elements that are looked at together when a damaged tensor is counted through
 
 
+class Held:
+    """What was read of a job's views, for its next pass: whole tensors, from their start on."""
+
+    def __init__(self) -> None:
+        self._stored: dict[TensorView, tuple[Array, int]] = {}
+
+    def read(self, view: TensorView, start: int, count: int, hashes: Hashes | None) -> Array:
+        """``count`` elements of a view in its own type, not to be written to."""
+        stored, known = self._stored.get(view) or (np.empty(view.elements, view.element.numpy), 0)
+        wanted, end = stored[start : start + count], start + count
+        if end > known:  # a pass reads in order
+            view.read_into(start, wanted, hashes)
+            self._stored[view] = stored, end
+        elif hashes is not None:
+            size = view.element.bytes
+            for part in view.parts:
+                hashes.feed(part, start * size, wanted.view(np.uint8).data)
+        return wanted
+
+
 class Reader:
     """Reads the views of one job, in one thread.
 
@@ -35,16 +55,17 @@ class Reader:
         nonfinite: the recipe's rule: "error", "keep" or "zero".
         workspace: the thread's buffers.
         stop: ends the reading (Stopped) at the next tile when it is set.
+        held: bytes of views that a pass before has read, or that this one keeps; None where none does.
         hashes: fed the bytes of every part; None while a pass is only for looking.
         probe: shown every tile, as the method gets it.
     """
 
     def __init__(
         self, job: Job, nonfinite: str, workspace: Workspace, stop: Event,
-        hashes: Hashes | None = None, probe: Probe | None = None,
+        hashes: Hashes | None = None, probe: Probe | None = None, held: Held | None = None,
     ) -> None:  # fmt: skip
         self.job, self.nonfinite, self.workspace = job, nonfinite, workspace
-        self.stop, self.hashes, self.probe = stop, hashes, probe
+        self.stop, self.hashes, self.probe, self.held = stop, hashes, probe, held
 
     def subject(self, seed: int) -> Subject:
         """What the method is told of the job: its experts have their input norms."""
@@ -129,6 +150,8 @@ class Reader:
 
     def _stored(self, view: TensorView, start: int, count: int) -> Array:
         """``count`` elements of a view in its own type."""
+        if self.held is not None and view.parts == (view,):
+            return self.held.read(view, start, count, self.hashes)
         stored = self.workspace.array("stored in", (count,), view.element.numpy)
         view.read_into(start, stored, self.hashes)
         return stored

@@ -13,8 +13,10 @@ from della.merging import reference
 from della.merging.drops.drop import WANDA, Drop, tile_saliency
 from della.merging.method import Asking, Parameter, WholeModel
 from della.merging.options import DENSITY, IMPORTANCE, RESCALE, SCOPE, SCOPES, Scope
-from della.merging.tile import Expert, Grain, Passes, Subject, Tile
+from della.merging.tile import Expert, Grain, Passes, Subject, Tile, Workspace
 
+MOST_ODD = 1 << 21  # sizes that are listed, of each expert
+NONE = np.empty(0, np.uint32)
 GAMMA = Parameter("gamma", "model", float, 0.01, "share of the largest deltas that is dropped", (), 0.0, 1.0)
 OF_MODEL = WholeModel(
     Asking("scope", "model"), "chooses one threshold for the whole model", ("density",), "scope: tensor"
@@ -34,6 +36,7 @@ class Band(NamedTuple):
 
 class _BySize(Drop, ABC):
     own_rescale = "l1"
+    looks = True
     scope: Scope = Scope()
 
     @abstractmethod
@@ -171,8 +174,11 @@ def find_bands(
     wanted: Callable[[Array], Sequence[tuple[int, int]]],
     passes: Passes,
 ) -> list[Band]:
-    """The bands of ``count`` sets of sizes (float32).  Two passes: the upper half of the bits, then the lower
-    half near the thresholds.
+    """The bands of ``count`` sets of sizes (float32).
+
+    The first pass counts the upper halves of their bits and lists the sizes with a bit in the lower half.
+    Of deltas of 16-bit checkpoints these are few, and nothing else needs to be known; of others a second pass
+    counts the lower halves near the thresholds.
 
     Args:
         count: How many sets there are.
@@ -186,18 +192,52 @@ def find_bands(
     def bits(tile: Tile, t: int) -> Array:
         return sizes(tile, t).reshape(-1).view(np.uint32)
 
-    upper = np.zeros((count, 1 << 16), np.int64)
+    upper, lists = np.zeros((count, 1 << 16), np.int64), [_Odd() for _ in range(count)]
     for tile in passes():
         for t in range(count):
-            largest.count_upper(bits(tile, t), upper[t])
+            lists[t].count(bits(tile, t), upper[t], tile.workspace)
     places = [_positions(*each) for each in wanted(upper)]
     coarse = [[_locate(upper[t], p) for p in places[t]] for t in range(count)]
-    lower = [{half: np.zeros(1 << 15, np.int64) for half, _ in ends} for ends in coarse]
-    for tile in passes():
-        for t in range(count):
-            for half, counts in lower[t].items():
-                largest.count_lower(bits(tile, t), np.uint32(half), counts)
+    lower = [{half: lists[t].lower(half, upper[t]) for half, _ in ends} for t, ends in enumerate(coarse)]
+    if any(each.too_many and ends for each, ends in zip(lists, coarse, strict=True)):
+        for tile in passes():
+            for t in range(count):
+                for half, counts in lower[t].items() if lists[t].too_many else ():
+                    largest.count_lower(bits(tile, t), np.uint32(half), counts)
     return [_band(ends, counts) for ends, counts in zip(coarse, lower, strict=True)]
+
+
+class _Odd:
+    """Of one set the sizes with a bit in the lower half, unless they are too many."""
+
+    def __init__(self) -> None:
+        self._keys: list[Array] = []
+        self._room = MOST_ODD
+        self.too_many = False
+
+    def count(self, bits: Array, upper: Array, workspace: Workspace) -> None:
+        """Take up a tile; ``upper`` has the counts of the upper halves."""
+        from della.merging.kernels import largest
+
+        if self.too_many:
+            largest.count_upper(bits, upper)
+            return
+        odd = workspace.array("odd", bits.shape, np.uint32)
+        found = int(largest.count_and_list(bits, upper, odd))
+        self._room -= found
+        if found > bits.size // 4 or self._room < 0:
+            self.too_many, self._keys = True, []
+        else:
+            self._keys.append(odd[:found].copy())
+
+    def lower(self, half: int, upper: Array) -> Array:
+        """How often each lower half occurs with this upper one; zeros where they were too many."""
+        if self.too_many:
+            return np.zeros(1 << 15, np.int64)
+        keys = np.concatenate([each[each >> np.uint32(15) == half] for each in self._keys] or [NONE])
+        counts = np.bincount(keys & np.uint32(0x7FFF), minlength=1 << 15)
+        counts[0] = upper[half] - keys.size
+        return counts
 
 
 def _positions(first: int, count: int) -> list[int]:

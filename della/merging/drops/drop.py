@@ -40,6 +40,9 @@ class Drop:
     table_bytes: int = 0
     """Bytes of a table of the whole tensor, for each of its elements."""
 
+    looks: ClassVar[bool] = False
+    """Whether a pass goes before the one that merges, for which small tensors are kept as they were read."""
+
     grain: Grain = Grain.ELEMENT
     whole_model: WholeModel | None = None
 

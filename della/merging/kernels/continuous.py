@@ -238,6 +238,24 @@ def _chances(twice: Any, low: Any, step: Any, chances: Any) -> None:
         chances[p] = rest
 
 
+@inlined
+def _nonzeros(keys: Any) -> Any:
+    count = np.int32(0)
+    for i in range(keys.shape[0]):
+        count = np.int32(count + min(keys[i], np.int32(1)))
+    return count
+
+
+@inlined
+def _random(order_key: Any, first: Any, keys: Any) -> Any:
+    """Random keys, of which the largest is returned."""
+    top = np.int32(0)
+    for i in range(keys.shape[0]):
+        keys[i] = np.int32(mix(order_key + np.uint64(first + i + 1) * STEP) >> np.uint64(33))
+        top = max(top, keys[i])
+    return top
+
+
 @kernel
 def drop_continuous(
     delta: Any, bits: Any, chosen: Any, random_order: Any, low: Any, step: Any, order_key: Any, key: Any,
@@ -264,22 +282,16 @@ def drop_continuous(
     left = 0
     for row in range(chosen.shape[0]):
         r = chosen[row]
-        first, nonzeros = start_element + r * n, np.int32(0)
+        first = start_element + r * n
         if random_order:
-            top = np.int32(0)
-            for i in range(n):
-                keys[i] = np.int32(mix(order_key + np.uint64(first + i + 1) * STEP) >> np.uint64(33))
-                top = max(top, keys[i])
-            if top == _LAST:
+            if _random(order_key, first, keys) == _LAST:
                 chosen[left] = r
                 left += 1
                 continue
         else:
             for i in range(n):
                 keys[i] = np.int32(bits[r, i] & MAGNITUDE_BITS)
-        for i in range(n):
-            nonzeros = np.int32(nonzeros + min(keys[i], np.int32(1)))
-        zeros = n - nonzeros
+        zeros = n - _nonzeros(keys)
         if random_order:
             _place_evenly(keys, quarter_bits, cells)
         else:

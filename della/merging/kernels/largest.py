@@ -25,6 +25,20 @@ def count_upper(bits: Any, counts: Any) -> None:
 
 
 @kernel
+def count_and_list(bits: Any, counts: Any, odd: Any) -> Any:
+    """As `count_upper`; the magnitudes with a lower bit set become the first ones of ``odd``, of as many
+    elements as ``bits``; how many they are.
+    """
+    found = np.uint64(0)
+    for i in range(bits.shape[0]):
+        key = np.uint32(bits[i] & MAGNITUDE_BITS)
+        counts[key >> np.uint32(15)] += 1
+        odd[found] = key
+        found += np.uint64(key & np.uint32(0x7FFF) != 0)
+    return found
+
+
+@kernel
 def count_lower(bits: Any, upper: Any, counts: Any) -> None:
     """Add to ``counts`` (32,768) the lower 15 bits of the magnitudes whose upper half is ``upper``."""
     for i in range(bits.shape[0]):

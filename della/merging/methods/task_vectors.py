@@ -32,7 +32,7 @@ from della.merging.options import (
     WEIGHT,
     fuse_of,
 )
-from della.merging.tile import Expert, Grain, Passes, Subject, Tile, as_rows
+from della.merging.tile import MOST_HELD, Expert, Grain, Passes, Subject, Tile, as_rows
 
 MOST_CALIBRATED = 8
 MOST_UNROLLED = 8  # experts whose number the compiler knows
@@ -260,7 +260,9 @@ class TaskVectors(Method):
 
     def memory(self, experts: int, tile: int, elements: int) -> int:
         more = experts * (2 * self.fuse.calibrated + self.wants_norms)
-        return super().memory(experts, tile, elements) + 4 * tile * more + self.drop.table_bytes * elements
+        held = min(MOST_HELD, 2 * (experts + 1) * elements) if self.drop.looks else 0
+        table = self.drop.table_bytes * elements
+        return super().memory(experts, tile, elements) + 4 * tile * more + table + held
 
     def draws(self, subject: Subject) -> bool:
         return self.drop.draws(subject)
