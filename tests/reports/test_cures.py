@@ -96,7 +96,6 @@ UNTRIED: dict[str, str] = {
         evaluate/alpaca.py:_compared
         evaluate/alpaca.py:_result
         evaluate/alpaca.py:_run
-        evaluate/calibration.py:calibrate
         evaluate/endpoint.py:Endpoint._ask
         evaluate/endpoint.py:Endpoint._ask
         evaluate/endpoint.py:Endpoint._ask
@@ -107,10 +106,7 @@ UNTRIED: dict[str, str] = {
         evaluate/hf.py:HfModel._encoded
         evaluate/hf.py:HfModel.answer
         evaluate/hf.py:HfScorer.sums
-        evaluate/loss.py:_tokenised
-        evaluate/loss.py:answer
         evaluate/numpy_backend.py:NumpyModel.answer
-        evaluate/numpy_backend.py:load
         evaluate/problems.py:_hub
         evaluate/problems.py:_hub
         evaluate/vllm_server.py:_wait
@@ -124,7 +120,6 @@ UNTRIED: dict[str, str] = {
         experiments/small.py:run_small
         experiments/small_model.py:base_folder
         experiments/small_train.py:train_experts
-        output/staging.py:Staging._make_ready
     """,
 }
 
