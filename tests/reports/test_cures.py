@@ -102,13 +102,8 @@ UNTRIED: dict[str, str] = {
         evaluate/endpoint.py:Endpoint._refused
         evaluate/evaluation.py:_Run._check_annotator
         evaluate/evaluation.py:_Run._store
-        evaluate/hf.py:HfModel._encoded
-        evaluate/hf.py:HfModel._encoded
         evaluate/hf.py:HfModel.answer
         evaluate/hf.py:HfScorer.sums
-        evaluate/numpy_backend.py:NumpyModel.answer
-        evaluate/problems.py:_hub
-        evaluate/problems.py:_hub
         evaluate/vllm_server.py:_wait
         evaluate/vllm_server.py:_wait
         experiments/bench.py:Bench.shares

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from benchmark_files import PEAS, lines
+from commands import Command
 from cures import cures
 from numpy_llamas import CONFIGS, in_torch, make_config, random_tensors
 from safetensors.numpy import load_file
@@ -125,3 +127,44 @@ def test_a_staging_of_another_version(tmp_path: Path, monkeypatch: pytest.Monkey
     made = della.merge(recipe, "part", fsync=False).out
     then = json.loads(Path("out/della.json").read_text())["tensors"]
     assert json.loads((made / "della.json").read_text())["tensors"] == then
+
+
+@cures("evaluate/numpy_backend.py:NumpyModel.answer", "evaluate/hf.py:HfModel._encoded")
+@cures("evaluate/hf.py:HfModel._encoded", "evaluate/problems.py:_hub")
+def test_a_chat_that_a_model_cannot_have(tmp_path: Path, command: Command) -> None:
+    pytest.importorskip("torch", reason="needs torch")
+    shutil.copytree(TRIO / "math", tmp_path / "m")
+    (tmp_path / "one.jsonl").write_bytes(lines(tmp_path / "x.jsonl", PEAS).read_bytes())
+    settings = tmp_path / "m/tokenizer_config.json"
+
+    def said(*words: str) -> tuple[int, str]:
+        given = ("eval", "m", "--tasks", "gsm8k", "--max-tokens", "8", "--out", "scores", *words)
+        done = command(tmp_path, *given)
+        return done.returncode, done.stdout + done.stderr
+
+    file, chat = ("--data", "gsm8k=one.jsonl"), ("--template", "chat")
+    code, text = said("--backend", "numpy")
+    assert code == 6
+    assert "give a local file with --data gsm8k=FILE" in text
+    code, text = said("--backend", "numpy", *file, *chat)
+    assert (code, "use --backend hf" in text) == (6, True), text
+    code, text = said("--backend", "hf", *file, *chat)
+    assert (code, "no chat template; choose another --template" in text) == (6, True), text
+    told = json.loads(settings.read_text()) if settings.exists() else {}
+    settings.write_text(json.dumps(told | {"chat_template": "{{ raise_exception('not so') }}"}))
+    code, text = said("--backend", "hf", *file, *chat)
+    assert (code, "chat template fails" in text, "choose another --template" in text) == (6, True, True), text
+    code, text = said("--backend", "hf", *file, "--template", "alpaca")
+    assert code == 0, text
+    assert re.search(r"gsm8k.*\b[01] of 1\b", text), text
+
+
+@cures("evaluate/problems.py:_hub")
+def test_texts_of_a_loss(tmp_path: Path, command: Command) -> None:
+    given = ("eval", TRIO / "lm", "--tasks", "loss", "--backend", "numpy", "--out", "scores")
+    refused = command(tmp_path, *given)
+    assert refused.returncode == 6
+    assert "give --data loss=FILE" in refused.stderr
+    (tmp_path / "t.jsonl").write_text(json.dumps({"text": "A dog ran."}) + "\n")
+    done = command(tmp_path, *given, "--data", "loss=t.jsonl")
+    assert done.returncode == 0, done.stderr
