@@ -1,4 +1,4 @@
-"""Time and memory of `della plan` on sparse files: four models of 60 shards and 3,000 tensors each; slices.
+"""Time and memory of `della plan` on sparse files: four models of 3,000 tensors each; slices; a union.
 
 python -m benchmarks.planning [--rounds 5]
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -15,6 +16,9 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 
 from della.checkpoint.header import build_header
 from della.dtypes import DTYPES
@@ -85,6 +89,31 @@ def stack(folder: Path, name: str, layers: int, scale: int, slices: int) -> Path
     return recipe
 
 
+def union(folder: Path, count: int = 150_000) -> Path:
+    """The recipe of a union of two BPE vocabularies: each has some merges and added tokens of its own."""
+    for name in ("p", "q"):
+        shape = (count + 64, KEYS)
+        model(folder / name, [{"model.embed_tokens.weight": shape, "lm_head.weight": shape}], 0)
+        rng = random.Random(1)
+        tokens = [chr(0x100 + k) for k in range(256)]
+        known, merges = set(tokens), list[tuple[str, str]]()
+        while len(tokens) < count:
+            if len(tokens) == count - 500:
+                rng = random.Random(name)
+            pair = rng.choice(tokens), rng.choice(tokens[:2000])
+            if len(token := "".join(pair)) < 12 and token not in known:
+                known.add(token)
+                tokens.append(token)
+                merges.append(pair)
+        made = Tokenizer(BPE({token: number for number, token in enumerate(tokens)}, merges))
+        made.add_special_tokens([f"<|{name}{k}|>" for k in range(64)])
+        made.save(str(folder / name / "tokenizer.json"))
+    recipe = folder / "union.yml"
+    listed = "base_model: p\nmodels: [{model: q, parameters: {weight: 0.5}}]\ntokenizer_source: union\n"
+    recipe.write_text(f"merge_method: task_arithmetic\n{listed}")
+    return recipe
+
+
 def measured(recipe: Path, rounds: int) -> tuple[float, float]:
     """Seconds (the median) and megabytes (the most) of planning a recipe."""
     seconds, peak = [], 0
@@ -110,9 +139,11 @@ def main() -> None:
             ("four models of 3,000 tensors", experts(folder), 1.5),
             ("120 layers of two models of 70 B", stack(folder, "giant", 80, 1, 6), 2.0),
             ("1,000 layers of two models of 1,000", stack(folder, "deep", 1000, 64, 50), 5.0),
+            ("a union of two vocabularies of 150,000 tokens", union(folder), 3.0),
         ):
             seconds, peak = measured(recipe, rounds)
-            print(f"della plan, {title}: {seconds:.2f} s (must: {most}), {peak:.0f} MB (must: 250)")
+            room = 500 if title.startswith("a union") else 250
+            print(f"della plan, {title}: {seconds:.2f} s (must: {most}), {peak:.0f} MB (must: {room})")
 
 
 if __name__ == "__main__":
