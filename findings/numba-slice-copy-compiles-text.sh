@@ -6,8 +6,8 @@
 # The kernels copy n elements from one array to another, one by a loop, the other by a[:n] = b[:n].  The first compiles one
 # function; the second many more: repr and str of integers and tuples, concatenation of strings, code points, all
 # for the message of "cannot assign slice of shape ...", though both slices have one dimension and the same length, and
-# though error_model="numpy" and boundscheck=False are set.  It takes twenty times as long to compile (0.12 s and 2.7 s or more here;
-# 2.7 s of 7 s in a real kernel), each time the kernel is not found in the cache, and the copy is no faster.
+# though error_model="numpy" and boundscheck=False are set.  It takes twenty times as long to compile (0.12 s and 2.7 s or
+# more here; 2.7 s of 7 s in a real kernel), each time the kernel is not found in the cache.
 # a[:] = 0 compiles nothing of the kind.
 set -euo pipefail
 place=$(mktemp -d)
