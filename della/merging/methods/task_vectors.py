@@ -260,7 +260,8 @@ class TaskVectors(Method):
 
     def memory(self, experts: int, tile: int, elements: int) -> int:
         more = experts * (2 * self.fuse.calibrated + self.wants_norms)
-        held = min(MOST_HELD, 2 * (experts + 1) * elements) if self.drop.looks else 0
+        stored = 2 * (experts + 1) * elements
+        held = stored if self.drop.looks and stored <= MOST_HELD else 0
         table = self.drop.table_bytes * elements
         return super().memory(experts, tile, elements) + 4 * tile * more + table + held
 
