@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -130,12 +130,13 @@ def main() -> None:
     rounds = parser.parse_args().rounds
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for title, make, most in (
+        recipes: tuple[tuple[str, Callable[[], Path], float], ...] = (
             ("four models of 3,000 tensors", lambda: experts(folder), 1.5),
             ("120 layers of two models of 70 B", lambda: stack(folder, "giant", 80, 1, 6), 2.0),
             ("1,000 layers of two models of 1,000", lambda: stack(folder, "deep", 1000, 64, 50), 5.0),
             ("a union of two vocabularies of 150,000 tokens", lambda: union(folder), 3.0),
-        ):
+        )
+        for title, make, most in recipes:
             seconds, peak = measured(make(), rounds)
             room = 500 if title.startswith("a union") else 250
             print(f"della plan, {title}: {seconds:.2f} s (must: {most}), {peak:.0f} MB (must: {room})")
